@@ -1,0 +1,27 @@
+"""The engine: primitives with their gradients, a tape, recomputation. See tensor.py first, then ops.py and nn_ops.py."""
+
+if __name__ != "refimpl.autograd":
+    raise ImportError(f"this folder is the package refimpl.autograd, not {__name__}; see pyproject.toml")
+
+from . import nn_ops, ops
+from .errors import SpecError, require, where
+from .gradcheck import directional
+from .recompute import recompute
+from .tensor import Array, Gradients, Parameter, Tensor, backward, data_of, primitive
+
+__all__ = [
+    "Array",
+    "Gradients",
+    "Parameter",
+    "SpecError",
+    "Tensor",
+    "backward",
+    "data_of",
+    "directional",
+    "nn_ops",
+    "ops",
+    "primitive",
+    "recompute",
+    "require",
+    "where",
+]

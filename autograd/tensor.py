@@ -1,0 +1,176 @@
+"""The tape: arrays that remember which function made them, and one backward pass.
+
+An op is a plain function on arrays, `fn(*arrays, **static) -> (y, (vjp per array argument, ...))`; `primitive` lifts
+it to the tape. Called with plain arrays only, a lifted op records nothing and returns a plain array: there is no
+"no_grad" mode because there is no mode at all. Vjps work on plain arrays, so there is no double backward.
+
+Works on NumPy and on CuPy arrays alike: ops use NumPy functions, which dispatch on the array they are given.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from .errors import SpecError
+
+Array = Any  # numpy.ndarray or cupy.ndarray; shapes are tested, not typed
+Vjp = Callable[[Array], Array]
+
+
+class Tensor:
+    """An array on the tape. `edges` holds (parent, vjp) pairs; a leaf has none; None once backward has used it."""
+
+    __slots__ = ("__weakref__", "data", "edges", "op")
+    __array_ufunc__ = None  # ndarray + Tensor asks Tensor.__radd__ instead of looping over elements
+
+    def __init__(
+        self, data: Array, edges: tuple[tuple[Tensor, Vjp], ...] | None = (), op: str = "leaf"
+    ) -> None:
+        self.data, self.edges, self.op = data, edges, op
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return tuple(self.data.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return int(self.data.ndim)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(self.data.size)
+
+    @property
+    def dtype(self) -> Any:
+        """The array's dtype."""
+        return self.data.dtype
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.op}, shape={self.shape}, dtype={self.dtype})"
+
+    def __bool__(self) -> bool:
+        raise SpecError("a Tensor has no truth value; compare its .data")
+
+
+class Parameter(Tensor):
+    """A leaf that holds a weight: gradients towards it can be deferred (`backward(..., later=[])`)."""
+
+    __slots__ = ()
+
+
+def data_of(x: Any) -> Any:
+    """The plain array of a Tensor; anything else unchanged."""
+    return x.data if isinstance(x, Tensor) else x
+
+
+def primitive(fn: Callable[..., tuple[Array, tuple[Vjp | None, ...]]]) -> Callable[..., Any]:
+    """Lift `fn(*arrays, **static) -> (y, vjps)` to the tape. `None` instead of a vjp: no gradient that way."""
+
+    @functools.wraps(fn)
+    def op(*args: Any, **static: Any) -> Any:
+        tracked = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        if not tracked:
+            return fn(*args, **static)[0]
+        y, vjps = fn(*[a.data if isinstance(a, Tensor) else a for a in args], **static)
+        edges = tuple([(args[i], v) for i in tracked if (v := vjps[i]) is not None])
+        return Tensor(y, edges, fn.__name__) if edges else y
+
+    op.raw = fn  # type: ignore[attr-defined]
+    return op
+
+
+class Gradients(dict[Tensor, Array]):
+    """Leaf (or kept) Tensor -> gradient array. Adding to it is how micro-batches accumulate."""
+
+    def add(self, leaf: Tensor, g: Array) -> None:
+        """Accumulate by `+`; the first gradient is taken as it is."""
+        self[leaf] = self[leaf] + g if leaf in self else g
+
+
+def backward(
+    y: Tensor,
+    dy: Array | None = None,
+    *,
+    into: Gradients | None = None,
+    keep: Iterable[Tensor] = (),
+    later: list[Callable[[], None]] | None = None,
+) -> Gradients:
+    """Gradients of <dy, y> with respect to every leaf under `y`, and to the inner Tensors named in `keep`.
+
+    `dy` defaults to 1 and is then only allowed for a scalar y. `into` accumulates into an earlier result. With `later`,
+    vjps that lead to a Parameter are not run but appended as thunks that add to the result when called: that is the
+    split of backward into "for inputs" and "for weights" of zero-bubble pipelines (R 3.2.1), and Dgrad against Wgrad.
+    The graph is freed as it is walked; a second backward through it raises SpecError.
+    """
+    if not isinstance(y, Tensor):
+        raise SpecError("backward needs a Tensor; this value depends on no leaf")
+    grads = Gradients() if into is None else into
+    kept = set(keep)
+    flowing: dict[Tensor, Array] = {y: _seed(y, dy)}
+    order = _topological(y)
+    while order:
+        node = order.pop()
+        g = flowing.pop(node, None)
+        if g is None:
+            continue
+        edges = node.edges
+        assert edges is not None
+        if not edges or node in kept:
+            grads.add(node, g)
+        for parent, vjp in edges:
+            if later is not None and type(parent) is Parameter:
+                later.append(functools.partial(_deferred, grads, parent, vjp, g, node.op))
+                continue
+            dx = _checked(vjp(g), parent, node.op)
+            flowing[parent] = flowing[parent] + dx if parent in flowing else dx
+        if edges:
+            node.edges = None
+    return grads
+
+
+def _seed(y: Tensor, dy: Array | None) -> Array:
+    if dy is None:
+        if y.size != 1:
+            raise SpecError(f"backward of shape {y.shape} needs dy; only a scalar has the default 1")
+        return np.ones_like(y.data)
+    if tuple(dy.shape) != y.shape:
+        raise SpecError(f"dy has shape {tuple(dy.shape)}, y has {y.shape}")
+    return dy
+
+
+def _deferred(grads: Gradients, leaf: Tensor, vjp: Vjp, g: Array, op: str) -> None:
+    grads.add(leaf, _checked(vjp(g), leaf, op))
+
+
+def _checked(dx: Array, parent: Tensor, op: str) -> Array:
+    if dx.shape != parent.data.shape:
+        raise SpecError(f"the vjp of {op} returned {dx.shape} for an input of shape {parent.shape}")
+    return dx
+
+
+def _topological(y: Tensor) -> list[Tensor]:
+    """Every node after all nodes it depends on; iterative (depth is unbounded) and deterministic (lists order it)."""
+    order: list[Tensor] = []
+    seen: set[Tensor] = set()
+    stack: list[tuple[Tensor, bool]] = [(y, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            if node.edges is None:
+                raise SpecError(f"the graph under {node!r} was already used by an earlier backward")
+            stack.append((node, True))
+            stack.extend([(p, False) for p, _ in reversed(node.edges) if p not in seen])
+    return order

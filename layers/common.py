@@ -1,0 +1,68 @@
+"""Stages that are used around every block: embedding, norms, residual additions, the mask, the head (R 2.1, 4.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd import nn_ops, ops
+from refimpl.autograd.tensor import Array
+
+from .stage import stage
+
+
+@stage("embed", eq="R 2.1", shape="B S D")
+def embed(tokens: Array, w: Any) -> Any:
+    """x[b, s] = w[tokens[b, s]].  tokens (B, S) int, w (V, D) -> (B, S, D)."""
+    return ops.take_rows(w, tokens)
+
+
+def _rms_norm(x: Any, w: Any, *, eps: float) -> Any:
+    """y = w x / sqrt(mean(x^2) + eps).  x (B, S, D), w (D,) -> (B, S, D)."""
+    return nn_ops.rms_norm(x, w, eps=eps)
+
+
+attn_norm = stage("attn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
+ffn_norm = stage("ffn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
+final_norm = stage("final_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
+
+
+def _add(x: Any, y: Any) -> Any:
+    """x + y: the residual stream.  x (B, S, D), y (B, S, D) -> (B, S, D)."""
+    return ops.add(x, y)
+
+
+resid_mid = stage("resid_mid", eq="R fig. 2", shape="B S D")(_add)
+resid = stage("resid", eq="R fig. 2", shape="B S D")(_add)
+
+
+@stage("logits", eq="R 2.2 (OutHead)", shape="B S V", compare="distribution")
+def logits(x: Any, w: Any) -> Any:
+    """x wT.  x (B, S, D), w (V, D) -> (B, S, V)."""
+    return nn_ops.linear(x, w)
+
+
+@stage("mask", eq="R 2.1.1 eq 10 (j <= t)", shape="B 1 S T", compare="exact")
+def mask(
+    positions: Array,
+    key_positions: Array,
+    key_valid: Array | None,
+    documents: Array | None,
+    key_documents: Array | None,
+    *,
+    dtype: Any,
+) -> Array:
+    """0 where query s may see key t, -inf elsewhere.  positions (B, S), key_positions (B, T), key_valid (B, T),
+    documents (B, S), key_documents (B, T) -> (B, 1, S, T).
+
+    A key is visible if it is not later, is not padding (key_valid 0), and belongs to the same document. Pre-training
+    packs documents without separating them (R 4.1), fine-tuning separates them (R 5.1): both are a choice of `documents`.
+    """
+    seen = key_positions[:, None, :] <= positions[:, :, None]  # (B, S, T)
+    if key_valid is not None:
+        seen = seen & (key_valid[:, None, :] != 0)
+    if documents is not None:
+        seen = seen & (key_documents[:, None, :] == documents[:, :, None])  # type: ignore[index]
+    # where the real kernels differ: they never build this array, they skip blocks
+    return np.where(seen, np.asarray(0, dtype), np.asarray(-np.inf, dtype))[:, None]

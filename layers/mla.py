@@ -1,0 +1,198 @@
+"""Multi-head latent attention (R 2.1.1, eqs 1-11), expanded and absorbed, with its latent cache.
+
+Expanded: every head's keys and values are formed from the latent (kv_b_proj). Absorbed: the key half of kv_b_proj moves to the
+query and the value half to the output, so that attention runs on the C + Dr cached numbers themselves. Equal in exact
+arithmetic: (q W) c = q (W c).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from refimpl.autograd import nn_ops, ops
+
+from .config import Config
+from .module import Linear, Module, RMSNorm
+from .stage import observed, stage
+
+Attend = Literal["auto", "expanded", "absorbed"]
+KV = tuple[Any, Any]
+"""One layer's latent cache: c_kv (B, T, C) after its norm, k_rope (B, T, Dr) after rotation."""
+
+
+def _linear(x: Any, w: Any, b: Any = None) -> Any:
+    """y = x wT (+ b).  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F)."""
+    return nn_ops.linear(x, w, b)
+
+
+q_a = stage("mla.q_a", eq="R eq 6", shape="B S Q")(_linear)
+kv_a = stage("mla.kv_a", eq="R eqs 1, 3", shape="B S C+Dr")(_linear)
+
+
+@stage("mla.q_a_norm", eq="R 4.2 (RMSNorm after the latent)", shape="B S Q")
+def q_a_norm(x: Any, w: Any, *, eps: float) -> Any:
+    """c^Q normalised.  x (B, S, Q), w (Q,) -> (B, S, Q)."""
+    return nn_ops.rms_norm(x, w, eps=eps)
+
+
+@stage("mla.c_kv", eq="R eq 1; 4.2 (RMSNorm after the latent)", shape="B S C")
+def c_kv(kv: Any, w: Any, *, eps: float) -> Any:
+    """c^KV normalised; the rope channels are not part of it.  kv (B, S, C+Dr), w (C,) -> (B, S, C)."""
+    return nn_ops.rms_norm(kv[..., : w.shape[0]], w, eps=eps)
+
+
+@stage("mla.q", eq="R eqs 7, 8 before RoPE", shape="B S H Dn+Dr")
+def q(x: Any, w: Any, *, n_heads: int) -> Any:
+    """Queries of all heads, nope channels first.  x (B, S, Q), w (H (Dn+Dr), Q) -> (B, S, H, Dn+Dr)."""
+    return nn_ops.linear(x, w).reshape(*x.shape[:-1], n_heads, -1)
+
+
+@stage("mla.q_rope", eq="R eq 8", shape="B S H Dr", compare="gauge")
+def q_rope(q: Any, table: Any, *, interleaved: bool) -> Any:
+    """The last Dr channels of each head, rotated.  q (B, S, H, Dn+Dr), table (2, B, S, Dr/2) -> (B, S, H, Dr)."""
+    return nn_ops.rotate(q[..., -2 * table.shape[-1] :], table[..., None, :], interleaved=interleaved)
+
+
+@stage("mla.k_rope", eq="R eq 3", shape="B S Dr", compare="gauge")
+def k_rope(kv: Any, table: Any, *, interleaved: bool) -> Any:
+    """The key channels that all heads share, rotated, not normalised.  kv (B, S, C+Dr), table (2, B, S, Dr/2) -> (B, S, Dr)."""
+    return nn_ops.rotate(kv[..., -2 * table.shape[-1] :], table, interleaved=interleaved)
+
+
+def _append(past: Any, new: Any) -> Any:
+    """The cache with the new entries behind the old.  past (B, P, *), new (B, S, *) -> (B, P+S, *)."""
+    return ops.concat([past, new], axis=1)
+
+
+cache_c_kv = stage("cache.c_kv", eq="R 2.1.1 (the boxed vectors)", shape="B T C")(_append)
+cache_k_rope = stage("cache.k_rope", eq="R 2.1.1 (the boxed vectors)", shape="B T Dr", compare="gauge")(_append)
+cache_positions = stage("cache.positions", eq="-", shape="B T", compare="exact")(_append)
+cache_valid = stage("cache.valid", eq="-", shape="B T", compare="exact")(_append)
+cache_documents = stage("cache.documents", eq="-", shape="B T", compare="exact")(_append)
+
+
+@stage("mla.kv_b", eq="R eqs 2, 5", shape="B T H Dn+Dv")
+def kv_b(c: Any, w: Any, *, n_heads: int) -> Any:
+    """Each head's k_nope and v, in this order.  c (B, T, C), w (H (Dn+Dv), C) -> (B, T, H, Dn+Dv)."""
+    return nn_ops.linear(c, w).reshape(*c.shape[:-1], n_heads, -1)
+
+
+@stage("mla.scores", eq="R eq 10, inside the softmax", shape="B H S T")
+def scores(q: Any, q_rope: Any, kv: Any, k_rope: Any, mask: Any, *, scale: float) -> Any:
+    """(q_nope k_nope + q_rope k_rope) scale + mask.  q (B, S, H, Dn+Dr), q_rope (B, S, H, Dr), kv (B, T, H, Dn+Dv),
+    k_rope (B, T, Dr), mask (B, 1, S, T) -> (B, H, S, T).
+    """
+    nope = q.shape[-1] - q_rope.shape[-1]
+    s = q[..., :nope].transpose(0, 2, 1, 3) @ kv[..., :nope].transpose(0, 2, 3, 1)  # (B, H, S, T)
+    s = s + q_rope.transpose(0, 2, 1, 3) @ k_rope.swapaxes(1, 2)[:, None]
+    return s * scale + mask
+
+
+@stage("mla.probs", eq="R eq 10", shape="B H S T")
+def probs(s: Any) -> Any:
+    """softmax over the keys; a query that sees no key gets zeros.  s (B, H, S, T) -> (B, H, S, T)."""
+    return nn_ops.softmax(s)
+
+
+@stage("mla.ctx", eq="R eq 10", shape="B S H Dv")
+def ctx(p: Any, kv: Any, *, v_dim: int) -> Any:
+    """sum_t p v_t per head.  p (B, H, S, T), kv (B, T, H, Dn+Dv) -> (B, S, H, Dv)."""
+    return (p @ kv[..., -v_dim:].transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+@stage("mla.q_absorbed", eq="R eqs 2, 10 regrouped", shape="B S H C")
+def q_absorbed(q: Any, w: Any, *, nope: int) -> Any:
+    """q_nope W_UK per head.  q (B, S, H, Dn+Dr), w (H (Dn+Dv), C) -> (B, S, H, C)."""
+    b, s, h, _ = q.shape
+    w_uk = w.reshape(h, -1, w.shape[-1])[:, :nope]  # (H, Dn, C)
+    rows = q[..., :nope].reshape(b * s, h, nope).swapaxes(0, 1)  # (H, B S, Dn)
+    return (rows @ w_uk).swapaxes(0, 1).reshape(b, s, h, -1)
+
+
+@stage("mla.scores_absorbed", eq="R eq 10, inside the softmax", shape="B H S T", tap="mla.scores")
+def scores_absorbed(q: Any, q_rope: Any, c: Any, k_rope: Any, mask: Any, *, scale: float) -> Any:
+    """(q_absorbed c + q_rope k_rope) scale + mask.  q (B, S, H, C), q_rope (B, S, H, Dr), c (B, T, C), k_rope (B, T, Dr),
+    mask (B, 1, S, T) -> (B, H, S, T).
+    """
+    b, s, h, _ = q.shape
+    y = q.reshape(b, s * h, -1) @ c.swapaxes(1, 2) + q_rope.reshape(b, s * h, -1) @ k_rope.swapaxes(1, 2)
+    return y.reshape(b, s, h, -1).swapaxes(1, 2) * scale + mask
+
+
+@stage("mla.ctx_latent", eq="R eqs 5, 10 regrouped", shape="B S H C")
+def ctx_latent(p: Any, c: Any) -> Any:
+    """sum_t p c_t per head.  p (B, H, S, T), c (B, T, C) -> (B, S, H, C)."""
+    b, h, s, t = p.shape
+    return (p.reshape(b, h * s, t) @ c).reshape(b, h, s, -1).swapaxes(1, 2)
+
+
+@stage("mla.ctx_absorbed", eq="R eqs 5, 10 regrouped", shape="B S H Dv", tap="mla.ctx")
+def ctx_absorbed(o: Any, w: Any, *, v_dim: int) -> Any:
+    """W_UV o per head.  o (B, S, H, C), w (H (Dn+Dv), C) -> (B, S, H, Dv)."""
+    b, s, h, c = o.shape
+    w_uv = w.reshape(h, -1, c)[:, -v_dim:].swapaxes(1, 2)  # (H, C, Dv)
+    return (o.reshape(b * s, h, c).swapaxes(0, 1) @ w_uv).swapaxes(0, 1).reshape(b, s, h, -1)
+
+
+@stage("attn_out", eq="R eq 11", shape="B S D")
+def attn_out(o: Any, w: Any, b: Any = None) -> Any:
+    """W^O [o_1; ...; o_H] (+ b).  o (B, S, H, Dv), w (D, H Dv), b (D,) or None -> (B, S, D)."""
+    return nn_ops.linear(o.reshape(*o.shape[:2], -1), w, b)
+
+
+class Attention(Module):
+    """Multi-head latent attention. Attributes are the checkpoint's names."""
+
+    def __init__(self, c: Config) -> None:
+        self.config = c
+        heads, qk = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, heads * qk)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, bias=c.attention_bias)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
+            self.q_b_proj = Linear(c.q_lora_rank, heads * qk)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=c.attention_bias)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def __call__(self, x: Any, table: Any, mask: Any, past: KV | None = None, attend: Attend = "auto") -> tuple[Any, KV]:
+        """x (B, S, D), table (2, B, S, Dr/2), mask (B, 1, S, T), past of T - S tokens -> y (B, S, D), cache of T tokens.
+
+        attend "auto": absorbed for one token at a time (as DeepSeek's engines decode), else expanded.
+        """
+        c = self.config
+        queries = self._queries(x)
+        kv = kv_a(x, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
+        qr = q_rope(queries, table, interleaved=c.rope_interleave)
+        latent = c_kv(kv, self.kv_a_layernorm.weight, eps=c.latent_norm_eps)
+        kr = k_rope(kv, table, interleaved=c.rope_interleave)
+        if past is not None:
+            latent, kr = cache_c_kv(past[0], latent), cache_k_rope(past[1], kr)
+        absorbed = attend == "absorbed" or (attend == "auto" and x.shape[1] == 1)
+        core = self._absorbed if absorbed else self._expanded
+        o = core(queries, qr, latent, kr, mask)
+        return attn_out(o, self.o_proj.weight, self.o_proj.bias), (latent, kr)
+
+    def _queries(self, x: Any) -> Any:
+        c = self.config
+        if c.q_lora_rank is None:
+            return q(x, self.q_proj.weight, n_heads=c.num_attention_heads)
+        latent = q_a(x, self.q_a_proj.weight, self.q_a_proj.bias)
+        latent = q_a_norm(latent, self.q_a_layernorm.weight, eps=c.latent_norm_eps)
+        return q(latent, self.q_b_proj.weight, n_heads=c.num_attention_heads)
+
+    def _expanded(self, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
+        c = self.config
+        kv = kv_b(latent, self.kv_b_proj.weight, n_heads=c.num_attention_heads)
+        if not observed():
+            return nn_ops.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
+        s = scores(queries, qr, kv, kr, mask, scale=c.softmax_scale)
+        return ctx(probs(s), kv, v_dim=c.v_head_dim)
+
+    def _absorbed(self, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
+        c, w = self.config, self.kv_b_proj.weight
+        qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)
+        p = probs(scores_absorbed(qa, qr, latent, kr, mask, scale=c.softmax_scale))
+        return ctx_absorbed(ctx_latent(p, latent), w, v_dim=c.v_head_dim)

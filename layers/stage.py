@@ -1,0 +1,162 @@
+"""The stage: a pure function with a stable, never reused name. The name is the spine of the whole specification.
+
+The model is a list of stage calls; a trace holds what went into and came out of each; the diff re-runs one alone; a
+precision plan is a table over stages. One mechanism serves them all: observers, held in a context variable, see
+every call `(stage, args, static, out)` and return the output that the caller gets. Nobody observing costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from refimpl.autograd.errors import SpecError
+from refimpl.autograd.tensor import data_of
+
+Compare = Literal["exact", "set", "value", "gauge", "distribution"]
+STAGES: dict[str, Stage] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A named pure function: `fn(*arrays, **static) -> array`, its place in the report, how its output is compared."""
+
+    name: str
+    fn: Callable[..., Any]
+    eq: str
+    compare: Compare
+    shape: str
+    tap: str
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        out = self.fn(*args, **static)
+        for observe in _observers.get():
+            out = observe(self, args, static, out)
+        return out
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.fn.__doc__
+
+
+class Observer(Protocol):
+    """Sees a finished stage call and returns the output to go on with."""
+
+    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any: ...
+
+
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+_at: ContextVar[str] = ContextVar("at", default="fwd")
+
+
+def stage(
+    name: str, *, eq: str, shape: str, compare: Compare = "value", tap: str | None = None
+) -> Callable[[Callable[..., Any]], Stage]:
+    """Give a pure function its place: name, equation or section of R, output shape in letters, comparison class.
+
+    `tap` is for a second form of a quantity (absorbed attention's scores): another stage, the same tap.
+    """
+
+    def define(fn: Callable[..., Any]) -> Stage:
+        assert name not in STAGES, f"stage {name} is defined twice"
+        STAGES[name] = Stage(name, fn, eq, compare, shape, tap or name)
+        return STAGES[name]
+
+    return define
+
+
+@contextmanager
+def observing(*observers: Observer) -> Iterator[None]:
+    """Let observers see every stage call in this context (and thread), after those already there."""
+    token = _observers.set(_observers.get() + observers)
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def observed() -> bool:
+    """Whether anyone observes: then the fused, faster forms of neighbouring stages stand back."""
+    return bool(_observers.get())
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name the run whose taps follow: `fwd`, or `dec7` for one cached step with 7 tokens already in the cache."""
+    token = _at.set(name)
+    try:
+        yield
+    finally:
+        _at.reset(token)
+
+
+@contextmanager
+def unit(name: str) -> Iterator[None]:
+    """Name the layer (`L3`) or MTP module (`mtp1`) whose taps follow: `fwd/L3/<tap>`."""
+    token = _at.set(f"{_at.get().partition('/')[0]}/{name}")
+    try:
+        yield
+    finally:
+        _at.reset(token)
+
+
+def tap_name(stage: Stage) -> str:
+    """The tap of a call made here: `fwd/L3/mla.q_rope`; inside an MTP unit the prefix falls: `fwd/mtp1/cat`."""
+    here = _at.get()
+    tap = stage.tap.removeprefix("mtp.") if "/mtp" in here else stage.tap
+    return f"{here}/{tap}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One line of a program: a stage, the tap it produced, and the names of what it consumed."""
+
+    stage: str
+    tap: str
+    args: tuple[Any, ...]  # a name, a tuple of names, None or a number
+    static: dict[str, Any]
+
+
+class Recorder:
+    """An observer that writes the program down and keeps what every tap held.
+
+    `recorder.know(name, array)` introduces inputs and weights. An array argument that nobody introduced and no stage
+    produced raises SpecError: every tensor has a stage.
+    """
+
+    def __init__(self, keep: Callable[[str], bool] = lambda tap: True) -> None:
+        self.program: list[Call] = []
+        self.taps: dict[str, Any] = {}
+        self._keep = keep
+        self._produced: set[str] = set()
+        self._names: dict[int, tuple[str, Any]] = {}  # id -> name, and the array itself so that the id stays taken
+
+    def know(self, name: str, array: Any) -> None:
+        """Introduce an input or a weight."""
+        array = data_of(array)
+        self._names[id(array)] = (name, array)
+
+    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
+        tap = tap_name(stage)
+        names = tuple([self._name(a, tap) for a in args])
+        if tap in self._produced:
+            raise SpecError(f"tap {tap} was produced twice; run under another phase, or with a new Recorder")
+        self._produced.add(tap)
+        self.program.append(Call(stage.name, tap, names, static))
+        self.know(tap, out)
+        if self._keep(tap):
+            self.taps[tap] = out
+        return out
+
+    def _name(self, arg: Any, tap: str) -> Any:
+        if isinstance(arg, tuple | list):
+            return tuple([self._name(a, tap) for a in arg])
+        if arg is None or isinstance(arg, int | float):
+            return arg
+        known = self._names.get(id(data_of(arg)))
+        if known is None:
+            raise SpecError(f"{tap} consumes an array {arg.shape} that no stage produced and nobody introduced")
+        return known[0]

@@ -1,0 +1,271 @@
+"""The whole model: embedding, decoder layers, final norm, head, MTP modules (R fig. 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from refimpl.autograd.errors import SpecError, require, where
+from refimpl.autograd.tensor import Array, Parameter, data_of
+from refimpl.layers import loss as losses
+from refimpl.layers import mla, mtp, router
+from refimpl.layers.block import DecoderLayer
+from refimpl.layers.common import embed, final_norm, logits, mask
+from refimpl.layers.config import Config
+from refimpl.layers.mla import KV, Attend
+from refimpl.layers.module import Embedding, Module, RMSNorm, is_buffer
+from refimpl.layers.mtp import MTPLayer
+from refimpl.layers.rope import rope_tables
+from refimpl.layers.router import Routing
+from refimpl.layers.stage import phase, unit
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What decoding remembers: per layer c_kv (B, T, C) and k_rope (B, T, Dr); positions, valid, documents (B, T)."""
+
+    layers: tuple[KV, ...]
+    positions: Array
+    valid: Array | None = None
+    documents: Array | None = None
+
+    def __len__(self) -> int:
+        return int(self.positions.shape[1])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding or None, documents (B, S) or None."""
+
+    tokens: Array
+    positions: Array
+    valid: Array | None = None
+    documents: Array | None = None
+
+    def named(self) -> Iterable[tuple[str, Array]]:
+        """(name, array) of what is given, for a recorder."""
+        return [(n, a) for n, a in vars(self).items() if a is not None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits (B, S, V), hidden before and after the final norm (B, S, D), the cache, each MoE layer's routing, MTP logits."""
+
+    logits: Any
+    hidden_pre_norm: Any
+    hidden: Any
+    cache: Cache
+    routing: dict[str, Routing]
+    mtp_logits: list[Any] = field(default_factory=list)
+
+
+class Model(Module):
+    """embed_tokens, layers, norm. MTP modules are the layers after num_hidden_layers, as in the checkpoint."""
+
+    def __init__(self, c: Config, *, n_mtp: int) -> None:
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers: list[DecoderLayer] = [DecoderLayer(c, i) for i in range(c.num_hidden_layers)]
+        self.layers += [MTPLayer(c, c.num_hidden_layers + k) for k in range(n_mtp)]
+        self.norm = RMSNorm(c.hidden_size)
+
+
+class ForCausalLM(Module):
+    """DeepSeek-V3. `ForCausalLM(config).load(weights)` gives a model that holds arrays; calling it computes."""
+
+    def __init__(self, c: Config, *, n_mtp: int | None = None) -> None:
+        self.config = c
+        self.n_mtp = c.num_nextn_predict_layers if n_mtp is None else n_mtp
+        self.model = Model(c, n_mtp=self.n_mtp)
+        if not c.tie_word_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size)
+
+    @classmethod
+    def from_weights(cls, c: Config, weights: Mapping[str, Any]) -> Self:
+        """The model that holds `weights` under checkpoint names; without any MTP tensor there, a model without MTP."""
+        has_mtp = any(n.startswith(f"model.layers.{c.num_hidden_layers}.") for n in weights)
+        if c.tie_word_embeddings:
+            weights = {n: weights[n] for n in weights if n != "lm_head.weight"}
+        return cls(c, n_mtp=None if has_mtp else 0).load(weights)
+
+    def with_gradients(self) -> Self:
+        """The same model with every trained weight a leaf on the tape (no copies)."""
+        return self.map(lambda name, w: w if is_buffer(name) or not hasattr(w, "dtype") else Parameter(w))
+
+    @property
+    def _head(self) -> Any:
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype the model computes in: that of its embedding."""
+        return self.model.embed_tokens.weight.dtype
+
+    def inputs(
+        self, tokens: Any, positions: Any = None, valid: Any = None, documents: Any = None, cache: Cache | None = None
+    ) -> Inputs:
+        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache.
+
+        Raises SpecError for ids outside the vocabulary, positions outside the table, empty batches, odd shapes.
+        """
+        c = self.config
+        tokens = _integers("tokens", tokens)
+        require(tokens.ndim == 2 and tokens.size > 0, f"tokens has shape {tokens.shape}; expected (B, S), not empty")
+        _within("token id", tokens, c.vocab_size, "vocab_size")
+        valid = None if valid is None else _like("valid", valid, tokens)
+        documents = None if documents is None else _like("documents", documents, tokens)
+        if positions is None:
+            positions = _count(tokens, valid, cache)
+        positions = np.ascontiguousarray(np.broadcast_to(_integers("positions", positions), tokens.shape))
+        _within("position", positions, c.max_position_embeddings, "max_position_embeddings")
+        if cache is not None:
+            batch = cache.positions.shape[0]
+            require(batch == len(tokens), f"the cache holds {batch} sequences, tokens {len(tokens)}")
+        return Inputs(tokens, positions, valid, documents)
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        cache: Cache | None = None,
+        *,
+        attend: Attend = "auto",
+        with_mtp: bool = False,
+        name: str | None = None,
+    ) -> Output:
+        """Run the model; taps are named under `name`, by default "fwd", or "decN" with N tokens in the cache."""
+        name = name or (f"dec{len(cache)}" if cache else "fwd")
+        with phase(name):
+            x = embed(inputs.tokens, self.model.embed_tokens.weight)
+            keys = _extend(cache, inputs)
+            table, m = self._tables(inputs), self._mask(inputs, keys)
+            kvs, routing = [], {}
+            for i in range(self.config.num_hidden_layers):
+                with unit(f"L{i}"):
+                    past = cache.layers[i] if cache else None
+                    x, kv, routed = self.model.layers[i](x, table, m, past, attend)
+                kvs.append(kv)
+                if routed is not None:
+                    routing[f"L{i}"] = routed
+            h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
+            y = logits(h, self._head)
+            extra = self._mtp(inputs, x, h, attend) if with_mtp else []
+        return Output(y, x, h, Cache(tuple(kvs), *keys), routing, extra)
+
+    def _tables(self, inputs: Inputs) -> Array:
+        c = self.config
+        return rope_tables(inputs.positions, dim=c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn, dtype=self.dtype)
+
+    def _mask(self, inputs: Inputs, keys: tuple[Any, Any, Any]) -> Array:
+        positions, valid, documents = keys
+        return mask(inputs.positions, positions, valid, inputs.documents, documents, dtype=self.dtype)
+
+    def _mtp(self, inputs: Inputs, pre: Any, post: Any, attend: Attend) -> list[Any]:
+        """Every MTP module in turn -> logits (B, S-k, V) each. The main model's hidden is where the chain starts."""
+        require(inputs.tokens.shape[1] > self.n_mtp, f"{self.n_mtp} MTP modules need more than {self.n_mtp} tokens")
+        d = self.config.dialect
+        h = post if d.mtp_hidden == "post_norm" else pre
+        tokens, out = inputs.tokens, []
+        for k in range(1, self.n_mtp + 1):
+            layer = self.model.layers[self.config.num_hidden_layers + k - 1]
+            assert isinstance(layer, MTPLayer)
+            with unit(f"mtp{k}"):
+                inputs = _shrink(inputs)
+                x = layer.front(tokens, mtp.hidden(h), self.model.embed_tokens.weight, depth=k)
+                keys = (inputs.positions, inputs.valid, inputs.documents)
+                x, n = layer.block(x, self._tables(inputs), self._mask(inputs, keys), attend)
+                h = n if d.mtp_recycle == "post_norm" else x
+                out.append(logits(n, self._head))
+        return out
+
+    def loss(
+        self, inputs: Inputs, labels: Any, *, mtp_weight: float = 0.0, aux_weight: float = 0.0
+    ) -> tuple[Any, dict[str, Any]]:
+        """Cross-entropy of the next token, + mtp_weight x mean MTP loss, + the balance loss with alpha = aux_weight.
+
+        labels (B, S): the token itself at each position (the shift is inside), -100 to ignore. -> loss (), its parts.
+        """
+        labels = _like("labels", labels, inputs.tokens)
+        counted = labels[labels != losses.IGNORE]
+        _within("label", counted, self.config.vocab_size, "vocab_size")
+        c, with_mtp = self.config, bool(mtp_weight and self.n_mtp)
+        out = self(inputs, with_mtp=with_mtp)
+        with phase("fwd"):
+            parts: dict[str, Any] = {"loss.main": losses.main(out.logits, labels)}
+            for k, y in enumerate(out.mtp_logits, 1):
+                with unit(f"mtp{k}"):
+                    parts[f"loss.mtp{k}"] = losses.mtp(y, labels, depth=k, mean=c.dialect.mtp_loss_mean)
+            aux = {}
+            for at, r in out.routing.items() if aux_weight else ():
+                routed = r.ids if c.dialect.seq_aux_counts == "routed" else None
+                with unit(at):
+                    aux[f"{at}/loss.seq_aux"] = router.seq_aux(r.scores, routed, k=c.num_experts_per_tok, alpha=aux_weight)
+            heads = tuple(v for n, v in parts.items() if "mtp" in n)
+            total = losses.total(parts["loss.main"], heads, tuple(aux.values()), mtp_weight=mtp_weight)
+        return total, {"loss": total} | parts | aux
+
+
+def expected_tensors(c: Config, *, mtp: bool = True) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape of everything the model of this config holds (MTP copies of embedding and head left out)."""
+    model = ForCausalLM(c, n_mtp=None if mtp else 0)
+    return {n: w.shape for n, w in model.named_weights() if not w.optional}
+
+
+def _extend(cache: Cache | None, inputs: Inputs) -> tuple[Any, Any, Any]:
+    """positions, valid, documents of all keys: the cache's, then the new ones."""
+    if cache is None:
+        return inputs.positions, inputs.valid, inputs.documents
+    valid, past_valid = inputs.valid, cache.valid
+    if (valid is None) != (past_valid is None):
+        valid = np.ones_like(inputs.tokens) if valid is None else valid
+        past_valid = np.ones_like(cache.positions) if past_valid is None else past_valid
+    if (inputs.documents is None) != (cache.documents is None):
+        raise SpecError("documents must be given for every part of a sequence or for none")
+    return (
+        mla.cache_positions(cache.positions, inputs.positions),
+        None if valid is None else mla.cache_valid(past_valid, valid),
+        None if inputs.documents is None else mla.cache_documents(cache.documents, inputs.documents),
+    )
+
+
+def _shrink(i: Inputs) -> Inputs:
+    """The inputs of the next MTP depth: one position fewer."""
+    return Inputs(
+        i.tokens,
+        mtp.positions(i.positions),
+        None if i.valid is None else mtp.valid(i.valid),
+        None if i.documents is None else mtp.documents(i.documents),
+    )
+
+
+def _integers(name: str, a: Any) -> Array:
+    with where(f"in {name}"):
+        try:
+            a = np.asarray(data_of(a)) if isinstance(a, list | tuple | int) else a
+        except ValueError as error:
+            raise SpecError(f"not a rectangular array: {error}") from None
+        require(a.dtype.kind in "iu" or a.size == 0, f"dtype {a.dtype}; expected integers")
+        return a.astype(np.int64)
+
+
+def _within(what: str, a: Array, limit: int, name: str) -> None:
+    if a.size and (a.min() < 0 or a.max() >= limit):
+        bad = np.argwhere((a < 0) | (a >= limit))[0].tolist()
+        raise SpecError(f"{what} {int(a[tuple(bad)])} at {bad}: outside 0..{limit - 1} ({name}={limit})")
+
+
+def _like(name: str, a: Any, tokens: Array) -> Array:
+    a = _integers(name, a if not (hasattr(a, "dtype") and a.dtype == bool) else a.astype(np.int64))
+    require(a.shape == tokens.shape, f"{name} has shape {a.shape}, tokens {tokens.shape}")
+    return a
+
+
+def _count(tokens: Array, valid: Array | None, cache: Cache | None) -> Array:
+    """0, 1, 2, ... over the tokens that are not padding, on from those in the cache; padding gets 0."""
+    ones = np.ones_like(tokens) if valid is None else valid
+    start = np.zeros_like(tokens[:, :1])
+    if cache is not None:
+        seen = np.ones_like(cache.positions) if cache.valid is None else cache.valid
+        start = np.where(seen != 0, cache.positions + 1, 0).max(axis=1, keepdims=True, initial=0)
+    return np.where(ones != 0, start + np.cumsum(ones, axis=1) - 1, 0)
