@@ -38,12 +38,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding or None, documents (B, S) or None."""
+    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding, documents (B, S), labels (B, S)."""
 
     tokens: Array
     positions: Array
     valid: Array | None = None
     documents: Array | None = None
+    labels: Array | None = None
 
     def named(self) -> Iterable[tuple[str, Array]]:
         """(name, array) of what is given, for a recorder."""
@@ -104,9 +105,17 @@ class ForCausalLM(Module):
         return self.model.embed_tokens.weight.dtype
 
     def inputs(
-        self, tokens: Any, positions: Any = None, valid: Any = None, documents: Any = None, cache: Cache | None = None
+        self,
+        tokens: Any,
+        positions: Any = None,
+        valid: Any = None,
+        documents: Any = None,
+        labels: Any = None,
+        *,
+        cache: Cache | None = None,
     ) -> Inputs:
-        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache.
+        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache; labels are the
+        tokens themselves (the loss shifts them), -100 to ignore.
 
         Raises SpecError for ids outside the vocabulary, positions outside the table, empty batches, odd shapes.
         """
@@ -123,7 +132,10 @@ class ForCausalLM(Module):
         if cache is not None:
             batch = cache.positions.shape[0]
             require(batch == len(tokens), f"the cache holds {batch} sequences, tokens {len(tokens)}")
-        return Inputs(tokens, positions, valid, documents)
+        if labels is not None:
+            labels = _like("labels", labels, tokens)
+            _within("label", np.where(labels == losses.IGNORE, 0, labels), c.vocab_size, "vocab_size")
+        return Inputs(tokens, positions, valid, documents, labels)
 
     def __call__(
         self,
@@ -180,15 +192,14 @@ class ForCausalLM(Module):
         return out
 
     def loss(
-        self, inputs: Inputs, labels: Any, *, mtp_weight: float = 0.0, aux_weight: float = 0.0
+        self, inputs: Inputs, *, mtp_weight: float = 0.0, aux_weight: float = 0.0
     ) -> tuple[Any, dict[str, Any]]:
         """Cross-entropy of the next token, + mtp_weight x mean MTP loss, + the balance loss with alpha = aux_weight.
 
-        labels (B, S): the token itself at each position (the shift is inside), -100 to ignore. -> loss (), its parts.
+        -> loss (), its parts by name.
         """
-        labels = _like("labels", labels, inputs.tokens)
-        counted = labels[labels != losses.IGNORE]
-        _within("label", counted, self.config.vocab_size, "vocab_size")
+        labels = inputs.labels
+        require(labels is not None, "the loss needs labels: model.inputs(tokens, labels=...)")
         c, with_mtp = self.config, bool(mtp_weight and self.n_mtp)
         out = self(inputs, with_mtp=with_mtp)
         with phase("fwd"):

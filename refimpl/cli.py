@@ -1,0 +1,141 @@
+"""The command line. Results go to standard output, everything else to standard error; exit codes are part of the contract."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from refimpl.autograd.errors import SpecError
+
+BAD_INPUT = 3
+INTERRUPTED = 130
+
+_DIFF = """Judge a recorded run of another implementation, stage by stage.
+
+CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose tensors are
+named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the candidate's own
+recorded inputs, so a wrong stage shows up alone, wherever it is.
+
+exit code: 0 conforms, 1 diverges, 2 inconclusive (something needed was not recorded), 3 bad input"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except SpecError as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("refimpl: interrupted; nothing was left half-written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    diff = commands.add_parser("diff", help="judge another implementation's trace", description=_DIFF, formatter_class=raw)
+    diff.add_argument("case", type=Path)
+    diff.add_argument("candidate", type=Path)
+    diff.add_argument("--all", action="store_true", help="list every tap in model order")
+    diff.add_argument("--quiet", action="store_true", help="print the verdict only")
+    diff.add_argument("--json", action="store_true", help="print JSON (schema refimpl-diff/1)")
+    diff.set_defaults(run=_diff)
+
+    info = commands.add_parser("info", help="what a checkpoint holds, misses, has too much (exit code 1 if so)")
+    info.add_argument("checkpoint", help="a safetensors file, a folder, or the name of a preset such as deepseek-v3")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+
+    trace = commands.add_parser("trace", help="record the specification's own run of a case")
+    trace.add_argument("case", type=Path)
+    trace.add_argument("-o", "--out", type=Path, required=True)
+    trace.add_argument("--precision", default="float32", choices=["float64", "float32", "bf16"])
+    trace.add_argument("--attend", default="expanded", choices=["expanded", "absorbed"])
+    trace.add_argument("--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'L*/router.*,logits'")
+    trace.set_defaults(run=_trace)
+
+    record = commands.add_parser("record", help="record another implementation's run of a case")
+    record.add_argument("framework", choices=["hf"], help="hf: Hugging Face transformers (needs the extra 'interop')")
+    record.add_argument("case", type=Path)
+    record.add_argument("-o", "--out", type=Path, required=True)
+    record.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    record.add_argument("--bug", help="inject a known bug of the corpus, e.g. R01; 'list' prints them")
+    record.set_defaults(run=_record)
+
+    case = commands.add_parser("case", help="write a small case with random weights to run on both sides")
+    case.add_argument("out", type=Path)
+    case.add_argument("--preset", default="tiny", help="tiny or mini")
+    case.add_argument("--config", type=Path, help="a config.json instead of a preset")
+    case.add_argument("--seed", type=int, default=0)
+    case.set_defaults(run=_case)
+    return parser
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from refimpl.diff.case import Case
+    from refimpl.diff.judge import judge
+    from refimpl.diff.report import render, summary, to_json
+    from refimpl.diff.trace import Trace
+
+    judgement = judge(Case.read(args.case), Trace.read(args.candidate))
+    text = to_json(judgement) if args.json else summary(judgement) if args.quiet else render(judgement, everything=args.all)
+    print(text)
+    return judgement.exit_code
+
+
+def _info(args: argparse.Namespace) -> int:
+    from refimpl.info import count_parameters, describe, render, render_counts, to_json
+    from refimpl.layers.config import PRESETS
+
+    if args.checkpoint in PRESETS and not Path(args.checkpoint).exists():
+        print("\n".join(render_counts(count_parameters(PRESETS[args.checkpoint]))))
+        return 0
+    info = describe(args.checkpoint)
+    print(to_json(info) if args.json else render(info))
+    return 0 if info.ok else 1
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from refimpl.diff.case import Case
+    from refimpl.diff.ours import trace_case
+
+    options = {"precision": args.precision, "attend": args.attend, "taps": args.taps.split(",")}
+    trace = trace_case(Case.read(args.case), **options)
+    trace.write(args.out)
+    print(f"{args.out}: {len(trace.taps)} taps")
+    return 0
+
+
+def _record(args: argparse.Namespace) -> int:
+    from refimpl.diff import hf
+    from refimpl.diff.hf_bugs import BUGS
+
+    if args.bug == "list":
+        print("\n".join(f"{name}  {bug.description}" for name, bug in BUGS.items()))
+        return 0
+    path = hf.record(args.case, args.out, dtype=args.dtype, patch=args.bug)
+    print(path)
+    return 0
+
+
+def _case(args: argparse.Namespace) -> int:
+    from refimpl.diff.make_case import new_case
+    from refimpl.layers.config import PRESETS, Config
+    from refimpl.sources import read_json
+
+    if args.config is None and args.preset not in PRESETS:
+        raise SpecError(f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
+    config = Config.from_dict(read_json(args.config)) if args.config else PRESETS[args.preset]
+    new_case(args.out, config, seed=args.seed)
+    print(args.out)
+    return 0

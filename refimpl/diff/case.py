@@ -1,0 +1,55 @@
+"""A case: what both sides run. A folder with config.json, weights.safetensors (checkpoint names) and tokens.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refimpl.autograd.errors import SpecError, require, where
+from refimpl.autograd.tensor import Array
+from refimpl.checkpoint import Checkpoint
+from refimpl.layers.config import Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """config (config.json as it is), the checkpoint beside it (lazy), tokens (B, S), positions and valid or None."""
+
+    path: Path
+    raw_config: dict[str, Any]
+    checkpoint: Checkpoint
+    tokens: list[list[int]]
+    positions: list[list[int]] | None = None
+    valid: list[list[int]] | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Case:
+        """Open a case folder; SpecError says which of its files is missing or unsound."""
+        path = Path(path)
+        with where(f"while reading case {path}"):
+            require(path.is_dir(), "not a folder; a case holds config.json, weights.safetensors and tokens.json")
+            run = _json(path / "tokens.json")
+            require(isinstance(run, dict) and "tokens" in run, 'tokens.json must be {"tokens": [[...], ...]}')
+            config = _json(path / "config.json")
+            return cls(path, config, Checkpoint.open(path), run["tokens"], run.get("positions"), run.get("valid"))
+
+    @property
+    def config(self) -> Config:
+        """The config, checked."""
+        with where(f"in {self.path / 'config.json'}"):
+            return Config.from_dict(self.raw_config)
+
+    def weights(self) -> dict[str, Array]:
+        """Every tensor under its checkpoint name, dequantised."""
+        return {n: self.checkpoint[n] for n in self.checkpoint}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SpecError(f"{path.name}: {error}") from None

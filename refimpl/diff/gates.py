@@ -1,0 +1,101 @@
+"""Gates that come before the mathematics: the same inputs, the same weights, enough recorded, a sound recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from refimpl.autograd.errors import SpecError
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+from refimpl.layers.precision import BF16
+from refimpl.layers.stage import Call
+
+from .case import Case
+from .trace import Header, Trace, digest
+
+
+@dataclass(frozen=True)
+class Gate:
+    """ok, FAIL, or ? when it cannot be decided; a line of text, and details for the long form."""
+
+    name: str
+    state: Literal["ok", "FAIL", "?"]
+    text: str
+    details: tuple[str, ...] = ()
+
+
+def inputs_gate(case: Case, trace: Trace) -> Gate:
+    """Tokens, positions, padding and config must be the case's: anything else is another experiment (SpecError)."""
+    h = trace.header
+    for name in ("tokens", "positions", "valid"):
+        mine, theirs = getattr(case, name), getattr(h, name)
+        if mine != theirs and not (name == "positions" and mine is None and theirs == _counting(case.tokens)):
+            raise SpecError(f"the trace was recorded with other {name} than the case holds; record it again")
+    mine_c, theirs_c = case.config, trace.config
+    different = [f for f in Config.__dataclass_fields__ if f != "dialect" and getattr(mine_c, f) != getattr(theirs_c, f)]
+    different = [f for f in different if f != "num_nextn_predict_layers"]
+    if different:
+        f = different[0]
+        what = f"{f} is {getattr(theirs_c, f)!r}, in the case {getattr(mine_c, f)!r}"
+        return Gate("inputs", "FAIL", f"config differs: {what}", tuple(different))
+    return Gate("inputs", "ok", f"config, {sum(map(len, case.tokens))} tokens")
+
+
+def _counting(tokens: list[list[int]]) -> list[list[int]]:
+    return [list(range(len(row))) for row in tokens]
+
+
+def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bool]:
+    """Compare digests with the case's weights as they are, or rounded to bfloat16 if that is how the candidate holds them.
+
+    -> the gate, and whether the rounded weights are the ones that agree.
+    """
+    if not header.weights:
+        return Gate("weights", "?", "the trace declares no weight digests: wrong weights would look like wrong maths"), False
+    rounded = False
+    wrong, missing = [], [n for n in weights if n not in header.weights]
+    for name, w in weights.items():
+        theirs = header.weights.get(name)
+        if theirs in (None, digest(w)):
+            continue
+        if header.precision.get("storage") == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):
+            rounded = True
+        else:
+            wrong.append(name)
+    extra = [n for n in header.weights if n not in weights]
+    n = len(weights)
+    if wrong:
+        return Gate("weights", "FAIL", f"{len(wrong)} of {n} tensors differ from the case: {wrong[0]}", tuple(wrong)), rounded
+    if missing or extra:
+        text = f"{len(missing)} tensors not loaded, {len(extra)} not in the case: {(missing + extra)[0]}"
+        return Gate("weights", "FAIL", text, tuple(missing + extra)), rounded
+    return Gate("weights", "ok", f"{n} of {n} tensors agree" + (" after rounding to bfloat16" if rounded else "")), rounded
+
+
+def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Array]) -> Gate:
+    """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it undecided."""
+    ours = [c.tap for c in program]
+    seen = [t for t in ours if t in trace.taps]
+    unknown = sorted(set(trace.taps) - set(reference))
+    absent = sorted(set(trace.header.expected) - set(trace.taps))
+    text = f"{len(seen)} of {len(ours)} taps recorded"
+    details = tuple(t for t in ours if t not in trace.taps)
+    if not seen:
+        return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
+    if absent:
+        return Gate("coverage", "?", f"{text}; expected but never recorded: {', '.join(absent[:3])}", tuple(absent))
+    if unknown:
+        return Gate("coverage", "?", f"{text}; unknown taps: {', '.join(unknown[:3])}", tuple(unknown))
+    return Gate("coverage", "ok", text, details)
+
+
+def self_check_gate(header: Header) -> Gate:
+    """The recorder's own test: the probe must not change the result."""
+    value = header.self_check.get("logits_taps_off_vs_on")
+    if value is None:
+        return Gate("recording", "ok", "no self-check declared")
+    if value != 0:
+        return Gate("recording", "?", f"recording changed the logits by {value:.1e}")
+    return Gate("recording", "ok", "logits with and without taps are identical")

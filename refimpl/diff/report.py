@@ -1,0 +1,67 @@
+"""A judgement as text for people, or as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from .judge import Finding, Judgement, explain
+
+
+def render(j: Judgement, *, everything: bool = False) -> str:
+    """At most about a screen, the verdict last; `everything` lists every tap in model order."""
+    lines = [f"{g.name:<10}{g.state:<5} {g.text}" for g in j.gates]
+    bad = j.culprits
+    stages = sorted({f.stage for f in bad})
+    state = "FAIL" if bad else "ok"
+    what = f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(stages)}" if bad else f"{len(j.findings)} taps replayed"
+    lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}"]
+    if everything:
+        lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
+    for f in bad[:8]:
+        lines += ["", f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e} = {explain(f)}", f"    {f.note}"]
+    if len(bad) > 8:
+        lines += ["", f"  ... and {len(bad) - 8} more (--all lists every tap)"]
+    return "\n".join([*lines, "", _verdict(j)])
+
+
+def _row(f: Finding) -> str:
+    return f"  {f.tap:<30} {f.error:>9.1e} {f.allowed:>9.1e} {f.chained:>9.1e}" + ("" if f.ok else "  <-- " + f.note)
+
+
+def _chained(j: Judgement) -> str:
+    """Where the candidate, run on its own, is first visibly away from our run: what comparing two recordings would show."""
+    far = [f for f in j.findings if f.chained > 10 * f.allowed or (f.stage in ("router.ids", "router.groups") and f.chained)]
+    return f"first visible at {far[0].tap}, {len(far)} taps differ after it" if far else "never visibly away from our own run"
+
+
+def _verdict(j: Judgement) -> str:
+    unseen = next((len(g.details) for g in j.gates if g.name == "coverage"), 0)
+    names = sorted({f.stage for f in j.culprits})
+    gates = [g.name for g in j.gates if g.state == "FAIL"]
+    culprit = f"culprit: {', '.join(names + gates)}" if names + gates else ""
+    undecided = [g.name for g in j.gates if g.state == "?"]
+    why = f"undecided: {', '.join(undecided)}" if undecided else ""
+    return f"{j.verdict} ({'; '.join([x for x in (culprit, why, f'{unseen} taps unseen') if x])})"
+
+
+def summary(j: Judgement) -> str:
+    """One line."""
+    return _verdict(j)
+
+
+def to_json(j: Judgement) -> str:
+    """schema refimpl-diff/1: verdict, exit_code, gates, findings (numbers that are not finite become null)."""
+
+    def number(x: float) -> float | None:
+        return x if math.isfinite(x) else None
+
+    def rows() -> Iterator[dict[str, object]]:
+        for f in j.findings:
+            numbers = {k: number(getattr(f, k)) for k in ("error", "twin", "allowed", "chained")}
+            yield {"tap": f.tap, "stage": f.stage, "ok": f.ok, "note": f.note} | numbers
+
+    gates = [{"name": g.name, "state": g.state, "text": g.text, "details": list(g.details)} for g in j.gates]
+    body = {"schema": "refimpl-diff/1", "verdict": j.verdict, "exit_code": j.exit_code, "layouts": j.layouts}
+    return json.dumps(body | {"gates": gates, "findings": list(rows())}, indent=1)

@@ -1,0 +1,99 @@
+"""A trace: what an implementation recorded of one run, as one safetensors file whose tensor names are tap names.
+
+`__metadata__` holds one JSON text under "trace": schema, producer, config, weight digests, inputs, precision, layouts,
+the taps that were meant to be recorded, and notes. Any language with a safetensors writer can make one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl import safetensors
+from refimpl.autograd.errors import SpecError, require, where
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+
+SCHEMA = "refimpl-trace/1"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The JSON part. tokens and positions (B, S) as nested lists; weights: checkpoint name -> "sha256:..."."""
+
+    config: dict[str, Any]
+    tokens: list[list[int]]
+    positions: list[list[int]] | None = None
+    valid: list[list[int]] | None = None
+    schema: str = SCHEMA
+    producer: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    phases: list[str] = field(default_factory=lambda: ["fwd"])
+    precision: dict[str, str] = field(default_factory=lambda: {"storage": "float32", "accumulate": "float32"})
+    layouts: dict[str, str] = field(default_factory=dict)
+    dims: dict[str, str] = field(default_factory=dict)
+    slices: dict[str, Any] = field(default_factory=dict)
+    expected: list[str] = field(default_factory=list)
+    self_check: dict[str, Any] = field(default_factory=dict)
+    notes: str = ""
+
+    @classmethod
+    def from_json(cls, text: str) -> Header:
+        """Parse and check; SpecError says which key is missing, unknown or of the wrong kind."""
+        try:
+            d = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"the trace header is not JSON: {error}") from None
+        require(isinstance(d, dict), "the trace header is not a JSON object")
+        require(d.get("schema") == SCHEMA, f"schema {d.get('schema')!r}; this version reads {SCHEMA!r}")
+        kinds = {f.name: str(f.type).partition("[")[0].partition(" ")[0] for f in dataclasses.fields(cls)}
+        unknown = sorted(set(d) - set(kinds))
+        require(not unknown, f"unknown header keys: {', '.join(unknown)}")
+        for key in ("config", "tokens"):
+            require(key in d, f"the header lacks {key!r}")
+        for key, value in d.items():
+            kind = {"dict": dict, "list": list, "str": str}[kinds[key]]
+            optional = value is None and key in ("positions", "valid")
+            require(optional or isinstance(value, kind), f"header key {key!r} is not a {kind.__name__}")
+        return cls(**d)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Header and taps: name -> array, memory-mapped when read from a file."""
+
+    header: Header
+    taps: Mapping[str, Array]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Trace:
+        """Open a trace; tap data stays on disk until used. SpecError for anything that is not a sound trace."""
+        with where(f"while reading trace {path}"):
+            file = safetensors.open_file(path)
+            text = file.metadata.get("trace")
+            require(text is not None, 'no "trace" entry in the metadata: this safetensors file is not a trace')
+            return cls(Header.from_json(text), file)
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically."""
+        text = json.dumps(dataclasses.asdict(self.header), sort_keys=True)
+        safetensors.write_file(path, dict(self.taps), metadata={"trace": text})
+
+    @property
+    def config(self) -> Config:
+        """The model's config as the producer declared it."""
+        with where("in the trace header's config"):
+            return Config.from_dict(self.header.config)
+
+
+def digest(array: Array) -> str:
+    """sha256 of a weight's dtype-independent content: shape and float32 values, so that bf16 and its widening agree."""
+    a = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
+    return "sha256:" + hashlib.sha256(str(a.shape).encode() + a.tobytes()).hexdigest()

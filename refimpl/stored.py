@@ -1,0 +1,158 @@
+"""A tensor as it will be stored: cast to float32 or bfloat16, or as FP8 codes with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+from refimpl.autograd.errors import require, where
+from refimpl.layers.numerics.blocks import ScaleFormat, block_scales, quantize_blocks
+
+from .header import DTYPES, NAMES
+from .names import BIAS, SCALE, is_fp8
+from .safetensors import Array, Pending
+
+Dtype = Literal["bfloat16", "float32", "fp8"]
+STORED = {"bfloat16": "BF16", "float32": "F32", "fp8": "BF16"}
+
+
+Make = Callable[[], Array]
+
+
+def quantization_settings(config: Mapping[str, Any]) -> tuple[tuple[int, int], ScaleFormat]:
+    """weight_block_size and scale_fmt of a config's quantization_config; 128 x 128 and None if
+    unsaid.
+
+    Raises SpecError for block sizes that are not two positive integers and for unknown formats.
+    """
+    quantization = config.get("quantization_config") or {}
+    ok = isinstance(quantization, Mapping)
+    require(ok, f"quantization_config is {quantization!r}; expected an object")
+    block = quantization.get("weight_block_size") or [128, 128]
+    ok = isinstance(block, list | tuple) and len(block) == 2
+    ok = ok and all(type(b) is int and b > 0 for b in block)
+    require(ok, f"weight_block_size is {block!r}; expected two positive integers")
+    scale_fmt = quantization.get("scale_fmt")
+    require(scale_fmt in (None, "ue8m0"), f"scale_fmt is {scale_fmt!r}; expected 'ue8m0' or null")
+    return (block[0], block[1]), scale_fmt
+
+
+@runtime_checkable
+class _Stored(Protocol):
+    """What a Checkpoint offers beyond a dict: shapes for free, and FP8 codes as they are."""
+
+    block: tuple[int, int]
+    scale_fmt: ScaleFormat
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def raw(self, name: str) -> tuple[Array, Array | None]: ...
+
+    def dtype(self, name: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How tensors become stored ones: target dtype, block size and scale format of FP8."""
+
+    tensors: Mapping[str, Array]
+    dtype: Dtype
+    block: tuple[int, int]
+    scale_fmt: ScaleFormat
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it where the source can tell."""
+        t = self.tensors
+        return t.shape(name) if isinstance(t, _Stored) else tuple(np.shape(t[name]))
+
+    def pending(self, name: str, part: tuple[slice, ...] = ()) -> dict[str, Pending]:
+        """The tensor, or a part of it, under its canonical name; an FP8 one with its scales."""
+        shape = _shape_of_part(self.shape(name), part)
+        if self.dtype == "fp8" and is_fp8(name) and len(shape) == 2:
+            return self._fp8(name, shape, part)
+        stored = "F32" if name.endswith(BIAS) else STORED[self.dtype]
+        return {name: Pending(stored, shape, lambda: _cast(name, self._read(name, part), stored))}
+
+    def _fp8(
+        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]
+    ) -> dict[str, Pending]:
+        grid = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
+        codes, scales = self._passed_on(name, part) or self._quantised(name, part)
+        return {name: Pending("F8_E4M3", shape, codes), name + SCALE: Pending("F32", grid, scales)}
+
+    def _quantised(self, name: str, part: tuple[slice, ...]) -> tuple[Make, Make]:
+        def codes() -> Array:
+            with where(f"while quantising {name}"):
+                return quantize_blocks(
+                    self._read(name, part), self.block, scale_fmt=self.scale_fmt
+                )[0]
+
+        def scales() -> Array:
+            with where(f"while quantising {name}"):
+                return block_scales(self._read(name, part), self.block, scale_fmt=self.scale_fmt)
+
+        return codes, scales
+
+    def _passed_on(self, name: str, part: tuple[slice, ...]) -> tuple[Make, Make] | None:
+        """Codes and scales as they are, if the source is a checkpoint of the same FP8 format."""
+        t = self.tensors
+        if not isinstance(t, _Stored) or t.dtype(name) != "F8_E4M3":
+            return None
+        if (t.block, t.scale_fmt) != (self.block, self.scale_fmt):
+            return None
+        blocks = tuple(_in_blocks(s, b) for s, b in zip(part, self.block, strict=False))
+        return (
+            lambda: t.raw(name)[0][part],
+            lambda: np.asarray(t.raw(name)[1])[blocks].astype(np.float32),
+        )
+
+    def _read(self, name: str, part: tuple[slice, ...]) -> Array:
+        whole = np.asarray(self.tensors[name])
+        ok = NAMES.get(whole.dtype) in ("F64", "F32", "F16", "BF16")
+        require(ok, f"tensor {name!r}: dtype {whole.dtype}; expected a float of 16 bits or more")
+        return whole[part] if part else whole
+
+
+def _shape_of_part(shape: tuple[int, ...], part: tuple[slice, ...]) -> tuple[int, ...]:
+    cut = tuple(len(range(n)[s]) for n, s in zip(shape, part, strict=False))
+    return cut + shape[len(part) :]
+
+
+def _in_blocks(s: slice, block: int) -> slice:
+    """A slice of elements, aligned to blocks, as a slice of blocks."""
+    return s if s.start is None else slice(s.start // block, s.stop // block)
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def _cast(name: str, a: Array, stored: str) -> Array:
+    """One rounding, to nearest even. Raises SpecError where a finite value becomes infinite."""
+    target = DTYPES[stored]
+    if a.dtype == target:
+        return a
+    with np.errstate(over="ignore"):
+        to = _round_to_odd(a) if a.dtype == np.float64 and target == ml_dtypes.bfloat16 else a
+        cast = to.astype(target)
+    lost = int(np.count_nonzero(np.isfinite(a))) - int(np.count_nonzero(np.isfinite(cast)))
+    require(lost == 0, f"tensor {name!r}: {lost} finite values overflow {stored}")
+    return cast
+
+
+def _round_to_odd(a: Array) -> Array:
+    """float64 -> float32, an inexact result with an odd last bit: rounding that to bfloat16 is
+    right.
+
+    ml_dtypes rounds float64 to float32 first, which turns a value just above a tie into the tie.
+    """
+    nearest = a.astype(np.float32)
+    wide = nearest.astype(np.float64)
+    inexact = np.isfinite(nearest) & (wide != a)
+    away = np.abs(wide) > np.abs(a)  # rounded away from zero: step back, then set the last bit
+    bits = nearest.view(np.uint32) - (inexact & away).astype(np.uint32)
+    odd: Array = (bits | inexact.astype(np.uint32)).view(np.float32)
+    return odd
