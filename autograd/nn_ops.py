@@ -86,8 +86,9 @@ def sigmoid(x: Array) -> Result:
 @primitive
 def swiglu(gate: Array, up: Array) -> Result:
     """y = gate sigmoid(gate) up.  gate (*), up (*) -> y (*)."""
+    s = np.negative(gate, out=np.empty_like(gate))  # an array also where gate is 0-d
     with np.errstate(over="ignore"):  # e^-gate = inf for very negative gates gives sigmoid 0, as it should
-        s = np.exp(-gate)
+        np.exp(s, out=s)
     s += 1
     np.divide(1, s, out=s)  # sigmoid(gate)
     silu = gate * s

@@ -247,12 +247,13 @@ def take_rows(w: Array, ids: Array) -> Result:
 @primitive
 def take_along(x: Array, ids: Array) -> Result:
     """y[..., k] = x[..., ids[..., k]].  x (*, E), ids (*, K) -> y (*, K)."""
+    rows = math.prod(ids.shape[:-1])
 
     def vjp_x(dy: Array) -> Array:
-        dx = np.zeros_like(x)
-        rows = np.arange(ids.size // ids.shape[-1]) if ids.size else np.arange(0)
-        np.add.at(dx.reshape(-1, x.shape[-1]), (rows[:, None], ids.reshape(-1, ids.shape[-1])), dy.reshape(ids.shape).reshape(-1, ids.shape[-1]))
-        return dx
+        dx = np.zeros_like(x, shape=(rows, x.shape[-1]))  # a view of zeros_like(x) would be a copy if x is strided
+        at = (np.arange(rows, like=ids)[:, None], ids.reshape(rows, ids.shape[-1]))
+        np.add.at(dx, at, dy.reshape(rows, ids.shape[-1]))
+        return dx.reshape(x.shape)
 
     return np.take_along_axis(x, ids, axis=-1), (vjp_x, None)
 

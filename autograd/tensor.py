@@ -27,9 +27,7 @@ class Tensor:
     __slots__ = ("__weakref__", "data", "edges", "op")
     __array_ufunc__ = None  # ndarray + Tensor asks Tensor.__radd__ instead of looping over elements
 
-    def __init__(
-        self, data: Array, edges: tuple[tuple[Tensor, Vjp], ...] | None = (), op: str = "leaf"
-    ) -> None:
+    def __init__(self, data: Array, edges: tuple[tuple[Tensor, Vjp], ...] | None = (), op: str = "leaf") -> None:
         self.data, self.edges, self.op = data, edges, op
 
     @property

@@ -3,8 +3,9 @@
 if __name__ != "refimpl.layers":
     raise ImportError(f"this folder is the package refimpl.layers, not {__name__}; see pyproject.toml")
 
-from . import block, common, config, loss, mla, moe, mtp, numerics, precision, rope, router, stage
-from .config import PRESETS, Config, Dialect
+from . import block, common, config, loss, mla, moe, mtp, numerics, precision, presets, rope, router, stage
+from .config import Config, Dialect
+from .presets import PRESETS
 from .stage import STAGES, Recorder, Stage, observing
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "numerics",
     "observing",
     "precision",
+    "presets",
     "rope",
     "router",
     "stage",

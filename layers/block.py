@@ -7,8 +7,8 @@ from typing import Any
 from .common import attn_norm, ffn_norm, resid, resid_mid
 from .config import Config
 from .mla import KV, Attend, Attention
-from .moe import MLP, MoE
 from .module import Module, RMSNorm
+from .moe import MLP, MoE
 from .router import Routing
 
 

@@ -57,7 +57,8 @@ def mask(
     documents (B, S), key_documents (B, T) -> (B, 1, S, T).
 
     A key is visible if it is not later, is not padding (key_valid 0), and belongs to the same document. Pre-training
-    packs documents without separating them (R 4.1), fine-tuning separates them (R 5.1): both are a choice of `documents`.
+    packs documents without separating them (R 4.1), fine-tuning separates them (R 5.1): both are a choice of
+    `documents`.
     """
     seen = key_positions[:, None, :] <= positions[:, :, None]  # (B, S, T)
     if key_valid is not None:

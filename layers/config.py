@@ -1,4 +1,4 @@
-"""The model's description: `config.json` keys, the released presets, and the named points where implementations differ."""
+"""The model's description: `config.json` keys, and the named points where implementations differ."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class Dialect:
     topk_denominator_eps: float = 1e-20
     """Added to the sum of the selected scores: 1e-20 (HF, MG, TT); 0 in O. Only visible when all of them underflow."""
     masked_group_fill: Literal["-inf", "zero"] = "-inf"
-    """Scores outside the kept groups: -inf (O since 1398800, HF 5); 0.0 in HF 4.51-4.56 and the first remote code."""
+    """Scores outside the kept groups: -inf (O since 1398800, HF 5); 0.0 in HF 4.51-4.56 and the first O."""
     yarn_applies: Literal["configured", "beyond_original"] = "configured"
-    """YaRN whenever configured (HF, TT, MG, vLLM), or only if max_position_embeddings > original length (O)."""
+    """YaRN whenever configured (HF, TT, MG, vLLM), or only if max_position_embeddings exceeds the original (O)."""
     routing_weight_on: Literal["output", "activation"] = "output"
-    """Routing weight multiplies the expert's output (O, HF, TT) or its activation before down_proj (TileKernels, MG)."""
+    """Routing weight multiplies the expert's output (O, HF, TT) or its activation before down_proj (TileKernels,
+    MG).
+    """
     seq_aux_counts: Literal["unbiased_topk", "routed"] = "unbiased_topk"
     """f_i counts the ungrouped, unbiased top-K (R eq 18 as written, MG) or the experts actually used."""
     bias_update: Literal["sign", "zero_sum"] = "sign"
@@ -50,11 +52,11 @@ def _keys(text: str) -> frozenset[str]:
 
 
 _HARMLESS = _keys(
-    "architectures model_type torch_dtype dtype transformers_version auto_map bos_token_id eos_token_id pad_token_id use_cache"
-    " initializer_range pretraining_tp output_router_logits num_key_value_heads ep_size attention_dropout quantization_config"
-    " aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers rope_parameters rope_scaling rope_theta"
-    " scoring_func topk_method hidden_act _name_or_path chunk_size_feed_forward is_encoder_decoder"
-    " output_attentions output_hidden_states return_dict id2label label2id problem_type tokenizer_class unsloth_version"
+    "architectures model_type torch_dtype dtype transformers_version auto_map bos_token_id eos_token_id pad_token_id"
+    " use_cache initializer_range pretraining_tp output_router_logits num_key_value_heads ep_size attention_dropout"
+    " quantization_config aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers hidden_act"
+    " rope_parameters rope_scaling rope_theta scoring_func topk_method _name_or_path chunk_size_feed_forward"
+    " is_encoder_decoder output_attentions output_hidden_states return_dict id2label label2id problem_type"
 )
 _DIALECT_KEY = "dialect"
 
@@ -63,8 +65,10 @@ _DIALECT_KEY = "dialect"
 class Config:
     """A DeepSeek-V2/V3 model in the keys of Hugging Face's `config.json`. Raises SpecError for impossible values.
 
-    Letters of the shapes: D hidden_size, V vocab_size, H num_attention_heads, Dn qk_nope_head_dim, Dr qk_rope_head_dim, Dv
-    v_head_dim, C kv_lora_rank, Q q_lora_rank, E n_routed_experts, G n_group, K num_experts_per_tok, L num_hidden_layers.
+    Letters of the shapes: D hidden_size, V vocab_size, H num_attention_heads, Dn qk_nope_head_dim, Dr
+    qk_rope_head_dim, Dv
+    v_head_dim, C kv_lora_rank, Q q_lora_rank, E n_routed_experts, G n_group, K num_experts_per_tok, L
+    num_hidden_layers.
     """
 
     vocab_size: int = 129280
@@ -137,11 +141,7 @@ class Config:
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` has experts (R 4.2: all but the first `first_k_dense_replace`)."""
-        return bool(
-            self.n_routed_experts
-            and layer >= self.first_k_dense_replace
-            and layer % self.moe_layer_freq == 0
-        )
+        return bool(self.n_routed_experts and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0)
 
     @property
     def yarn(self) -> RopeScaling | None:
@@ -164,12 +164,21 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim"
-            " qk_rope_head_dim v_head_dim max_position_embeddings moe_layer_freq"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "max_position_embeddings",
+            "moe_layer_freq",
+        ]:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in "n_shared_experts n_routed_experts first_k_dense_replace num_nextn_predict_layers".split():
+        for name in ["n_shared_experts", "n_routed_experts", "first_k_dense_replace", "num_nextn_predict_layers"]:
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         require(
             self.q_lora_rank is None or self.q_lora_rank >= 1,
@@ -224,89 +233,3 @@ def _dialect(d: Mapping[str, Any]) -> Dialect:
     unknown = sorted(set(d) - names)
     require(not unknown, f"unknown dialect points {', '.join(unknown)}; known: {', '.join(sorted(names))}")
     return Dialect(**d)
-
-
-DEEPSEEK_V3 = Config()
-"""DeepSeek-V3, R1, V3.1 (671B): R 4.2 and the released config."""
-
-DEEPSEEK_V2 = Config(
-    vocab_size=102400,
-    hidden_size=5120,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    num_hidden_layers=60,
-    n_shared_experts=2,
-    n_routed_experts=160,
-    num_experts_per_tok=6,
-    n_group=8,
-    topk_group=3,
-    norm_topk_prob=False,
-    routed_scaling_factor=16.0,
-    scoring_func="softmax",
-    topk_method="group_limited_greedy",
-    first_k_dense_replace=1,
-    num_nextn_predict_layers=0,
-    # DeepSeek's inference code sets mscale 1.0 here; both give cos/sin x 1 and the stated softmax factor
-)
-"""DeepSeek-V2 (236B), DeepSeek-V3 inference/configs/config_236B.json."""
-
-DEEPSEEK_V2_LITE = DEEPSEEK_V2.replace(
-    hidden_size=2048,
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    n_routed_experts=64,
-    n_group=1,
-    topk_group=1,
-    topk_method="greedy",
-    routed_scaling_factor=1.0,
-    q_lora_rank=None,
-    rope_scaling=RopeScaling(mscale=0.707, mscale_all_dim=0.707),
-)
-"""DeepSeek-V2-Lite (16B), DeepSeek-V3 inference/configs/config_16B.json."""
-
-TINY = Config(
-    vocab_size=128,
-    hidden_size=48,
-    intermediate_size=80,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    n_routed_experts=16,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    q_lora_rank=24,
-    kv_lora_rank=20,
-    qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
-    v_head_dim=10,
-    first_k_dense_replace=1,
-)
-"""Every mechanism of V3 with 128,436 parameters (without MTP): the tests' and the diff's small case. Scaled down only."""
-
-MINI = TINY.replace(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1280,
-    moe_intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    n_routed_experts=32,
-    q_lora_rank=192,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-)
-"""52 M parameters: the size the benchmarks run."""
-
-PRESETS = {
-    "deepseek-v3": DEEPSEEK_V3,
-    "deepseek-v2": DEEPSEEK_V2,
-    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
-    "tiny": TINY,
-    "mini": MINI,
-}
-"""Config by name, for the command line."""

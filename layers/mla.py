@@ -1,6 +1,7 @@
 """Multi-head latent attention (R 2.1.1, eqs 1-11), expanded and absorbed, with its latent cache.
 
-Expanded: every head's keys and values are formed from the latent (kv_b_proj). Absorbed: the key half of kv_b_proj moves to the
+Expanded: every head's keys and values are formed from the latent (kv_b_proj). Absorbed: the key half of kv_b_proj
+moves to the
 query and the value half to the output, so that attention runs on the C + Dr cached numbers themselves. Equal in exact
 arithmetic: (q W) c = q (W c).
 """
@@ -55,7 +56,9 @@ def q_rope(q: Any, table: Any, *, interleaved: bool) -> Any:
 
 @stage("mla.k_rope", eq="R eq 3", shape="B S Dr", compare="gauge")
 def k_rope(kv: Any, table: Any, *, interleaved: bool) -> Any:
-    """The key channels that all heads share, rotated, not normalised.  kv (B, S, C+Dr), table (2, B, S, Dr/2) -> (B, S, Dr)."""
+    """The key channels that all heads share, rotated, not normalised.  kv (B, S, C+Dr), table (2, B, S, Dr/2) -> (B,
+    S, Dr).
+    """
     return nn_ops.rotate(kv[..., -2 * table.shape[-1] :], table, interleaved=interleaved)
 
 
@@ -111,8 +114,8 @@ def q_absorbed(q: Any, w: Any, *, nope: int) -> Any:
 
 @stage("mla.scores_absorbed", eq="R eq 10, inside the softmax", shape="B H S T", tap="mla.scores")
 def scores_absorbed(q: Any, q_rope: Any, c: Any, k_rope: Any, mask: Any, *, scale: float) -> Any:
-    """(q_absorbed c + q_rope k_rope) scale + mask.  q (B, S, H, C), q_rope (B, S, H, Dr), c (B, T, C), k_rope (B, T, Dr),
-    mask (B, 1, S, T) -> (B, H, S, T).
+    """(q_absorbed c + q_rope k_rope) scale + mask.  q (B, S, H, C), q_rope (B, S, H, Dr), c (B, T, C), k_rope (B, T,
+    Dr), mask (B, 1, S, T) -> (B, H, S, T).
     """
     b, s, h, _ = q.shape
     y = q.reshape(b, s * h, -1) @ c.swapaxes(1, 2) + q_rope.reshape(b, s * h, -1) @ k_rope.swapaxes(1, 2)
@@ -157,8 +160,11 @@ class Attention(Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def __call__(self, x: Any, table: Any, mask: Any, past: KV | None = None, attend: Attend = "auto") -> tuple[Any, KV]:
-        """x (B, S, D), table (2, B, S, Dr/2), mask (B, 1, S, T), past of T - S tokens -> y (B, S, D), cache of T tokens.
+    def __call__(
+        self, x: Any, table: Any, mask: Any, past: KV | None = None, attend: Attend = "auto"
+    ) -> tuple[Any, KV]:
+        """x (B, S, D), table (2, B, S, Dr/2), mask (B, 1, S, T), past of T - S tokens -> y (B, S, D), cache of T
+        tokens.
 
         attend "auto": absorbed for one token at a time (as DeepSeek's engines decode), else expanded.
         """

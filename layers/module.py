@@ -10,7 +10,6 @@ from typing import Any, Self
 from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Tensor
 
-
 BUFFERS = ("e_score_correction_bias",)
 """Last parts of names that a checkpoint holds but no gradient trains."""
 
@@ -55,7 +54,9 @@ class Module:
         return new
 
     def load(self, weights: Mapping[str, Any]) -> Self:
-        """A copy that holds `weights`; names are checked both ways, shapes one by one (SpecError lists what is wrong)."""
+        """A copy that holds `weights`; names are checked both ways, shapes one by one (SpecError lists what is
+        wrong).
+        """
         declared = dict(self.named_weights())
         missing = [n for n, w in declared.items() if n not in weights and not w.optional]
         extra = [n for n in weights if n not in declared]

@@ -45,14 +45,16 @@ moe_down = stage("moe.down", eq="R eq 12, FFN^(r)", shape="M D")(_grouped)
 
 @stage("moe.rows", eq="R 3.2.2 (dispatch)", shape="M D")
 def rows(x: Any, ids: Array, *, n_experts: int) -> Any:
-    """Tokens copied once per chosen expert, sorted by expert, then token, then slot.  x (B, S, D), ids (B, S, K) -> (M, D)."""
+    """Tokens copied once per chosen expert, sorted by expert, then token, then slot.  x (B, S, D), ids (B, S, K) ->
+    (M, D).
+    """
     return nn_ops.dispatch(x, ids, n_experts=n_experts)
 
 
 @stage("moe.act", eq="R eq 12, FFN^(r)", shape="M F")
 def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
-    """silu(gate) up, times the routing weight if ids and weights are given.  gate (M, F), up (M, F), ids (B, S, K) or None,
-    weights (B, S, K) or None -> (M, F).
+    """silu(gate) up, times the routing weight if ids and weights are given.  gate (M, F), up (M, F), ids (B, S, K)
+    or None, weights (B, S, K) or None -> (M, F).
     """
     y = nn_ops.swiglu(gate, up)
     if ids is None:
@@ -63,8 +65,8 @@ def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
 
 @stage("moe.routed", eq="R eq 12, the sum over routed experts", shape="B S D")
 def routed(down: Any, ids: Array, weights: Any) -> Any:
-    """sum_k g_k FFN_k(x), ascending expert id; without weights a plain sum.  down (M, D), ids (B, S, K), weights (B, S, K) or
-    None -> (B, S, D).
+    """sum_k g_k FFN_k(x), ascending expert id; without weights a plain sum.  down (M, D), ids (B, S, K), weights (B,
+    S, K) or None -> (B, S, D).
     """
     if weights is None:
         weights = (ids * 0 + 1).astype(down.dtype)
@@ -73,7 +75,9 @@ def routed(down: Any, ids: Array, weights: Any) -> Any:
 
 @stage("moe.out", eq="R eq 12", shape="B S D", tap="ffn_out")
 def moe_out(routed: Any, shared: Any) -> Any:
-    """Routed plus shared experts; the shared ones have weight 1.  routed (B, S, D), shared (B, S, D) or None -> (B, S, D)."""
+    """Routed plus shared experts; the shared ones have weight 1.  routed (B, S, D), shared (B, S, D) or None -> (B,
+    S, D).
+    """
     return routed if shared is None else ops.add(routed, shared)
 
 

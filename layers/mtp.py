@@ -1,4 +1,6 @@
-"""Multi-token prediction (R 2.2, eqs 21-25): module k predicts token i+k+1 from depth k-1's hidden at i and token i+k."""
+"""Multi-token prediction (R 2.2, eqs 21-25): module k predicts token i+k+1 from depth k-1's hidden at i and token
+i+k.
+"""
 
 from __future__ import annotations
 

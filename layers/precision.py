@@ -1,4 +1,6 @@
-"""Precision plans: tables over stages that say how each stage's output is rounded. Rounding happens there and nowhere else."""
+"""Precision plans: tables over stages that say how each stage's output is rounded. Rounding happens there and
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ROUND: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16}
 
 @dataclass(frozen=True)
 class Plan:
-    """`dtype` carries the values; `table` maps stage patterns to formats, the first match counts, no match: no rounding."""
+    """`dtype` carries the values; `table` maps stage patterns to formats, the first match counts, no match: no
+    rounding.
+    """
 
     name: str
     dtype: Any
@@ -55,10 +59,17 @@ BF16 = Plan(
     "bf16",
     np.float32,
     "bf16",
-    (("mask", "fp32"), ("mla.rope_tables", "fp32"), ("router.*", "fp32"), ("mla.scores*", "fp32"), ("loss.*", "fp32"), ("*", "bf16")),
+    (
+        ("mask", "fp32"),
+        ("mla.rope_tables", "fp32"),
+        ("router.*", "fp32"),
+        ("mla.scores*", "fp32"),
+        ("loss.*", "fp32"),
+        ("*", "bf16"),
+    ),
 )
-"""bfloat16 weights and stage outputs; rope tables, router, attention scores and losses in float32 (R 3.3.1, semantics of
-DeepSeek's V3.2 inference code)."""
+"""bfloat16 weights and stage outputs; rope tables, router, attention scores and losses in float32 (R 3.3.1,
+semantics of DeepSeek's V3.2 inference code)."""
 PLANS = {p.name: p for p in (FLOAT64, FLOAT32, BF16)}
 """Plan by name."""
 

@@ -22,7 +22,9 @@ def mscale(factor: float, m: float) -> float:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN's settings, `rope_scaling` of config.json. The defaults are DeepSeek-V3's (R 4.3: s = 40, alpha = 1, beta = 32)."""
+    """YaRN's settings, `rope_scaling` of config.json. The defaults are DeepSeek-V3's (R 4.3: s = 40, alpha = 1, beta
+    = 32).
+    """
 
     factor: float = 40.0
     original_max_position_embeddings: int = 4096
@@ -75,8 +77,8 @@ class RopeScaling:
 def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
     """theta^(-2i/Dr), slowed down by `factor` where a wavelength exceeds the original context -> (Dr/2,) float64.
 
-    corr(r) is the channel whose wavelength makes r turns within the original length; channels below corr(beta_fast) keep
-    their frequency, those above corr(beta_slow) are divided by factor, a linear ramp lies between (R 4.3).
+    corr(r) is the channel whose wavelength makes r turns within the original length; channels below corr(beta_fast)
+    keep their frequency, those above corr(beta_slow) are divided by factor, a linear ramp lies between (R 4.3).
     """
     i = np.arange(dim // 2, dtype=np.float64)
     freq = theta ** (-2 * i / dim)
@@ -99,7 +101,8 @@ def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
 def rope_tables(positions: Array, *, dim: int, theta: float, yarn: RopeScaling | None, dtype: Any) -> Array:
     """cos and sin of position times frequency.  positions (B, S) int -> (2, B, S, Dr/2).
 
-    The angle is formed in `dtype`, as every implementation does (float32: at position 163,839 it is off by up to 0.008 rad).
+    The angle is formed in `dtype`, as every implementation does (float32: at position 163,839 it is off by up to
+    0.008 rad).
     """
     freq = inv_freq(dim, theta, yarn).astype(dtype)
     angle = positions[..., None].astype(dtype) * np.asarray(freq, like=positions)  # (B, S, Dr/2)

@@ -43,7 +43,9 @@ def choice(s: Array, b: Array) -> Array:
 
 @stage("router.group_scores", eq="R 2.1.2 (node-limited routing)", shape="B S G")
 def group_scores(a: Array, *, n_group: int, best: int) -> Array:
-    """Sum of the `best` (V3: 2, V2: 1) highest affinities of each group of consecutive experts.  a (B, S, E) -> (B, S, G)."""
+    """Sum of the `best` (V3: 2, V2: 1) highest affinities of each group of consecutive experts.  a (B, S, E) -> (B,
+    S, G).
+    """
     grouped = np.sort(data_of(a).reshape(*a.shape[:-1], n_group, -1), axis=-1)
     return grouped[..., -best:].sum(axis=-1)
 
@@ -56,8 +58,8 @@ def groups(a: Array, *, topk_group: int) -> Array:
 
 @stage("router.ids", eq="R eq 16", shape="B S K", compare="set")
 def ids(a: Array, kept: Array | None, *, k: int, n_group: int, fill: float) -> Array:
-    """The top-k experts among the kept groups, best first; others count as `fill`.  a (B, S, E), kept (B, S, M) or None ->
-    (B, S, K) int.
+    """The top-k experts among the kept groups, best first; others count as `fill`.  a (B, S, E), kept (B, S, M) or
+    None -> (B, S, K) int.
     """
     a = data_of(a)
     if kept is not None:
@@ -87,7 +89,9 @@ def counts(ids: Array, *, n_experts: int) -> Array:
 
 @stage("router.bias_update", eq="R 2.1.2 (auxiliary-loss-free)", shape="E", tap="router.bias")
 def bias_update(b: Array, load: Array, *, gamma: float, zero_sum: bool) -> Array:
-    """b + gamma for underloaded, b - gamma for overloaded experts, b at exactly the mean.  b (E,), load (E,) int -> (E,)."""
+    """b + gamma for underloaded, b - gamma for overloaded experts, b at exactly the mean.  b (E,), load (E,) int ->
+    (E,).
+    """
     step = gamma * np.sign(load.mean() - load)
     return (b + (step - step.mean() if zero_sum else step)).astype(b.dtype)
 
@@ -96,8 +100,8 @@ def bias_update(b: Array, load: Array, *, gamma: float, zero_sum: bool) -> Array
 def seq_aux(s: Any, routed: Array | None, *, k: int, alpha: float) -> Any:
     """alpha sum_i f_i P_i per sequence, averaged over the batch.  s (B, S, E), routed (B, S, K) or None -> ().
 
-    f_i = E/(K S) times the tokens whose unbiased, ungrouped top-K holds i (eq 18 as written), or with `routed` those sent
-    to i; P_i = mean_t s_i,t / sum_j s_j,t. No gradient through f.
+    f_i = E/(K S) times the tokens whose unbiased, ungrouped top-K holds i (eq 18 as written), or with `routed` those
+    sent to i; P_i = mean_t s_i,t / sum_j s_j,t. No gradient through f.
     """
     n_experts, length = s.shape[-1], s.shape[1]
     chosen = top_k(data_of(s), k) if routed is None else routed

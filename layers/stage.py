@@ -32,6 +32,7 @@ class Stage:
     tap: str
 
     def __call__(self, *args: Any, **static: Any) -> Any:
+        """fn(*args, **static), shown to the observers in turn."""
         out = self.fn(*args, **static)
         for observe in _observers.get():
             out = observe(self, args, static, out)
@@ -45,7 +46,8 @@ class Stage:
 class Observer(Protocol):
     """Sees a finished stage call and returns the output to go on with."""
 
-    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any: ...
+    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
+        """Return `out` itself, or what is to take its place."""
 
 
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
@@ -140,6 +142,7 @@ class Recorder:
         self._names[id(array)] = (name, array)
 
     def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
+        """Note the call; the output goes on unchanged."""
         tap = tap_name(stage)
         names = tuple([self._name(a, tap) for a in args])
         if tap in self._produced:

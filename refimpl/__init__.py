@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from refimpl.model import Cache, ForCausalLM
 
 __version__ = "0.1.0"
+
+_here = pathlib.Path(__file__).resolve().parent
+if not (_here / "layers").is_dir():  # a bare clone: the sub-packages are this folder's siblings (see pyproject.toml)
+    __path__.append(str(_here.parent))
 
 _HOME = {
     "Cache": "refimpl.model",

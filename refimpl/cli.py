@@ -1,4 +1,6 @@
-"""The command line. Results go to standard output, everything else to standard error; exit codes are part of the contract."""
+"""The command line. Results go to standard output, everything else to standard error; exit codes are part of the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ INTERRUPTED = 130
 
 _DIFF = """Judge a recorded run of another implementation, stage by stage.
 
-CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose tensors are
+CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file
+whose tensors are
 named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the candidate's own
 recorded inputs, so a wrong stage shows up alone, wherever it is.
 
@@ -43,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    diff = commands.add_parser("diff", help="judge another implementation's trace", description=_DIFF, formatter_class=raw)
+    diff = commands.add_parser(
+        "diff", help="judge another implementation's trace", description=_DIFF, formatter_class=raw
+    )
     diff.add_argument("case", type=Path)
     diff.add_argument("candidate", type=Path)
     diff.add_argument("--all", action="store_true", help="list every tap in model order")
@@ -61,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("-o", "--out", type=Path, required=True)
     trace.add_argument("--precision", default="float32", choices=["float64", "float32", "bf16"])
     trace.add_argument("--attend", default="expanded", choices=["expanded", "absorbed"])
-    trace.add_argument("--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'L*/router.*,logits'")
+    trace.add_argument(
+        "--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'L*/router.*,logits'"
+    )
     trace.set_defaults(run=_trace)
 
     record = commands.add_parser("record", help="record another implementation's run of a case")
@@ -88,14 +95,20 @@ def _diff(args: argparse.Namespace) -> int:
     from refimpl.diff.trace import Trace
 
     judgement = judge(Case.read(args.case), Trace.read(args.candidate))
-    text = to_json(judgement) if args.json else summary(judgement) if args.quiet else render(judgement, everything=args.all)
+    text = (
+        to_json(judgement)
+        if args.json
+        else summary(judgement)
+        if args.quiet
+        else render(judgement, everything=args.all)
+    )
     print(text)
     return judgement.exit_code
 
 
 def _info(args: argparse.Namespace) -> int:
     from refimpl.info import count_parameters, describe, render, render_counts, to_json
-    from refimpl.layers.config import PRESETS
+    from refimpl.layers import PRESETS
 
     if args.checkpoint in PRESETS and not Path(args.checkpoint).exists():
         print("\n".join(render_counts(count_parameters(PRESETS[args.checkpoint]))))
@@ -130,7 +143,7 @@ def _record(args: argparse.Namespace) -> int:
 
 def _case(args: argparse.Namespace) -> int:
     from refimpl.diff.make_case import new_case
-    from refimpl.layers.config import PRESETS, Config
+    from refimpl.layers import PRESETS, Config
     from refimpl.sources import read_json
 
     if args.config is None and args.preset not in PRESETS:

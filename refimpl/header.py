@@ -60,6 +60,7 @@ class TensorInfo:
 
 
 def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of a header text, given how many bytes of data follow it."""
     require(text[:1] == b"{", f"header begins with {text[:1]!r}; expected {{")
     raw = parse_json(text)
     metadata = raw.pop(METADATA, None)

@@ -48,7 +48,13 @@ class Impl:
 
         rope = "interleaved" if self._model is None or self.model.config.rope_interleave else "half"
         layouts = {"rope": rope, "mla": self.attend}
-        return {"name": "refimpl", "version": __version__, "precision": self.plan.name, "layouts": layouts, "stages": list(STAGES)}
+        return {
+            "name": "refimpl",
+            "version": __version__,
+            "precision": self.plan.name,
+            "layouts": layouts,
+            "stages": list(STAGES),
+        }
 
     @property
     def model(self) -> ForCausalLM:
@@ -58,11 +64,11 @@ class Impl:
         return self._model
 
     def load(self, config: Mapping[str, Any] | Config, weights: Mapping[str, Any]) -> Self:
-        """Take a config (config.json keys) and weights under checkpoint names: float arrays, bfloat16 (ml_dtypes), or FP8
-        codes, either as a pair (codes, scale_inv) or with a companion `<name>_scale_inv`.
+        """Take a config (config.json keys) and weights under checkpoint names: float arrays, bfloat16 (ml_dtypes),
+        or FP8 codes, either as a pair (codes, scale_inv) or with a companion `<name>_scale_inv`.
 
-        Arrays that already have the plan's dtype are not copied. SpecError lists missing and extra tensors, wrong shapes and
-        dtypes, and tensors with NaN or infinity.
+        Arrays that already have the plan's dtype are not copied. SpecError lists missing and extra tensors, wrong
+        shapes and dtypes, and tensors with NaN or infinity.
         """
         c = config if isinstance(config, Config) else Config.from_dict(config)
         self._model = ForCausalLM.from_weights(c, effective(weights, self.plan))
@@ -73,13 +79,21 @@ class Impl:
         return {}
 
     def forward(
-        self, tokens: Any, positions: Any = None, cache: KVState | None = None, taps: Iterable[str] = (), *, valid: Any = None, documents: Any = None
+        self,
+        tokens: Any,
+        positions: Any = None,
+        cache: KVState | None = None,
+        taps: Iterable[str] = (),
+        *,
+        valid: Any = None,
+        documents: Any = None,
     ) -> Taps:
         """Run tokens (B, S) -> {"logits": (B, S, V)} and the taps asked for.
 
-        `taps` are names or patterns, with or without the phase: "fwd/L1/router.ids", "L*/attn_out", "*" for all. positions
-        (B, S) default to counting on from the cache; valid (B, S) is 0 for padding; documents (B, S) separates packed texts.
-        `cache` is a dict that is read and updated in place.
+        `taps` are names or patterns, with or without the phase: "fwd/L1/router.ids", "L*/attn_out", "*" for all.
+        positions
+        (B, S) default to counting on from the cache; valid (B, S) is 0 for padding; documents (B, S) separates
+        packed texts. `cache` is a dict that is read and updated in place.
         """
         state = {} if cache is None else cache
         past = state.get("kv")
@@ -101,9 +115,10 @@ class Impl:
     def loss_and_grads(
         self, tokens: Any, labels: Any, taps: Iterable[str] = (), *, mtp_weight: float = 0.0, aux_weight: float = 0.0
     ) -> Taps:
-        """{"loss": (), "grad/<checkpoint name>": ...} of the next-token cross-entropy; labels (B, S) are shifted inside, -100 is
-        ignored. taps: "fwd/..." activations, "bwd/..." their gradients. `mtp_weight` adds lambda times the MTP loss (R eq
-        25), `aux_weight` the sequence-wise balance loss (R eq 17).
+        """{"loss": (), "grad/<checkpoint name>": ...} of the next-token cross-entropy; labels (B, S) are shifted
+        inside, -100 is
+        ignored. taps: "fwd/..." activations, "bwd/..." their gradients. `mtp_weight` adds lambda times the MTP loss
+        (R eq 25), `aux_weight` the sequence-wise balance loss (R eq 17).
         """
         model = self.model.with_gradients()
         inputs, wanted = model.inputs(tokens, labels=labels), _Wanted(taps)
@@ -118,7 +133,9 @@ class Impl:
         return result
 
     def stage(self, name: str, inputs: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> Array:
-        """One stage alone: `inputs` are its array arguments by name (a list for a starred one), `params` its settings."""
+        """One stage alone: `inputs` are its array arguments by name (a list for a starred one), `params` its
+        settings.
+        """
         require(name in STAGES, f"no stage {name!r}; there are: {', '.join(STAGES)}")
         stage, given = STAGES[name], dict(inputs) | dict(params or {})
         signature = inspect.signature(stage.fn)
@@ -182,17 +199,19 @@ class _Wanted:
         self.recorder = Recorder()
 
     def any(self, word: str) -> bool:
-        return any([word in p or p == "*" for p in self.patterns])
+        return any(word in p or p == "*" for p in self.patterns)
 
     def keep(self, tap: str) -> bool:
-        return any([_matches(tap, p) or _matches("bwd/" + tap.partition("/")[2], p) for p in self.patterns])
+        return any(_matches(tap, p) or _matches("bwd/" + tap.partition("/")[2], p) for p in self.patterns)
 
     def results(self) -> dict[str, Array]:
         taps, found = self.recorder.taps, {}
         for p in self.patterns:
             hits = [t for t in taps if _matches(t, p)]
             if not hits and not p.startswith("bwd/"):
-                raise SpecError(f"no tap matches {p!r}; this run has {', '.join(c.tap for c in self.recorder.program[:40])}, ...")
+                raise SpecError(
+                    f"no tap matches {p!r}; this run has {', '.join(c.tap for c in self.recorder.program[:40])}, ..."
+                )
             literal = len(hits) == 1 and hits[0].endswith("/" + p)
             found |= {p if literal else t: data_of(taps[t]) for t in hits}
         return found
@@ -200,7 +219,7 @@ class _Wanted:
     def backward(self) -> dict[str, Tensor]:
         """bwd/<unit>/<tap> -> the Tensor whose gradient was asked for."""
         named = {"bwd/" + tap.partition("/")[2]: t for tap, t in self.recorder.taps.items() if isinstance(t, Tensor)}
-        return {n: t for n, t in named.items() if any([fnmatchcase(n, p) for p in self.patterns])}
+        return {n: t for n, t in named.items() if any(fnmatchcase(n, p) for p in self.patterns)}
 
 
 def _matches(tap: str, pattern: str) -> bool:

@@ -38,7 +38,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding, documents (B, S), labels (B, S)."""
+    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding, documents (B, S), labels (B,
+    S).
+    """
 
     tokens: Array
     positions: Array
@@ -53,7 +55,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Output:
-    """logits (B, S, V), hidden before and after the final norm (B, S, D), the cache, each MoE layer's routing, MTP logits."""
+    """logits (B, S, V), hidden before and after the final norm (B, S, D), the cache, each MoE layer's routing, MTP
+    logits.
+    """
 
     logits: Any
     hidden_pre_norm: Any
@@ -114,8 +118,8 @@ class ForCausalLM(Module):
         *,
         cache: Cache | None = None,
     ) -> Inputs:
-        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache; labels are the
-        tokens themselves (the loss shifts them), -100 to ignore.
+        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache; labels
+        are the tokens themselves (the loss shifts them), -100 to ignore.
 
         Raises SpecError for ids outside the vocabulary, positions outside the table, empty batches, odd shapes.
         """
@@ -162,7 +166,8 @@ class ForCausalLM(Module):
                     routing[f"L{i}"] = routed
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
             y = logits(h, self._head)
-            extra = self._mtp(inputs, x, h, attend) if with_mtp else []
+            start = h if self.config.dialect.mtp_hidden == "post_norm" else x
+            extra = self._mtp(inputs, start, attend) if with_mtp else []
         return Output(y, x, h, Cache(tuple(kvs), *keys), routing, extra)
 
     def _tables(self, inputs: Inputs) -> Array:
@@ -173,11 +178,9 @@ class ForCausalLM(Module):
         positions, valid, documents = keys
         return mask(inputs.positions, positions, valid, inputs.documents, documents, dtype=self.dtype)
 
-    def _mtp(self, inputs: Inputs, pre: Any, post: Any, attend: Attend) -> list[Any]:
-        """Every MTP module in turn -> logits (B, S-k, V) each. The main model's hidden is where the chain starts."""
+    def _mtp(self, inputs: Inputs, h: Any, attend: Attend) -> list[Any]:
+        """Every MTP module in turn, from the main model's hidden h (B, S, D) on -> logits (B, S-k, V) each."""
         require(inputs.tokens.shape[1] > self.n_mtp, f"{self.n_mtp} MTP modules need more than {self.n_mtp} tokens")
-        d = self.config.dialect
-        h = post if d.mtp_hidden == "post_norm" else pre
         tokens, out = inputs.tokens, []
         for k in range(1, self.n_mtp + 1):
             layer = self.model.layers[self.config.num_hidden_layers + k - 1]
@@ -187,38 +190,52 @@ class ForCausalLM(Module):
                 x = layer.front(tokens, mtp.hidden(h), self.model.embed_tokens.weight, depth=k)
                 keys = (inputs.positions, inputs.valid, inputs.documents)
                 x, n = layer.block(x, self._tables(inputs), self._mask(inputs, keys), attend)
-                h = n if d.mtp_recycle == "post_norm" else x
+                h = n if self.config.dialect.mtp_recycle == "post_norm" else x
                 out.append(logits(n, self._head))
         return out
 
-    def loss(
-        self, inputs: Inputs, *, mtp_weight: float = 0.0, aux_weight: float = 0.0
-    ) -> tuple[Any, dict[str, Any]]:
+    def loss(self, inputs: Inputs, *, mtp_weight: float = 0.0, aux_weight: float = 0.0) -> tuple[Any, dict[str, Any]]:
         """Cross-entropy of the next token, + mtp_weight x mean MTP loss, + the balance loss with alpha = aux_weight.
 
         -> loss (), its parts by name.
         """
-        labels = inputs.labels
-        require(labels is not None, "the loss needs labels: model.inputs(tokens, labels=...)")
-        c, with_mtp = self.config, bool(mtp_weight and self.n_mtp)
-        out = self(inputs, with_mtp=with_mtp)
+        require(inputs.labels is not None, "the loss needs labels: model.inputs(tokens, labels=...)")
+        out = self(inputs, with_mtp=bool(mtp_weight and self.n_mtp))
         with phase("fwd"):
-            parts: dict[str, Any] = {"loss.main": losses.main(out.logits, labels)}
-            for k, y in enumerate(out.mtp_logits, 1):
-                with unit(f"mtp{k}"):
-                    parts[f"loss.mtp{k}"] = losses.mtp(y, labels, depth=k, mean=c.dialect.mtp_loss_mean)
-            aux = {}
-            for at, r in out.routing.items() if aux_weight else ():
-                routed = r.ids if c.dialect.seq_aux_counts == "routed" else None
-                with unit(at):
-                    aux[f"{at}/loss.seq_aux"] = router.seq_aux(r.scores, routed, k=c.num_experts_per_tok, alpha=aux_weight)
-            heads = tuple(v for n, v in parts.items() if "mtp" in n)
-            total = losses.total(parts["loss.main"], heads, tuple(aux.values()), mtp_weight=mtp_weight)
-        return total, {"loss": total} | parts | aux
+            parts = {"loss.main": losses.main(out.logits, inputs.labels)}
+            heads = self._mtp_losses(inputs, out.mtp_logits)
+            aux = self._aux_losses(out.routing, aux_weight) if aux_weight else {}
+            total = losses.total(parts["loss.main"], tuple(heads.values()), tuple(aux.values()), mtp_weight=mtp_weight)
+        return total, {"loss": total} | parts | heads | aux
+
+    def mtp_loss(self, inputs: Inputs, hidden: Any, *, weight: float) -> tuple[Any, dict[str, Any]]:
+        """weight x the mean MTP loss alone (R eq 25), from a given hidden of the main model (B, S, D): constant, if
+        it is an array.
+        """
+        with phase("fwd"):
+            heads = self._mtp_losses(inputs, self._mtp(inputs, hidden, "auto"))
+            return losses.total(0.0, tuple(heads.values()), (), mtp_weight=weight), heads
+
+    def _mtp_losses(self, inputs: Inputs, logits: list[Any]) -> dict[str, Any]:
+        mean, found = self.config.dialect.mtp_loss_mean, {}
+        for k, y in enumerate(logits, 1):
+            with unit(f"mtp{k}"):
+                found[f"loss.mtp{k}"] = losses.mtp(y, inputs.labels, depth=k, mean=mean)
+        return found
+
+    def _aux_losses(self, routing: dict[str, Routing], alpha: float) -> dict[str, Any]:
+        c, found = self.config, {}
+        for at, r in routing.items():
+            routed = r.ids if c.dialect.seq_aux_counts == "routed" else None
+            with unit(at):
+                found[f"{at}/loss.seq_aux"] = router.seq_aux(r.scores, routed, k=c.num_experts_per_tok, alpha=alpha)
+        return found
 
 
 def expected_tensors(c: Config, *, mtp: bool = True) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape of everything the model of this config holds (MTP copies of embedding and head left out)."""
+    """Checkpoint name -> shape of everything the model of this config holds (MTP copies of embedding and head left
+    out).
+    """
     model = ForCausalLM(c, n_mtp=None if mtp else 0)
     return {n: w.shape for n, w in model.named_weights() if not w.optional}
 

@@ -50,7 +50,10 @@ def adamw(
 
     Nothing is changed in place. SpecError if gradients and parameters do not have the same names.
     """
-    require(set(grads) == set(params), f"gradients without parameter or the other way: {sorted(set(grads) ^ set(params))[:3]}")
+    require(
+        set(grads) == set(params),
+        f"gradients without parameter or the other way: {sorted(set(grads) ^ set(params))[:3]}",
+    )
     (b1, b2), t = opt.betas, state.t + 1
     m = {n: b1 * state.m.get(n, 0) + (1 - b1) * g for n, g in grads.items()}
     v = {n: b2 * state.v.get(n, 0) + (1 - b2) * g * g for n, g in grads.items()}

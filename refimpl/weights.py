@@ -18,8 +18,8 @@ SCALE = "_scale_inv"
 def effective(weights: Mapping[str, Any], plan: Plan) -> dict[str, Array]:
     """Checkpoint name -> the array the plan computes with; arrays that fit already are passed on without a copy.
 
-    A weight is a float array, a pair (FP8 codes, scale_inv), or FP8 codes with a companion entry `<name>_scale_inv`. SpecError
-    for dtypes that hold no weights and for NaN or infinity, naming the tensor and the first bad element.
+    A weight is a float array, a pair (FP8 codes, scale_inv), or FP8 codes with a companion entry `<name>_scale_inv`.
+    SpecError for dtypes that hold no weights and for NaN or infinity, naming the tensor and the first bad element.
     """
     out = {}
     for name in weights:
@@ -48,7 +48,9 @@ def _floating(w: Any) -> Array:
 
 
 def _finite(w: Array) -> Array:
-    """w itself if all of it is finite. One sum tells: NaN and infinity survive it (an overflowing sum is looked at again)."""
+    """w itself if all of it is finite. One sum tells: NaN and infinity survive it (an overflowing sum is looked at
+    again).
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = w.size and not np.isfinite(w.sum())
     if suspicious and not (good := np.isfinite(w)).all():

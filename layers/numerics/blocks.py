@@ -50,9 +50,7 @@ def dequantize_blocks(codes: NDArray[Any], scale_inv: NDArray[Any], block: Block
     return w
 
 
-def quantize_blocks(
-    w: NDArray[Any], block: Block = 128, *, scale_fmt: ScaleFormat = None
-) -> tuple[NDArray[Any], F32]:
+def quantize_blocks(w: NDArray[Any], block: Block = 128, *, scale_fmt: ScaleFormat = None) -> tuple[NDArray[Any], F32]:
     """codes = e4m3(w / s), s = amax / 448 per block.  w (O, I) -> codes (O, I), s.
 
     s has shape (ceil(O/b), ceil(I/b)). w is taken as float32 and codes round to nearest even;
@@ -125,9 +123,7 @@ def _check_scales(scales: F32, codes: NDArray[Any], block: tuple[int, int]) -> N
     bad = np.argwhere(~((scales > 0) & (scales <= largest)))
     if bad.size:
         value, at = scales[tuple(bad[0])], _name_block(bad, codes, block)
-        raise SpecError(
-            f"scale_inv is {value} for {at}; expected finite, positive, at most {largest:.3g}"
-        )
+        raise SpecError(f"scale_inv is {value} for {at}; expected finite, positive, at most {largest:.3g}")
 
 
 def _name_block(bad: NDArray[Any], w: NDArray[Any], block: tuple[int, int]) -> str:

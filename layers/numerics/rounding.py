@@ -8,7 +8,8 @@ from refimpl.autograd.tensor import Array
 
 
 def to_bf16(x: Array) -> Array:
-    """Round float32 to the nearest bfloat16, ties to even; the result is a float32 array of bfloat16 values. NaN stays NaN.
+    """Round float32 to the nearest bfloat16, ties to even; the result is a float32 array of bfloat16 values. NaN
+    stays NaN.
 
     Adding 0x7fff plus the last kept bit to the pattern carries into it exactly when the dropped half is above, or at,
     one half with an odd last bit; a NaN is given its quiet bit instead, since the carry could make it an infinity.

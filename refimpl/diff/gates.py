@@ -34,7 +34,9 @@ def inputs_gate(case: Case, trace: Trace) -> Gate:
         if mine != theirs and not (name == "positions" and mine is None and theirs == _counting(case.tokens)):
             raise SpecError(f"the trace was recorded with other {name} than the case holds; record it again")
     mine_c, theirs_c = case.config, trace.config
-    different = [f for f in Config.__dataclass_fields__ if f != "dialect" and getattr(mine_c, f) != getattr(theirs_c, f)]
+    different = [
+        f for f in Config.__dataclass_fields__ if f != "dialect" and getattr(mine_c, f) != getattr(theirs_c, f)
+    ]
     different = [f for f in different if f != "num_nextn_predict_layers"]
     if different:
         f = different[0]
@@ -48,12 +50,15 @@ def _counting(tokens: list[list[int]]) -> list[list[int]]:
 
 
 def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bool]:
-    """Compare digests with the case's weights as they are, or rounded to bfloat16 if that is how the candidate holds them.
+    """Compare digests with the case's weights as they are, or rounded to bfloat16 if that is how the candidate holds
+    them.
 
     -> the gate, and whether the rounded weights are the ones that agree.
     """
     if not header.weights:
-        return Gate("weights", "?", "the trace declares no weight digests: wrong weights would look like wrong maths"), False
+        return Gate(
+            "weights", "?", "the trace declares no weight digests: wrong weights would look like wrong maths"
+        ), False
     rounded = False
     wrong, missing = [], [n for n in weights if n not in header.weights]
     for name, w in weights.items():
@@ -67,15 +72,21 @@ def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bo
     extra = [n for n in header.weights if n not in weights]
     n = len(weights)
     if wrong:
-        return Gate("weights", "FAIL", f"{len(wrong)} of {n} tensors differ from the case: {wrong[0]}", tuple(wrong)), rounded
+        return Gate(
+            "weights", "FAIL", f"{len(wrong)} of {n} tensors differ from the case: {wrong[0]}", tuple(wrong)
+        ), rounded
     if missing or extra:
         text = f"{len(missing)} tensors not loaded, {len(extra)} not in the case: {(missing + extra)[0]}"
         return Gate("weights", "FAIL", text, tuple(missing + extra)), rounded
-    return Gate("weights", "ok", f"{n} of {n} tensors agree" + (" after rounding to bfloat16" if rounded else "")), rounded
+    return Gate(
+        "weights", "ok", f"{n} of {n} tensors agree" + (" after rounding to bfloat16" if rounded else "")
+    ), rounded
 
 
 def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Array]) -> Gate:
-    """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it undecided."""
+    """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it
+    undecided.
+    """
     ours = [c.tap for c in program]
     seen = [t for t in ours if t in trace.taps]
     unknown = sorted(set(trace.taps) - set(reference))

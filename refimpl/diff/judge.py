@@ -1,7 +1,8 @@
 """The verdict on a trace: gates (weights, inputs, coverage), then each recorded tap against a replay of its stage.
 
 Three values per tap on the same recorded inputs: E, the stage in float64; P, our twin at the precision in which the
-candidate keeps the tap; X, the candidate. X may be as far from E as FACTOR times P is, or a few roundings if that is more.
+candidate keeps the tap; X, the candidate. X may be as far from E as FACTOR times P is, or a few roundings if that is
+more.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Verdict = Literal["CONFORMS", "DIVERGES", "INCONCLUSIVE"]
 EXIT = {"CONFORMS": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
 
 FACTOR = 3.0
-"""One twin stands for a family of admissible roundings; twelve innocent noisier ports stayed below 2.9 times its error."""
+"""One twin stands for a family of admissible roundings; twelve innocent noisier ports stayed below 2.9 times its
+error.
+"""
 ROUNDINGS = 4.0
 """No stage is asked to be better than this many units of roundoff: a twin that happens to round well proves nothing."""
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
@@ -90,11 +93,15 @@ def judge(case: Case, trace: Trace) -> Judgement:
         weights = effective(weights, BF16)
     model = ForCausalLM.from_weights(case.config, effective(weights, FLOAT64))
     inputs = model.inputs(case.tokens, case.positions, case.valid)
-    with_mtp = any(["/mtp" in tap for tap in trace.taps])
+    with_mtp = any("/mtp" in tap for tap in trace.taps)
     attend = trace.header.layouts.get("mla", "expanded")
     program, reference = program_of(model, inputs, with_mtp=with_mtp, attend=attend)
     result.gates += [coverage_gate(program, trace, reference), self_check_gate(trace.header)]
-    taps = {t: canonical(t, np.asarray(trace.taps[t]), trace.header.layouts, case.config) for t in reference if t in trace.taps}
+    taps = {
+        t: canonical(t, np.asarray(trace.taps[t]), trace.header.layouts, case.config)
+        for t in reference
+        if t in trace.taps
+    }
     named = dict(inputs.named())
     twin = BF16 if trace.header.precision.get("storage") == "bfloat16" else FLOAT32
     exact = replay(program, _given(taps, weights, named, FLOAT64), FLOAT64, {})
@@ -128,18 +135,31 @@ def _compare(call: Call, x: Array, e: Array, p: Array, chained: Array) -> Findin
     x = x.astype(np.float64) if x.dtype.kind not in "iub" else x
     if stage.compare == "exact" and stage.name != "mask":
         wrong = int((x != e).sum())
-        return Finding(call.tap, call.stage, not wrong, float(wrong), 0.0, 0.0, f"{wrong} of {x.size} differ" if wrong else "")
+        return Finding(
+            call.tap, call.stage, not wrong, float(wrong), 0.0, 0.0, f"{wrong} of {x.size} differ" if wrong else ""
+        )
     error, twin = _errors(x, e), _errors(p, e)
     extra, _ = EXTRA.get(call.stage, (1.0, ""))
     allowed = max(FACTOR * float(twin.max(initial=0)), ROUNDINGS * unit) * extra
     worst = float(error.max(initial=0))
     ok = worst <= allowed
     note = "" if ok else _describe(x, e, error)
-    return Finding(call.tap, call.stage, ok, worst, float(twin.max(initial=0)), allowed, note, float(_errors(x, chained).max(initial=0)))
+    return Finding(
+        call.tap,
+        call.stage,
+        ok,
+        worst,
+        float(twin.max(initial=0)),
+        allowed,
+        note,
+        float(_errors(x, chained).max(initial=0)),
+    )
 
 
 def _errors(x: Array, e: Array) -> Array:
-    """Relative distance per row (last axis), against the row's norm or a thousandth of the largest row's; NaN counts as inf."""
+    """Relative distance per row (last axis), against the row's norm or a thousandth of the largest row's; NaN counts
+    as inf.
+    """
     x, e = np.atleast_1d(x).astype(np.float64), np.atleast_1d(e).astype(np.float64)
     both = np.isneginf(x) & np.isneginf(e)  # masked scores
     x, e = np.where(both, 0, x), np.where(both, 0, e)
@@ -154,8 +174,9 @@ def _compare_sets(call: Call, x: Array, e: Array, chained: Array) -> Finding:
     n, rows = int(wrong.sum()), wrong.size
     note = ""
     if n:
-        first = np.argwhere(wrong)[0].tolist()
-        note = f"{n} of {rows} tokens choose others, the first at {first}: {sorted(x[tuple(first)].tolist())}, expected {sorted(e[tuple(first)].tolist())}"
+        first = tuple(np.argwhere(wrong)[0].tolist())
+        theirs, expected = sorted(x[first].tolist()), sorted(e[first].tolist())
+        note = f"{n} of {rows} tokens choose others, the first at {list(first)}: {theirs}, expected {expected}"
     flips = (np.sort(x, axis=-1) != np.sort(chained, axis=-1)).any(axis=-1).mean()
     return Finding(call.tap, call.stage, not n, n / rows, 0.0, 0.0, note, float(flips))
 
@@ -169,7 +190,11 @@ def _describe(x: Array, e: Array, error: Array) -> str:
     dot = float((x[finite] * e[finite]).sum())
     ratio = dot / max(float((e[finite] ** 2).sum()), 1e-300)
     residual = np.linalg.norm(x[finite] - ratio * e[finite]) / max(float(np.linalg.norm(e[finite])), 1e-300)
-    fit = f"; the candidate is {ratio:.4f} x ours (residual {residual:.1e})" if abs(ratio - 1) > 1e-3 and residual < 1e-3 else ""
+    fit = (
+        f"; the candidate is {ratio:.4f} x ours (residual {residual:.1e})"
+        if abs(ratio - 1) > 1e-3 and residual < 1e-3
+        else ""
+    )
     return f"worst row {at}, {bad} of {error.size} rows affected{fit}"
 
 

@@ -15,8 +15,8 @@ KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"
 def canonical(tap: str, x: Array, layouts: dict[str, str], config: Config) -> Array:
     """The tap in our layout: rotated channels in the order of the config's pairs.
 
-    transformers reads interleaved pairs and writes the two halves one after the other; the same permutation of q and k leaves
-    every score as it is, so this is a layout, not a bug (DeepSeek-V3 #938, transformers #39687).
+    transformers reads interleaved pairs and writes the two halves one after the other; the same permutation of q and
+    k leaves every score as it is, so this is a layout, not a bug (DeepSeek-V3 #938, transformers #39687).
     """
     for key, value in layouts.items():
         if value not in KNOWN.get(key, (value,)):

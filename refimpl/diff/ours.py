@@ -30,7 +30,7 @@ def trace_case(
     held = effective(case.weights(), used)
     model = ForCausalLM.from_weights(case.config, held)
     inputs = model.inputs(case.tokens, case.positions, case.valid)
-    recorder = introduce(Recorder(lambda tap: any([fnmatchcase(tap, p) for p in patterns])), model, inputs)
+    recorder = introduce(Recorder(lambda tap: any(fnmatchcase(tap, p) for p in patterns)), model, inputs)
     with observing(used, recorder):
         model(inputs, attend=attend, with_mtp=bool(model.n_mtp), name="fwd")
     kept = [c for c in recorder.program if c.tap in recorder.taps]

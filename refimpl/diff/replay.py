@@ -20,7 +20,9 @@ Given = Callable[[str], Array | None]
 """Name of a weight, an input or a recorded tap -> its array, or None if it was not recorded."""
 
 
-def program_of(model: ForCausalLM, inputs: Inputs, *, with_mtp: bool, attend: Any) -> tuple[list[Call], dict[str, Array]]:
+def program_of(
+    model: ForCausalLM, inputs: Inputs, *, with_mtp: bool, attend: Any
+) -> tuple[list[Call], dict[str, Array]]:
     """Run the specification once under a recorder -> its stage calls in model order, and what every tap held."""
     recorder = introduce(Recorder(), model, inputs)
     with observing(recorder):
@@ -29,8 +31,8 @@ def program_of(model: ForCausalLM, inputs: Inputs, *, with_mtp: bool, attend: An
 
 
 def replay(program: list[Call], given: Given, plan: Plan, stored: Mapping[str, str]) -> Iterator[tuple[Call, Array]]:
-    """(call, our output) for each call: its stage alone on `given` inputs, in `plan`; `stored` names the format in which the
-    candidate keeps a tap, to which ours is rounded instead of the plan's.
+    """(call, our output) for each call: its stage alone on `given` inputs, in `plan`; `stored` names the format in
+    which the candidate keeps a tap, to which ours is rounded instead of the plan's.
     """
     computed: dict[str, Array] = {}
 

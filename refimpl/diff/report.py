@@ -15,7 +15,11 @@ def render(j: Judgement, *, everything: bool = False) -> str:
     bad = j.culprits
     stages = sorted({f.stage for f in bad})
     state = "FAIL" if bad else "ok"
-    what = f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(stages)}" if bad else f"{len(j.findings)} taps replayed"
+    what = (
+        f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(stages)}"
+        if bad
+        else f"{len(j.findings)} taps replayed"
+    )
     lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}"]
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
@@ -31,9 +35,19 @@ def _row(f: Finding) -> str:
 
 
 def _chained(j: Judgement) -> str:
-    """Where the candidate, run on its own, is first visibly away from our run: what comparing two recordings would show."""
-    far = [f for f in j.findings if f.chained > 10 * f.allowed or (f.stage in ("router.ids", "router.groups") and f.chained)]
-    return f"first visible at {far[0].tap}, {len(far)} taps differ after it" if far else "never visibly away from our own run"
+    """Where the candidate, run on its own, is first visibly away from our run: what comparing two recordings would
+    show.
+    """
+    far = [
+        f
+        for f in j.findings
+        if f.chained > 10 * f.allowed or (f.stage in ("router.ids", "router.groups") and f.chained)
+    ]
+    return (
+        f"first visible at {far[0].tap}, {len(far)} taps differ after it"
+        if far
+        else "never visibly away from our own run"
+    )
 
 
 def _verdict(j: Judgement) -> str:
