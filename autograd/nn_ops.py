@@ -194,7 +194,7 @@ def _visible(mask: Array) -> list[tuple[int, int]]:
 
 @primitive
 def rotate(x: Array, table: Array, *, interleaved: bool) -> Result:
-    """(a, b) -> (a cos - b sin, a sin + b cos) per pair.  x (..., Dr), table (2, ..., Dr/2) -> y (..., Dr).
+    """(a, b) -> (a cos - b sin, a sin + b cos) per pair.  x (..., Dr), table (2, ..., Dr/2), broadcast -> y (..., Dr).
 
     A pair is channels (2i, 2i+1) if interleaved, else (i, i + Dr/2); the output keeps the input's layout.
     """
@@ -250,7 +250,7 @@ def by_expert(ids: Array, n_experts: int) -> tuple[Array, Array, Array]:
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
     inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
+    inverse[order] = np.arange(len(order), like=order)
     ends = np.cumsum(np.bincount(flat, minlength=n_experts))
     return order, inverse.reshape(-1, ids.shape[-1]), ends
 

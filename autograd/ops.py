@@ -260,7 +260,7 @@ def take_along(x: Array, ids: Array) -> Result:
 
 @primitive
 def cast(x: Array, *, dtype: Any) -> Result:
-    """y = x in another floating dtype; the gradient is cast back."""
+    """y = x in another floating dtype; the gradient is cast back.  x (*) -> y (*)."""
 
     def vjp_x(dy: Array) -> Array:
         return dy.astype(x.dtype)

@@ -53,8 +53,8 @@ def mask(
     *,
     dtype: Any,
 ) -> Array:
-    """0 where query s may see key t, -inf elsewhere.  positions (B, S), key_positions (B, T), key_valid (B, T),
-    documents (B, S), key_documents (B, T) -> (B, 1, S, T).
+    """0 where query s may see key t, -inf elsewhere.  positions (B, S), key_positions (B, T), key_valid (B, T) or
+    None, documents (B, S) or None, key_documents (B, T) or None -> (B, 1, S, T).
 
     A key is visible if it is not later, is not padding (key_valid 0), and belongs to the same document. Pre-training
     packs documents without separating them (R 4.1), fine-tuning separates them (R 5.1): both are a choice of

@@ -113,6 +113,18 @@ def tap_name(stage: Stage) -> str:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A mutation: an observer that puts another function of the same arguments in one stage's place."""
+
+    stage: str
+    fn: Callable[..., Any]
+
+    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
+        """The other function's output where the stage is the patched one."""
+        return self.fn(*args, **static) if stage.name == self.stage else out
+
+
+@dataclass(frozen=True)
 class Call:
     """One line of a program: a stage, the tap it produced, and the names of what it consumed."""
 

@@ -65,15 +65,11 @@ def _at_most(lines: list[str], most: int) -> list[str]:
 
 def check(expected: Mapping[str, Shape], ckpt: Checkpoint) -> Report:
     """Compare names both ways and shapes with the model's. Reads no data."""
-    layers = 1 + max(
-        (layer for n in expected if (layer := _main_layer(n, expected)) is not None), default=-1
-    )
+    layers = 1 + max((layer for n in expected if (layer := _main_layer(n, expected)) is not None), default=-1)
     copies = tuple(n for n in ckpt if is_mtp_copy(n, layers))
     missing = tuple(n for n in expected if n not in ckpt and not is_mtp_copy(n, layers))
     extra = tuple(n for n in ckpt if n not in expected and n not in copies)
-    shapes = {
-        n: (ckpt.shape(n), tuple(expected[n])) for n in expected if n in ckpt
-    } | _scale_shapes(ckpt)
+    shapes = {n: (ckpt.shape(n), tuple(expected[n])) for n in expected if n in ckpt} | _scale_shapes(ckpt)
     suggestions = {m: other for m in missing[:_SUGGESTIONS] if (other := near(m, extra))}
     return Report(
         missing=missing,
@@ -116,9 +112,7 @@ def count_dtypes(ckpt: Checkpoint) -> dict[str, tuple[int, int]]:
     return {dtype: (tensors[dtype], nbytes) for dtype, nbytes in size.most_common()}
 
 
-def scan_nonfinite(
-    ckpt: Checkpoint, progress: Callable[[int, int, str], None] | None = None
-) -> dict[str, int]:
+def scan_nonfinite(ckpt: Checkpoint, progress: Callable[[int, int, str], None] | None = None) -> dict[str, int]:
     """name -> number of NaN or Inf elements, for the tensors that have any. Reads every byte once.
 
     FP8 weights are judged by their codes; a scale that is NaN, Inf, zero or negative counts under

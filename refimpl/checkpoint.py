@@ -110,10 +110,7 @@ class Checkpoint(Mapping[str, Array]):
     def _source(self, name: str) -> Source:
         if name not in self._sources:
             other = near(name, self._sources)
-            raise KeyError(
-                f"{self.path} has no tensor {name!r}"
-                + (f"; did you mean {other!r}?" if other else "")
-            )
+            raise KeyError(f"{self.path} has no tensor {name!r}" + (f"; did you mean {other!r}?" if other else ""))
         return self._sources[name]
 
     def _files_of(self, name: str) -> str:
@@ -127,21 +124,13 @@ def _read_config(path: Path, has_bias: bool) -> dict[str, Any] | None:
     return config_from_deepseek(config, has_bias=has_bias) if is_deepseek_config(config) else config
 
 
-def _pair_scales(
-    sources: Mapping[str, Source], block: tuple[int, int]
-) -> tuple[dict[str, Source], dict[str, Source]]:
+def _pair_scales(sources: Mapping[str, Source], block: tuple[int, int]) -> tuple[dict[str, Source], dict[str, Source]]:
     """(scales by the name of their weight, all other tensors)."""
     codes = {name for name, source in sources.items() if source.dtype in _CODES}
     scales = {name: sources[name + SCALE] for name in codes if name + SCALE in sources}
     for name in scales:
         fused, rows = sources[name].pieces[0].part, sources[name].shape[0]
         if fused and rows % block[0] and not name.endswith("down_proj.weight"):
-            raise SpecError(
-                f"{name}: with {rows} rows, a block of {block[0]} would hold gate and up"
-            )
-    rest = {
-        name: s
-        for name, s in sources.items()
-        if name.removesuffix(SCALE) not in scales or name in scales
-    }
+            raise SpecError(f"{name}: with {rows} rows, a block of {block[0]} would hold gate and up")
+    rest = {name: s for name, s in sources.items() if name.removesuffix(SCALE) not in scales or name in scales}
     return scales, rest

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from refimpl.autograd.errors import SpecError
 
@@ -94,7 +95,7 @@ def _diff(args: argparse.Namespace) -> int:
     from refimpl.diff.report import render, summary, to_json
     from refimpl.diff.trace import Trace
 
-    judgement = judge(Case.read(args.case), Trace.read(args.candidate))
+    judgement = judge(Case.read(args.case), Trace.read(args.candidate), track=_progress("replaying"))
     text = (
         to_json(judgement)
         if args.json
@@ -104,6 +105,20 @@ def _diff(args: argparse.Namespace) -> int:
     )
     print(text)
     return judgement.exit_code
+
+
+def _progress(what: str) -> Callable[[list[Any]], Iterable[Any]]:
+    """A progress bar on standard error if a person is watching, nothing otherwise."""
+    if not sys.stderr.isatty():
+        return iter
+
+    def track(items: list[Any]) -> Iterable[Any]:
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(items, what, console=Console(stderr=True), transient=True)
+
+    return track
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -144,11 +159,11 @@ def _record(args: argparse.Namespace) -> int:
 def _case(args: argparse.Namespace) -> int:
     from refimpl.diff.make_case import new_case
     from refimpl.layers import PRESETS, Config
-    from refimpl.sources import read_json
+    from refimpl.shards import json_object
 
     if args.config is None and args.preset not in PRESETS:
         raise SpecError(f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
-    config = Config.from_dict(read_json(args.config)) if args.config else PRESETS[args.preset]
+    config = Config.from_dict(json_object(args.config)) if args.config else PRESETS[args.preset]
     new_case(args.out, config, seed=args.seed)
     print(args.out)
     return 0

@@ -73,9 +73,7 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], d
 def parse_json(text: bytes) -> Any:
     """JSON as RFC 8259 and no more: UTF-8, no NaN, no key twice. Raises SpecError."""
     try:
-        return json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except SpecError:
         raise
     except (
@@ -134,17 +132,13 @@ def _check_tiling(header: Mapping[str, TensorInfo], data_bytes: int) -> None:
     end = 0
     for name, t in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
         flaw = "a hole" if t.begin > end else "an overlap"
-        require(
-            t.begin == end, f"tensor {name!r}: data begins at {t.begin}, expected {end}: {flaw}"
-        )
+        require(t.begin == end, f"tensor {name!r}: data begins at {t.begin}, expected {end}: {flaw}")
         end = t.end
         require(
             end <= data_bytes,
             f"tensor {name!r}: data ends at {end}, the file's data at {data_bytes}: truncated?",
         )
-    require(
-        end == data_bytes, f"{data_bytes - end} bytes follow the last tensor's data; expected none"
-    )
+    require(end == data_bytes, f"{data_bytes - end} bytes follow the last tensor's data; expected none")
 
 
 def check_name(name: str) -> None:
@@ -157,9 +151,7 @@ def check_name(name: str) -> None:
 
 def check_metadata(metadata: Any) -> None:
     """Raise SpecError unless it maps strings to strings."""
-    flat = isinstance(metadata, Mapping) and all(
-        isinstance(x, str) for item in metadata.items() for x in item
-    )
+    flat = isinstance(metadata, Mapping) and all(isinstance(x, str) for item in metadata.items() for x in item)
     require(flat, f"{METADATA} must map strings to strings")
     for text in (x for item in metadata.items() for x in item):
         check_name(text)

@@ -205,7 +205,8 @@ class _Wanted:
         return any(_matches(tap, p) or _matches("bwd/" + tap.partition("/")[2], p) for p in self.patterns)
 
     def results(self) -> dict[str, Array]:
-        taps, found = self.recorder.taps, {}
+        taps = self.recorder.taps
+        found: dict[str, Array] = {}
         for p in self.patterns:
             hits = [t for t in taps if _matches(t, p)]
             if not hits and not p.startswith("bwd/"):

@@ -147,22 +147,15 @@ _SHOWN = (
 
 def render(info: Info) -> str:
     """Plain text, one fact a line."""
-    lines = [
-        f"{info.path}: {len(info.files)} file{'s' * (len(info.files) != 1)}, {info.naming} names"
-    ]
+    lines = [f"{info.path}: {len(info.files)} file{'s' * (len(info.files) != 1)}, {info.naming} names"]
     if info.config is not None:
         lines += ["config"] + [f"  {key:<26}{info.config[key]}" for key in _SHOWN]
     if info.counts is not None:
         lines += render_counts(info.counts)
     lines += [f"tensors  {info.tensors}, {sum(size for _, size in info.dtypes.values()):,} bytes"]
-    lines += [
-        f"  {d:<10}{tensors:>8} tensors{size:>20,} bytes"
-        for d, (tensors, size) in info.dtypes.items()
-    ]
+    lines += [f"  {d:<10}{tensors:>8} tensors{size:>20,} bytes" for d, (tensors, size) in info.dtypes.items()]
     if info.report is None:
-        return "\n".join(
-            [*lines, "names and shapes  not checked: no config.json beside the weights"]
-        )
+        return "\n".join([*lines, "names and shapes  not checked: no config.json beside the weights"])
     copies = f", {len(info.report.mtp_copies)} copies of embedding and head" if info.mtp else ""
     lines += [f"MTP      {'present' + copies if info.mtp else 'absent'}"]
     lines += ["names and shapes  " + ("as expected" if info.ok else "NOT as expected")]

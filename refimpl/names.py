@@ -202,14 +202,10 @@ _DEFAULTS: dict[str, Any] = {  # ModelArgs of inference/model.py, for keys that 
 
 def is_deepseek_config(config: Mapping[str, Any]) -> bool:
     """Whether the config is in the keys of inference/configs/*.json."""
-    return "hidden_size" not in config and bool(
-        config.keys() & {"dim", "n_layers", "n_activated_experts"}
-    )
+    return "hidden_size" not in config and bool(config.keys() & {"dim", "n_layers", "n_activated_experts"})
 
 
-def config_from_deepseek(
-    config: Mapping[str, Any], *, has_bias: bool | None = None
-) -> dict[str, Any]:
+def config_from_deepseek(config: Mapping[str, Any], *, has_bias: bool | None = None) -> dict[str, Any]:
     """{"dim": 7168, ...} -> {"hidden_size": 7168, ...}, with what inference/model.py hard-codes
     made explicit.
 
@@ -220,6 +216,10 @@ def config_from_deepseek(
     unknown = sorted(config.keys() - _DEFAULTS.keys())
     require(not unknown, f"keys that DeepSeek's ModelArgs does not have: {', '.join(unknown)}")
     d = _DEFAULTS | dict(config)
+    for key, value in d.items():
+        number = isinstance(_DEFAULTS[key], int | float)
+        ok = type(value) in ((int, float) if number else (str, type(None)))
+        require(ok, f"{key} is {value!r}; expected {'a number' if number else 'a string'}")
     has_bias = d["dim"] == 7168 if has_bias is None else has_bias
     grouped = "group_limited_greedy" if d["n_expert_groups"] > 1 else "greedy"
     hf = {key: d[k] for k, key in _CONFIG_KEYS.items()} | {
@@ -257,9 +257,7 @@ def config_to_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     return deepseek
 
 
-def quantization_config(
-    scale_fmt: str | None, block: tuple[int, int] = (128, 128)
-) -> dict[str, Any]:
+def quantization_config(scale_fmt: str | None, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
     """The entry that announces block-scaled FP8 weights in config.json (README_WEIGHTS.md)."""
     entry: dict[str, Any] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
     entry["weight_block_size"] = list(block)

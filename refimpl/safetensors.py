@@ -168,9 +168,7 @@ def _read_header(path: Path) -> tuple[mmap.mmap, bytes]:
         n <= MAX_HEADER,
         f"header length {n} exceeds the limit of {MAX_HEADER} bytes; not a safetensors file?",
     )
-    require(
-        n <= len(data) - 8, f"header length {n} exceeds the file's {len(data)} bytes; truncated?"
-    )
+    require(n <= len(data) - 8, f"header length {n} exceeds the file's {len(data)} bytes; truncated?")
     return data, data[8 : 8 + n]
 
 
@@ -184,9 +182,7 @@ def _pending(name: object, value: Array | Pending) -> Pending:
         return value
     array = np.asarray(value)
     little = array.dtype.newbyteorder("<") if array.dtype.kind in "iuf" else array.dtype
-    supported = (
-        f"tensor {name!r}: dtype {array.dtype}; the format holds {', '.join(map(str, NAMES))}"
-    )
+    supported = f"tensor {name!r}: dtype {array.dtype}; the format holds {', '.join(map(str, NAMES))}"
     require(little in NAMES, supported)
     return Pending(NAMES[little], array.shape, lambda: array)
 
@@ -216,8 +212,6 @@ def _format_header(pending: Mapping[str, Pending], metadata: Mapping[str, str] |
 def _bytes_of(name: str, t: Pending) -> memoryview:
     array = t.make()
     if array.shape != t.shape or array.dtype.newbyteorder("=") != DTYPES[t.dtype].newbyteorder("="):
-        raise SpecError(
-            f"tensor {name!r}: made {array.dtype} {array.shape}, announced {t.dtype} {t.shape}"
-        )
+        raise SpecError(f"tensor {name!r}: made {array.dtype} {array.shape}, announced {t.dtype} {t.shape}")
     flat = np.ascontiguousarray(array, dtype=DTYPES[t.dtype]).reshape(-1)
     return flat.view(np.uint8).data

@@ -94,9 +94,7 @@ def _check_arguments(
     require(not scales, f"{scales[:3]} are scales: codes and scales come from an open Checkpoint")
 
 
-def _write(
-    path: Path, contents: Mapping[str, Mapping[str, Pending]], settings: Mapping[str, Any]
-) -> list[Path]:
+def _write(path: Path, contents: Mapping[str, Mapping[str, Pending]], settings: Mapping[str, Any]) -> list[Path]:
     """config.json, the weights, then an index if there are shards: the last is the others' key."""
     folder = path.parent if path.suffix == ".safetensors" else path
     _make_folder(folder, path, contents)

@@ -47,9 +47,7 @@ def find(path: Path) -> Layout:
     if path.name.endswith(".index.json"):
         return _layout(path.parent, _open_index(path))
     if path.exists() and path.suffix != ".safetensors":
-        raise SpecError(
-            f"{path} is no checkpoint; expected a .safetensors file or a folder with one"
-        )
+        raise SpecError(f"{path} is no checkpoint; expected a .safetensors file or a folder with one")
     return _layout(path.parent, [open_file(path)])
 
 
@@ -68,9 +66,7 @@ def _find_in_folder(folder: Path) -> Layout:
         return _layout(folder, [open_file(single[0])])
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
     looked = f"expected {INDEX}, {', '.join(SINGLE)} or model{{rank}}-mp{{world}}.safetensors"
-    raise SpecError(
-        f"{folder} holds no checkpoint; {looked}; it has {', '.join(others[:5]) or 'none'}"
-    )
+    raise SpecError(f"{folder} holds no checkpoint; {looked}; it has {', '.join(others[:5]) or 'none'}")
 
 
 def _layout(folder: Path, files: list[SafetensorsFile]) -> Layout:
@@ -107,14 +103,10 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
     assert isinstance(weight_map, dict)
     for shard in set(weight_map.values()):
         plain = Path(shard).name == shard and shard.endswith(".safetensors")
-        require(
-            plain, f"weight_map names {shard!r}; expected a .safetensors file of the same folder"
-        )
+        require(plain, f"weight_map names {shard!r}; expected a .safetensors file of the same folder")
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    require(
-        total is None or type(total) in (int, float), f"total_size is {total!r}; expected a number"
-    )
+    require(total is None or type(total) in (int, float), f"total_size is {total!r}; expected a number")
     return weight_map, total
 
 
@@ -125,9 +117,7 @@ def _check_unlisted(folder: Path, shards: set[str]) -> None:
     number = re.compile(r"-\d+-of-")  # model-00002-of-00163.safetensors
     families = {number.sub("-of-", s) for s in shards if number.search(s)}
     beside = {p.name for p in folder.iterdir()} - shards
-    lost = sorted(
-        name for name in beside if number.search(name) and number.sub("-of-", name) in families
-    )
+    lost = sorted(name for name in beside if number.search(name) and number.sub("-of-", name) in families)
     require(not lost, f"shards that the index does not list: {_some(lost)}")
 
 
@@ -149,23 +139,15 @@ def _check_total(total: float | None, files: list[SafetensorsFile]) -> None:
     data = sum(t.nbytes for f in files for t in f.header.values())
     whole = sum(f.file_bytes for f in files)
     ok = total is None or total in (data, whole)
-    require(
-        ok, f"total_size is {total}; expected {data} (the tensors' bytes) or {whole} (the shards')"
-    )
+    require(ok, f"total_size is {total}; expected {data} (the tensors' bytes) or {whole} (the shards')")
 
 
 def _open_parts(paths: list[Path]) -> list[SafetensorsFile]:
     """model{0..world-1}-mp{world}.safetensors in rank order."""
     ranks = {(int(m[2]), int(m[1])): p for p in paths if (m := PART.fullmatch(p.name))}
     worlds = sorted({world for world, _ in ranks})
-    require(
-        len(worlds) == 1, f"{paths[0].parent} mixes parts of mp {' and mp '.join(map(str, worlds))}"
-    )
-    absent = [
-        f"model{r}-mp{worlds[0]}.safetensors"
-        for r in range(worlds[0])
-        if (worlds[0], r) not in ranks
-    ]
+    require(len(worlds) == 1, f"{paths[0].parent} mixes parts of mp {' and mp '.join(map(str, worlds))}")
+    absent = [f"model{r}-mp{worlds[0]}.safetensors" for r in range(worlds[0]) if (worlds[0], r) not in ranks]
     require(
         not absent,
         f"{paths[0].parent}: {len(absent)} of {worlds[0]} parts are missing: {_some(absent)}",

@@ -60,9 +60,7 @@ class Source:
         for piece, copy in zip(self.pieces[1:], arrays[1:], strict=True):
             if not same_bits(copy, arrays[0]):
                 first, other = self.pieces[0].file.path.name, piece.file.path.name
-                raise SpecError(
-                    f"{piece.key!r} differs between {first} and {other}; expected copies"
-                )
+                raise SpecError(f"{piece.key!r} differs between {first} and {other}; expected copies")
         return arrays[0]
 
 
@@ -79,9 +77,7 @@ def hf_sources(files: Iterable[SafetensorsFile]) -> Iterator[tuple[str, Source]]
     owner: dict[str, str] = {}
     for f in files:
         for key, info in f.header.items():
-            for name, source in _unfuse(f, key) or [
-                (key, Source(info.dtype, info.shape, (Piece(f, key),)))
-            ]:
+            for name, source in _unfuse(f, key) or [(key, Source(info.dtype, info.shape, (Piece(f, key),)))]:
                 first = owner.setdefault(name, f"{key} of {f.path.name}")
                 here = f"{key} of {f.path.name}"
                 require(first == here, f"tensor {name!r} is found twice: {first} and {here}")
@@ -105,11 +101,7 @@ def _unfuse(f: SafetensorsFile, key: str) -> list[tuple[str, Source]]:
     )
     experts, rows, cols = info.shape
     half = rows // 2
-    parts = (
-        {"gate_proj": slice(0, half), "up_proj": slice(half, rows)}
-        if split
-        else {"down_proj": slice(0, rows)}
-    )
+    parts = {"gate_proj": slice(0, half), "up_proj": slice(half, rows)} if split else {"down_proj": slice(0, rows)}
     return [
         (
             f"{outer}.{e}.{proj}.weight{scale}",
@@ -132,9 +124,7 @@ def deepseek_sources(files: list[SafetensorsFile]) -> Iterator[tuple[str, Source
     for name, held in pieces.items():
         if expert_of(name) is None and len(held) != len(files):
             ranks = ", ".join(p.file.path.name for p in held)
-            raise SpecError(
-                f"{held[0].key!r} is only in {ranks}; expected in all {len(files)} parts"
-            )
+            raise SpecError(f"{held[0].key!r} is only in {ranks}; expected in all {len(files)} parts")
         yield name, _join(name, held)
 
 

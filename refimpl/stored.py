@@ -77,9 +77,7 @@ class Plan:
         stored = "F32" if name.endswith(BIAS) else STORED[self.dtype]
         return {name: Pending(stored, shape, lambda: _cast(name, self._read(name, part), stored))}
 
-    def _fp8(
-        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]
-    ) -> dict[str, Pending]:
+    def _fp8(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> dict[str, Pending]:
         grid = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
         codes, scales = self._passed_on(name, part) or self._quantised(name, part)
         return {name: Pending("F8_E4M3", shape, codes), name + SCALE: Pending("F32", grid, scales)}
@@ -87,9 +85,7 @@ class Plan:
     def _quantised(self, name: str, part: tuple[slice, ...]) -> tuple[Make, Make]:
         def codes() -> Array:
             with where(f"while quantising {name}"):
-                return quantize_blocks(
-                    self._read(name, part), self.block, scale_fmt=self.scale_fmt
-                )[0]
+                return quantize_blocks(self._read(name, part), self.block, scale_fmt=self.scale_fmt)[0]
 
         def scales() -> Array:
             with where(f"while quantising {name}"):

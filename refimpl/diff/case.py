@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refimpl.autograd.errors import SpecError, require, where
+from refimpl.autograd.errors import require, where
 from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config
+from refimpl.shards import json_object
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class Case:
         path = Path(path)
         with where(f"while reading case {path}"):
             require(path.is_dir(), "not a folder; a case holds config.json, weights.safetensors and tokens.json")
-            run = _json(path / "tokens.json")
-            require(isinstance(run, dict) and "tokens" in run, 'tokens.json must be {"tokens": [[...], ...]}')
-            config = _json(path / "config.json")
+            run, config = json_object(path / "tokens.json"), json_object(path / "config.json")
+            require("tokens" in run, 'tokens.json must be {"tokens": [[...], ...]}')
             return cls(path, config, Checkpoint.open(path), run["tokens"], run.get("positions"), run.get("valid"))
 
     @property
@@ -45,11 +44,3 @@ class Case:
         """Every tensor under its checkpoint name, dequantised."""
         return {n: self.checkpoint[n] for n in self.checkpoint}
 
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"{path.name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SpecError(f"{path.name}: {error}") from None

@@ -14,7 +14,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.impl import introduce
 from refimpl.layers.mla import Attend
 from refimpl.layers.precision import Plan, plan
-from refimpl.layers.stage import STAGES, Call, Recorder, observing
+from refimpl.layers.stage import STAGES, Call, Patch, Recorder, observing
 from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
@@ -23,15 +23,23 @@ from .trace import Header, Trace, digest
 
 
 def trace_case(
-    case: Case, *, precision: str = "float32", taps: Iterable[str] = ("*",), attend: Attend = "expanded"
+    case: Case,
+    *,
+    precision: str = "float32",
+    taps: Iterable[str] = ("*",),
+    attend: Attend = "expanded",
+    patches: Iterable[Patch] = (),
 ) -> Trace:
-    """Run the specification on a case and keep the taps that match; each is stored in the dtype its plan gives it."""
+    """Run the specification on a case and keep the taps that match; each is stored in the dtype its plan gives it.
+
+    `patches` put known mistakes into stages, to see whether the diff finds them.
+    """
     used, patterns = plan(precision), list(taps)
     held = effective(case.weights(), used)
     model = ForCausalLM.from_weights(case.config, held)
     inputs = model.inputs(case.tokens, case.positions, case.valid)
     recorder = introduce(Recorder(lambda tap: any(fnmatchcase(tap, p) for p in patterns)), model, inputs)
-    with observing(used, recorder):
+    with observing(*patches, used, recorder):
         model(inputs, attend=attend, with_mtp=bool(model.n_mtp), name="fwd")
     kept = [c for c in recorder.program if c.tap in recorder.taps]
     require(kept, f"no tap matches {', '.join(patterns)}")

@@ -77,9 +77,8 @@ class Trace:
         """Open a trace; tap data stays on disk until used. SpecError for anything that is not a sound trace."""
         with where(f"while reading trace {path}"):
             file = safetensors.open_file(path)
-            text = file.metadata.get("trace")
-            require(text is not None, 'no "trace" entry in the metadata: this safetensors file is not a trace')
-            return cls(Header.from_json(text), file)
+            require("trace" in file.metadata, 'no "trace" entry in the metadata: this safetensors file is not a trace')
+            return cls(Header.from_json(file.metadata["trace"]), file)
 
     def write(self, path: str | Path) -> None:
         """Write atomically."""
