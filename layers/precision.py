@@ -22,6 +22,12 @@ ROUND: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16}
 """Format name -> rounding; a format that is absent here (fp32) leaves values alone."""
 
 
+def rounded(x: Any, fmt: str) -> Any:
+    """x in a format; integers and formats without a rounding pass. The gradient goes straight through.  x (*) -> (*)."""
+    to = ROUND.get(fmt)
+    return x if to is None or data_of(x).dtype.kind != "f" else ops.round_through(x, to=to)
+
+
 @dataclass(frozen=True)
 class Plan:
     """`dtype` carries the values; `table` maps stage patterns to formats, the first match counts, no match: no
@@ -43,12 +49,9 @@ class Plan:
         w = w if w.dtype == self.dtype else w.astype(self.dtype)
         return ROUND[self.weights](w) if self.weights in ROUND and not name.endswith("_bias") else w
 
-    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
-        """As an observer of stages: round what comes out. The gradient passes straight through."""
-        to = ROUND.get(self.format(stage.name))
-        if to is None or data_of(out).dtype.kind != "f":
-            return out
-        return ops.round_through(out, to=to)
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
+        """As an observer of stages: round what comes out."""
+        return rounded(run(*args, **static), self.format(stage.name))
 
 
 FLOAT64 = Plan("float64", np.float64, "fp64")

@@ -1,8 +1,8 @@
 """The stage: a pure function with a stable, never reused name. The name is the spine of the whole specification.
 
 The model is a list of stage calls; a trace holds what went into and came out of each; the diff re-runs one alone; a
-precision plan is a table over stages. One mechanism serves them all: observers, held in a context variable, see
-every call `(stage, args, static, out)` and return the output that the caller gets. Nobody observing costs nothing.
+precision plan is a table over stages. One mechanism serves them all: observers, held in a context variable, stand around
+every call and may note it, round its output, or run something else. Nobody observing costs nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from refimpl.autograd.errors import SpecError
@@ -32,11 +33,11 @@ class Stage:
     tap: str
 
     def __call__(self, *args: Any, **static: Any) -> Any:
-        """fn(*args, **static), shown to the observers in turn."""
-        out = self.fn(*args, **static)
-        for observe in _observers.get():
-            out = observe(self, args, static, out)
-        return out
+        """fn(*args, **static), inside the observers of this context."""
+        run: Callable[..., Any] = self.fn
+        for observer in _observers.get():
+            run = partial(observer, self, run)
+        return run(*args, **static)
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -44,10 +45,10 @@ class Stage:
 
 
 class Observer(Protocol):
-    """Sees a finished stage call and returns the output to go on with."""
+    """Stands around a stage call: runs it, and returns its output or what is to take its place."""
 
-    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
-        """Return `out` itself, or what is to take its place."""
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
+        """`run(*args, **static)` is the call as the observers further in make it."""
 
 
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
@@ -72,7 +73,7 @@ def stage(
 
 @contextmanager
 def observing(*observers: Observer) -> Iterator[None]:
-    """Let observers see every stage call in this context (and thread), after those already there."""
+    """Let observers stand around every stage call in this context (and thread), the first one innermost."""
     token = _observers.set(_observers.get() + observers)
     try:
         yield
@@ -119,9 +120,9 @@ class Patch:
     stage: str
     fn: Callable[..., Any]
 
-    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
-        """The other function's output where the stage is the patched one."""
-        return self.fn(*args, **static) if stage.name == self.stage else out
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
+        """The other function where the stage is the patched one."""
+        return (self.fn if stage.name == self.stage else run)(*args, **static)
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,11 @@ class Recorder:
         array = data_of(array)
         self._names[id(array)] = (name, array)
 
-    def __call__(self, stage: Stage, args: tuple[Any, ...], static: dict[str, Any], out: Any) -> Any:
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
         """Note the call; the output goes on unchanged."""
         tap = tap_name(stage)
         names = tuple([self._name(a, tap) for a in args])
+        out = run(*args, **static)
         if tap in self._produced:
             raise SpecError(f"tap {tap} was produced twice; run under another phase, or with a new Recorder")
         self._produced.add(tap)

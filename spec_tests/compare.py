@@ -7,7 +7,8 @@ SETS = ("router.ids", "router.groups")
 
 
 def distance(tap, ours, theirs):
-    """Relative normwise difference |ours - theirs| / |theirs| of one tap; ours and theirs are {tap: array}.
+    """Relative normwise difference |ours - theirs| / |theirs| of one tap; ours and theirs are {tap:
+    array}.
 
     Sets count as 0 or infinity, and so does another pattern of -inf.
     """
@@ -32,9 +33,10 @@ def canonical(tap, taps):
     return value
 
 
-def farthest(ours, theirs, taps):
-    """(distance, tap) of the tap that differs most."""
-    return max((distance(tap, ours, theirs), tap) for tap in taps)
+def differing(ours, theirs, taps, limit):
+    """{tap: distance} of the taps that are farther apart than limit (or not a number), in their order."""
+    distances = {tap: distance(tap, ours, theirs) for tap in taps}
+    return {tap: d for tap, d in distances.items() if not d <= limit}
 
 
 def routing_margin(config, taps):
@@ -59,7 +61,5 @@ def _gap(values, count):
 
 def _kept(config, groups):
     """(..., E) is the expert in one of the kept groups (..., topk_group)?"""
-    group_of = np.arange(config["n_routed_experts"]) // (
-        config["n_routed_experts"] // config["n_group"]
-    )
+    group_of = np.arange(config["n_routed_experts"]) // (config["n_routed_experts"] // config["n_group"])
     return (groups[..., None] == group_of).any(-2)

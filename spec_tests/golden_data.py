@@ -20,9 +20,7 @@ def tensors(path):
         if name != "__metadata__":
             assert entry["dtype"] == "F32", f"{name} is {entry['dtype']}"
             first, last = entry["data_offsets"]
-            found[name] = np.frombuffer(data[start + first : start + last], "<f4").reshape(
-                entry["shape"]
-            )
+            found[name] = np.frombuffer(data[start + first : start + last], "<f4").reshape(entry["shape"])
     return found
 
 

@@ -103,7 +103,8 @@ def noisy(seed):
     """An observer that rounds every stage's output to one of its two bfloat16 neighbours, at random by distance."""
     rng = np.random.default_rng(seed)
 
-    def observe(stage, args, static, out):
+    def observe(stage, run, /, *args, **static):
+        out = run(*args, **static)
         if out.dtype.kind != "f" or stage.name in ("mask", "mla.rope_tables"):
             return out
         dither = (rng.random(out.shape) - 0.5) * 2.0**-7

@@ -110,7 +110,7 @@ def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
     named = dict(inputs.named())
     twin = BF16 if trace.header.precision.get("storage") == "bfloat16" else FLOAT32
     exact = replay(program, _given(taps, weights, named, FLOAT64), FLOAT64, {})
-    stored = {t: "bf16" if a.dtype.name == "bfloat16" else "" for t, a in taps.items()}
+    stored = {t: "bf16" if a.dtype.name == "bfloat16" else "fp32" for t, a in taps.items()}
     ours = replay(program, _given(taps, weights, named, twin), twin, stored)
     for call, (_, e), (_, p) in zip(track(program), exact, ours, strict=True):
         if call.tap in taps:

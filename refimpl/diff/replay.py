@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array, data_of
 from refimpl.impl import introduce
-from refimpl.layers.precision import ROUND, Plan
+from refimpl.layers.precision import Plan, rounded
 from refimpl.layers.stage import STAGES, Call, Recorder, observing
 from refimpl.model import ForCausalLM, Inputs
 
@@ -48,8 +48,5 @@ def replay(program: list[Call], given: Given, plan: Plan, stored: Mapping[str, s
         static = call.static | ({"dtype": plan.dtype} if "dtype" in call.static else {})
         with np.errstate(all="ignore"):  # a candidate may hold NaN; that is reported, not warned of
             out = STAGES[call.stage].fn(*[value(a) for a in call.args], **static)
-        if out.dtype.kind == "f":
-            to = ROUND.get(stored.get(call.tap, plan.format(call.stage)))
-            out = to(out) if to else out
-        computed[call.tap] = out
+        computed[call.tap] = out = rounded(out, stored.get(call.tap) or plan.format(call.stage))
         yield call, out
