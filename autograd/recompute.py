@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .nn_ops import once
 from .tensor import Array, Parameter, Tensor, Vjp, backward, primitive
 
@@ -27,7 +29,7 @@ def recompute(fn: Callable[..., Any]) -> Callable[..., Any]:
         def vjp(i: int) -> Vjp | None:
             def vjp_i(dy: Array) -> Array:
                 g = gradients(dy)[i]
-                return args[i] * 0 if g is None else g
+                return np.zeros_like(args[i]) if g is None else g
 
             return vjp_i if _is_float(args[i]) else None
 

@@ -45,25 +45,20 @@ def logits(x: Any, w: Any) -> Any:
 
 @stage("mask", eq="R 2.1.1 eq 10 (j <= t)", shape="B 1 S T", compare="exact")
 def mask(
-    positions: Array,
-    key_positions: Array,
-    key_valid: Array | None,
-    documents: Array | None,
-    key_documents: Array | None,
-    *,
-    dtype: Any,
+    positions: Array, valid: Array | None, documents: Array | None, key_documents: Array | None, *, past: int, dtype: Any
 ) -> Array:
-    """0 where query s may see key t, -inf elsewhere.  positions (B, S), key_positions (B, T), key_valid (B, T) or
-    None, documents (B, S) or None, key_documents (B, T) or None -> (B, 1, S, T).
+    """0 where query s may see key t, -inf elsewhere.  positions (B, S), valid (B, T), documents (B, S), key_documents (B, T)
+    -> (B, 1, S, T) with T = past + S.
 
-    A key is visible if it is not later, is not padding (key_valid 0), and belongs to the same document. Pre-training
-    packs documents without separating them (R 4.1), fine-tuning separates them (R 5.1): both are a choice of
-    `documents`.
+    A key is visible if it does not come later in the sequence (whatever the positions say: they only rotate), is not padding
+    (valid 0), and belongs to the same document. Pre-training packs documents without separating them (R 4.1), fine-tuning
+    separates them (R 5.1): both are a choice of `documents`. Real kernels never build this array, they skip blocks.
     """
-    seen = key_positions[:, None, :] <= positions[:, :, None]  # (B, S, T)
-    if key_valid is not None:
-        seen = seen & (key_valid[:, None, :] != 0)
+    b, s = positions.shape
+    seen = np.tri(s, past + s, past, dtype=bool)[None].repeat(b, axis=0)  # (B, S, T)
+    if valid is not None:
+        seen &= (valid != 0)[:, None, :]
     if documents is not None:
-        seen = seen & (key_documents[:, None, :] == documents[:, :, None])  # type: ignore[index]
-    # where the real kernels differ: they never build this array, they skip blocks
+        assert key_documents is not None
+        seen &= key_documents[:, None, :] == documents[:, :, None]
     return np.where(seen, np.asarray(0, dtype), np.asarray(-np.inf, dtype))[:, None]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from refimpl.autograd.errors import SpecError, require
 
@@ -54,11 +54,21 @@ def _keys(text: str) -> frozenset[str]:
 _HARMLESS = _keys(
     "architectures model_type torch_dtype dtype transformers_version auto_map bos_token_id eos_token_id pad_token_id"
     " use_cache initializer_range pretraining_tp output_router_logits num_key_value_heads ep_size attention_dropout"
-    " quantization_config aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers hidden_act"
+    " quantization_config aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers hidden_act mlp_bias"
     " rope_parameters rope_scaling rope_theta scoring_func topk_method _name_or_path chunk_size_feed_forward"
     " is_encoder_decoder output_attentions output_hidden_states return_dict id2label label2id problem_type"
 )
 _DIALECT_KEY = "dialect"
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+    }
+}
+"""model_type -> what its config.json may leave out and V3's defaults would get wrong (transformers 5.23.0)."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,10 @@ class Config:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Config:
         """Read `config.json` (old `rope_scaling` + `rope_theta`, or transformers 5's `rope_parameters`)."""
-        d = {k: v for k, v in d.items() if not k.startswith("_")}
+        d = _DEFAULTS.get(d.get("model_type", ""), {}) | {k: v for k, v in d.items() if not k.startswith("_")}
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        if d.get("hidden_act", "silu") != "silu":
-            raise SpecError(f"hidden_act is {d['hidden_act']!r}; the specification has only 'silu'")
+        for key, only in (("hidden_act", "silu"), ("mlp_bias", False)):
+            require(d.get(key, only) == only, f"{key} is {d.get(key)!r}; the specification has only {only!r}")
         unknown = sorted(set(d) - set(fields) - _HARMLESS)
         if unknown:
             raise SpecError(f"config keys that the specification does not know: {', '.join(unknown)}")
@@ -118,7 +128,7 @@ class Config:
             values.setdefault("num_nextn_predict_layers", d["num_mtp_layers"])
         rope = d.get("rope_parameters") or d.get("rope_scaling")
         theta = (d.get("rope_parameters") or {}).get("rope_theta", d.get("rope_theta", 10000.0))
-        values |= {"rope_theta": float(theta), "rope_scaling": RopeScaling.from_dict(rope)}
+        values |= {"rope_theta": theta, "rope_scaling": RopeScaling.from_dict(rope)}
         for key in ("n_group", "topk_group", "n_shared_experts", "n_routed_experts", "first_k_dense_replace"):
             if key in d and d[key] is None:
                 values[key] = {"n_group": 1, "topk_group": 1}.get(key, 0)
@@ -232,4 +242,12 @@ def _dialect(d: Mapping[str, Any]) -> Dialect:
     names = {f.name for f in dataclasses.fields(Dialect)}
     unknown = sorted(set(d) - names)
     require(not unknown, f"unknown dialect points {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+    choices = get_type_hints(Dialect)
+    for name, value in d.items():
+        allowed = get_args(choices[name])
+        if allowed and all(isinstance(a, str) for a in allowed):
+            require(value in allowed, f"dialect {name} is {value!r}; it must be one of {', '.join(allowed)}")
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(number or (value is None and allowed), f"dialect {name} is {value!r}; it must be a number")
     return Dialect(**d)

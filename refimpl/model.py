@@ -128,14 +128,13 @@ class ForCausalLM(Module):
         require(tokens.ndim == 2 and tokens.size > 0, f"tokens has shape {tokens.shape}; expected (B, S), not empty")
         _within("token id", tokens, c.vocab_size, "vocab_size")
         valid = None if valid is None else _like("valid", valid, tokens)
+        require(valid is None or ((valid == 0) | (valid == 1)).all(), "valid holds other numbers than 0 and 1")
         documents = None if documents is None else _like("documents", documents, tokens)
-        if positions is None:
-            positions = _count(tokens, valid, cache)
-        positions = np.ascontiguousarray(np.broadcast_to(_integers("positions", positions), tokens.shape))
-        _within("position", positions, c.max_position_embeddings, "max_position_embeddings")
         if cache is not None:
             batch = cache.positions.shape[0]
             require(batch == len(tokens), f"the cache holds {batch} sequences, tokens {len(tokens)}")
+        positions = _count(tokens, valid, cache) if positions is None else _spread("positions", positions, tokens)
+        _within("position", positions, c.max_position_embeddings, "max_position_embeddings")
         if labels is not None:
             labels = _like("labels", labels, tokens)
             _within("label", np.where(labels == losses.IGNORE, 0, labels), c.vocab_size, "vocab_size")
@@ -176,7 +175,8 @@ class ForCausalLM(Module):
 
     def _mask(self, inputs: Inputs, keys: tuple[Any, Any, Any]) -> Array:
         positions, valid, documents = keys
-        return mask(inputs.positions, positions, valid, inputs.documents, documents, dtype=self.dtype)
+        past = positions.shape[1] - inputs.positions.shape[1]
+        return mask(inputs.positions, valid, inputs.documents, documents, past=past, dtype=self.dtype)
 
     def _mtp(self, inputs: Inputs, h: Any, attend: Attend) -> list[Any]:
         """Every MTP module in turn, from the main model's hidden h (B, S, D) on -> logits (B, S-k, V) each."""
@@ -270,9 +270,9 @@ def _shrink(i: Inputs) -> Inputs:
 def _integers(name: str, a: Any) -> Array:
     with where(f"in {name}"):
         try:
-            a = np.asarray(data_of(a)) if isinstance(a, list | tuple | int) else a
-        except ValueError as error:
-            raise SpecError(f"not a rectangular array: {error}") from None
+            a = data_of(a) if hasattr(a, "dtype") else np.asarray(a)
+        except ValueError:
+            raise SpecError("not a rectangular array") from None
         require(a.dtype.kind in "iu" or a.size == 0, f"dtype {a.dtype}; expected integers")
         return a.astype(np.int64)
 
@@ -287,6 +287,14 @@ def _like(name: str, a: Any, tokens: Array) -> Array:
     a = _integers(name, a if not (hasattr(a, "dtype") and a.dtype == bool) else a.astype(np.int64))
     require(a.shape == tokens.shape, f"{name} has shape {a.shape}, tokens {tokens.shape}")
     return a
+
+
+def _spread(name: str, a: Any, tokens: Array) -> Array:
+    """a, given per sequence (B, S) or once for all (S,) or (1, S)."""
+    a = _integers(name, a)
+    fits = a.ndim <= 2 and a.shape[-1:] == tokens.shape[-1:] and a.shape[:-1] in ((), (1,), tokens.shape[:1])
+    require(fits, f"{name} has shape {a.shape}, tokens {tokens.shape}")
+    return np.ascontiguousarray(np.broadcast_to(a, tokens.shape))
 
 
 def _count(tokens: Array, valid: Array | None, cache: Cache | None) -> Array:

@@ -240,6 +240,8 @@ def config_to_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     full = Config.from_dict(config)
     rope = full.rope_scaling.to_dict() if full.rope_scaling else {}
     quantization = config.get("quantization_config")
+    block = (quantization or {}).get("weight_block_size") or [128, 128]
+    require(list(block) == [128, 128], f"DeepSeek's kernels are for 128 x 128 blocks, not {block}")
     hf = full.to_dict()
     deepseek = {k: hf[key] for k, key in _CONFIG_KEYS.items()}
     deepseek |= {k: rope[key] for k, key in _ROPE_KEYS.items() if rope.get(key) is not None}
@@ -251,8 +253,8 @@ def config_to_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     has_bias = full.topk_method == "noaux_tc"
     back = Config.from_dict(config_from_deepseek(deepseek, has_bias=has_bias))
     layers = full.num_nextn_predict_layers  # convert.py drops them, so they need not be held
-    kept = back.replace(num_nextn_predict_layers=layers, dialect=full.dialect).to_dict()
-    lost = ", ".join(f"{key}={value!r}" for key, value in hf.items() if kept[key] != value)
+    kept = back.replace(num_nextn_predict_layers=layers).to_dict()
+    lost = ", ".join(f"{key}={value!r}" for key, value in hf.items() if kept.get(key) != value)
     require(not lost, f"DeepSeek's config format cannot hold {lost}")
     return deepseek
 

@@ -23,7 +23,7 @@ def effective(weights: Mapping[str, Any], plan: Plan) -> dict[str, Array]:
     """
     out = {}
     for name in weights:
-        if name.endswith("weight" + SCALE):
+        if name.endswith("weight" + SCALE) and name.removesuffix(SCALE) in weights:
             continue
         with where(f"while loading {name}"):
             w = weights[name]

@@ -10,9 +10,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
 def tensors(path):
-    """{name: float32 array} of a safetensors file: 8 bytes of header length, a JSON header, raw
-    little-endian data.
-    """
+    """{name: float32 array} of a safetensors file: 8 bytes of header length, a JSON header, raw little-endian data."""
     data = pathlib.Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header, found = json.loads(data[8:start]), {}

@@ -85,7 +85,7 @@ MUTANTS = {
     ),
     "A12 norm epsilon 1e-5 becomes 1e-2": ("mla.c_kv", lambda kv, w, *, eps: stage_fn("mla.c_kv")(kv, w, eps=1e-2)),
     "A13 query latent not normalised": ("mla.q_a_norm", lambda x, w, *, eps: x * w),
-    "A17 no causal mask": ("mask", lambda *a, dtype: np.zeros_like(stage_fn("mask")(*a, dtype=dtype))),
+    "A17 no causal mask": ("mask", lambda *a, **k: np.zeros_like(stage_fn("mask")(*a, **k))),
     "A17 scores ignore the mask": (
         "mla.scores",
         lambda q, r, kv, k, m, *, scale: stage_fn("mla.scores")(q, r, kv, k, 0.0, scale=scale),

@@ -43,4 +43,3 @@ class Case:
     def weights(self) -> dict[str, Array]:
         """Every tensor under its checkpoint name, dequantised."""
         return {n: self.checkpoint[n] for n in self.checkpoint}
-

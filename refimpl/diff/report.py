@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Iterator
 
-from .judge import Finding, Judgement, explain
+from .compare import Finding
+from .judge import Judgement
+from .tolerance import reason
 
 DRIFT = 100.0
 """Rounding that accumulates through a few layers stays below this many times what one stage is allowed."""
@@ -28,7 +30,7 @@ def render(j: Judgement, *, everything: bool = False) -> str:
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     for f in bad[:8]:
-        lines += ["", f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e} = {explain(f)}", f"    {f.note}"]
+        lines += ["", f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e}{_why(f)}", f"    {f.note}"]
     if len(bad) > 8:
         lines += ["", f"  ... and {len(bad) - 8} more (--all lists every tap)"]
     return "\n".join([*lines, "", _verdict(j)])
@@ -36,6 +38,10 @@ def render(j: Judgement, *, everything: bool = False) -> str:
 
 def _row(f: Finding) -> str:
     return f"  {f.tap:<30} {f.error:>9.1e} {f.allowed:>9.1e} {f.chained:>9.1e}" + ("" if f.ok else "  <-- " + f.note)
+
+
+def _why(f: Finding) -> str:
+    return f" = {reason(f.stage, f.twin)}" if f.allowed else ""
 
 
 def _chained(j: Judgement) -> str:
