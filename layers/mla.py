@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from refimpl.autograd import nn_ops, ops
 
+from . import gemm
 from .config import Config
 from .module import Linear, Module, RMSNorm
 from .stage import observed, stage
@@ -23,7 +24,7 @@ KV = tuple[Any, Any]
 
 def _linear(x: Any, w: Any, b: Any = None) -> Any:
     """y = x wT (+ b).  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F)."""
-    return nn_ops.linear(x, w, b)
+    return gemm.linear(x, w, b)
 
 
 q_a = stage("mla.q_a", eq="R eq 6", shape="B S Q")(_linear)
@@ -45,7 +46,7 @@ def c_kv(kv: Any, w: Any, *, eps: float) -> Any:
 @stage("mla.q", eq="R eqs 7, 8 before RoPE", shape="B S H Dn+Dr")
 def q(x: Any, w: Any, *, n_heads: int) -> Any:
     """Queries of all heads, nope channels first.  x (B, S, Q), w (H (Dn+Dr), Q) -> (B, S, H, Dn+Dr)."""
-    return nn_ops.linear(x, w).reshape(*x.shape[:-1], n_heads, -1)
+    return gemm.linear(x, w).reshape(*x.shape[:-1], n_heads, -1)
 
 
 @stage("mla.q_rope", eq="R eq 8", shape="B S H Dr", compare="gauge")
@@ -77,7 +78,7 @@ cache_documents = stage("cache.documents", eq="-", shape="B T", compare="exact")
 @stage("mla.kv_b", eq="R eqs 2, 5", shape="B T H Dn+Dv")
 def kv_b(c: Any, w: Any, *, n_heads: int) -> Any:
     """Each head's k_nope and v, in this order.  c (B, T, C), w (H (Dn+Dv), C) -> (B, T, H, Dn+Dv)."""
-    return nn_ops.linear(c, w).reshape(*c.shape[:-1], n_heads, -1)
+    return gemm.linear(c, w).reshape(*c.shape[:-1], n_heads, -1)
 
 
 @stage("mla.scores", eq="R eq 10, inside the softmax", shape="B H S T")
@@ -140,7 +141,7 @@ def ctx_absorbed(o: Any, w: Any, *, v_dim: int) -> Any:
 @stage("attn_out", eq="R eq 11", shape="B S D")
 def attn_out(o: Any, w: Any, b: Any = None) -> Any:
     """W^O [o_1; ...; o_H] (+ b).  o (B, S, H, Dv), w (D, H Dv), b (D,) or None -> (B, S, D)."""
-    return nn_ops.linear(o.reshape(*o.shape[:2], -1), w, b)
+    return gemm.linear(o.reshape(*o.shape[:2], -1), w, b)
 
 
 class Attention(Module):

@@ -7,6 +7,7 @@ from typing import Any
 from refimpl.autograd import nn_ops, ops
 from refimpl.autograd.tensor import Array
 
+from . import gemm
 from .config import Config
 from .module import Linear, Module
 from .router import MoEGate, Routing
@@ -15,17 +16,17 @@ from .stage import stage
 
 def _linear(x: Any, w: Any) -> Any:
     """y = x wT.  x (B, S, D), w (F, D) -> (B, S, F)."""
-    return nn_ops.linear(x, w)
+    return gemm.linear(x, w)
 
 
 def _swiglu(gate: Any, up: Any) -> Any:
     """silu(gate) up.  gate (..., F), up (..., F) -> (..., F)."""
-    return nn_ops.swiglu(gate, up)
+    return gemm.swiglu(gate, up)
 
 
 def _grouped(rows: Any, ids: Array, *ws: Any) -> Any:
     """Each row times its expert's matrix.  rows (M, D), ids (B, S, K), E times w (F, D) -> (M, F)."""
-    return nn_ops.grouped_linear(rows, ids, *ws)
+    return gemm.grouped_linear(rows, ids, *ws)
 
 
 mlp_gate = stage("mlp.gate", eq="R 4.2 (SwiGLU)", shape="B S F")(_linear)
@@ -56,7 +57,7 @@ def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
     """silu(gate) up, times the routing weight if ids and weights are given.  gate (M, F), up (M, F), ids (B, S, K)
     or None, weights (B, S, K) or None -> (M, F).
     """
-    y = nn_ops.swiglu(gate, up)
+    y = gemm.swiglu(gate, up)
     if ids is None:
         return y
     order, _, _ = nn_ops.by_expert(ids, int(ids.max(initial=-1)) + 1)
