@@ -1,9 +1,11 @@
-"""The engine: primitives with their gradients, a tape, recomputation. See tensor.py first, then ops.py and nn_ops.py."""
+"""The engine: primitives with their gradients, a tape, recomputation. See tensor.py first, then ops.py and
+nn_ops.py.
+"""
 
 if __name__ != "refimpl.autograd":
     raise ImportError(f"this folder is the package refimpl.autograd, not {__name__}; see pyproject.toml")
 
-from . import nn_ops, ops
+from . import attention_op, expert_ops, nn_ops, operators, ops
 from .errors import SpecError, require, where
 from .gradcheck import directional
 from .recompute import recompute
@@ -15,9 +17,11 @@ __all__ = [
     "Parameter",
     "SpecError",
     "Tensor",
+    "attention_op",
     "backward",
     "data_of",
     "directional",
+    "expert_ops",
     "nn_ops",
     "ops",
     "primitive",
@@ -25,3 +29,5 @@ __all__ = [
     "require",
     "where",
 ]
+
+operators.install()

@@ -13,7 +13,8 @@ from .tensor import Tensor, backward, data_of
 def directional(fn: Callable[..., Any], *args: Any, h: float = 1e-6, seed: int = 0) -> float:
     """Largest relative disagreement, over fn's float64 arguments, of analytic and numeric derivative of <dy, fn(args)>.
 
-    Central differences in float64 with step h err by about h^2 + 1e-16/h, so 1e-7 is a sound limit for smooth functions.
+    Central differences in float64 with step h err by about h^2 + 1e-16/h, so 1e-7 is a sound limit for smooth
+    functions.
     """
     rng = np.random.default_rng(seed)
     y0 = data_of(fn(*args))

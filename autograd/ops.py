@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import require
-from .tensor import Array, Tensor, Vjp, primitive
+from .tensor import Array, Vjp, primitive
 
 Result = tuple[Array, tuple[Vjp | None, ...]]
 
@@ -193,10 +193,20 @@ def swapaxes(x: Any, a: int, b: int) -> Any:
 
 
 @primitive
+def broadcast(x: Array, *, shape: tuple[int, ...]) -> Result:
+    """y = x repeated along axes of size 1 or in front."""
+
+    def vjp_x(dy: Array) -> Array:
+        return unbroadcast(dy, x)
+
+    return np.broadcast_to(x, shape), (vjp_x,)
+
+
+@primitive
 def getitem(x: Array, *, index: Any) -> Result:
     """y = x[index]; index may repeat elements (their gradients add)."""
     parts = index if isinstance(index, tuple) else (index,)
-    basic = all([p is None or p is Ellipsis or isinstance(p, int | slice) for p in parts])
+    basic = all(p is None or p is Ellipsis or isinstance(p, int | slice) for p in parts)
 
     def vjp_x(dy: Array) -> Array:
         dx = np.zeros_like(x)
@@ -282,29 +292,3 @@ def round_through(x: Array, *, to: Any) -> Result:
 def stop(x: Array) -> Result:
     """y = x, a constant from here on (torch's detach).  x (*) -> y (*)."""
     return x, (None,)
-
-
-def _install_operators() -> None:
-    def method(name: str, fn: Any) -> None:
-        setattr(Tensor, name, fn)
-
-    for name, op in (("add", add), ("sub", sub), ("mul", mul), ("truediv", div), ("matmul", matmul)):
-        method(f"__{name}__", op)
-        method(f"__r{name}__", lambda self, other, op=op: op(other, self))
-    method("__neg__", neg)
-    method("__pow__", lambda self, p: power(self, p=p))
-    method("__getitem__", lambda self, index: getitem(self, index=index))
-    method("reshape", lambda self, *shape: reshape(self, shape=_flat(shape)))
-    method("transpose", lambda self, *axes: transpose(self, axes=_flat(axes) or None))
-    method("swapaxes", swapaxes)
-    method("sum", lambda self, axis=None, keepdims=False: sum(self, axis=axis, keepdims=keepdims))
-    method("mean", lambda self, axis=None, keepdims=False: mean(self, axis=axis, keepdims=keepdims))
-    method("astype", lambda self, dtype: cast(self, dtype=dtype))
-    Tensor.T = property(transpose)  # type: ignore[attr-defined]
-
-
-def _flat(args: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else args
-
-
-_install_operators()

@@ -45,13 +45,21 @@ def logits(x: Any, w: Any) -> Any:
 
 @stage("mask", eq="R 2.1.1 eq 10 (j <= t)", shape="B 1 S T", compare="exact")
 def mask(
-    positions: Array, valid: Array | None, documents: Array | None, key_documents: Array | None, *, past: int, dtype: Any
+    positions: Array,
+    valid: Array | None,
+    documents: Array | None,
+    key_documents: Array | None,
+    *,
+    past: int,
+    dtype: Any,
 ) -> Array:
-    """0 where query s may see key t, -inf elsewhere.  positions (B, S), valid (B, T), documents (B, S), key_documents (B, T)
-    -> (B, 1, S, T) with T = past + S.
+    """0 where query s may see key t, -inf elsewhere.  positions (B, S), valid (B, T), documents (B, S),
+    key_documents (B, T) -> (B, 1, S, T) with T = past + S.
 
-    A key is visible if it does not come later in the sequence (whatever the positions say: they only rotate), is not padding
-    (valid 0), and belongs to the same document. Pre-training packs documents without separating them (R 4.1), fine-tuning
+    A key is visible if it does not come later in the sequence (whatever the positions say: they only rotate), is not
+    padding
+    (valid 0), and belongs to the same document. Pre-training packs documents without separating them (R 4.1),
+    fine-tuning
     separates them (R 5.1): both are a choice of `documents`. Real kernels never build this array, they skip blocks.
     """
     b, s = positions.shape

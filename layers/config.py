@@ -54,8 +54,8 @@ def _keys(text: str) -> frozenset[str]:
 _HARMLESS = _keys(
     "architectures model_type torch_dtype dtype transformers_version auto_map bos_token_id eos_token_id pad_token_id"
     " use_cache initializer_range pretraining_tp output_router_logits num_key_value_heads ep_size attention_dropout"
-    " quantization_config aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers hidden_act mlp_bias"
-    " rope_parameters rope_scaling rope_theta scoring_func topk_method _name_or_path chunk_size_feed_forward"
+    " quantization_config aux_loss_alpha seq_aux head_dim qk_head_dim num_local_experts num_mtp_layers hidden_act"
+    " mlp_bias rope_parameters rope_scaling rope_theta scoring_func topk_method _name_or_path chunk_size_feed_forward"
     " is_encoder_decoder output_attentions output_hidden_states return_dict id2label label2id problem_type"
 )
 _DIALECT_KEY = "dialect"

@@ -1,6 +1,7 @@
 """The seam between a stage and the arithmetic of its matrix product.
 
-Stages call `linear` and `grouped_linear` from here. Which kernel runs is the precision plan's choice for the stage that is
+Stages call `linear` and `grouped_linear` from here. Which kernel runs is the precision plan's choice for the stage
+that is
 running; without a plan it is the plain product. Router, head, norms and attention cores do not come here: they stay in
 higher precision (R 3.3.1).
 """
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from refimpl.autograd import nn_ops
+from refimpl.autograd import expert_ops, nn_ops
 from refimpl.autograd.tensor import Array
 
 
@@ -33,7 +34,7 @@ class Plain:
     """The product as NumPy's BLAS makes it."""
 
     linear = staticmethod(nn_ops.linear)
-    grouped_linear = staticmethod(nn_ops.grouped_linear)
+    grouped_linear = staticmethod(expert_ops.grouped_linear)
     swiglu = staticmethod(nn_ops.swiglu)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from refimpl.autograd import nn_ops, ops
+from refimpl.autograd import attention_op, nn_ops, ops
+from refimpl.autograd.tensor import Array
 
 from . import gemm
 from .config import Config
@@ -71,8 +72,15 @@ def _append(past: Any, new: Any) -> Any:
 cache_c_kv = stage("cache.c_kv", eq="R 2.1.1 (the boxed vectors)", shape="B T C")(_append)
 cache_k_rope = stage("cache.k_rope", eq="R 2.1.1 (the boxed vectors)", shape="B T Dr", compare="gauge")(_append)
 cache_positions = stage("cache.positions", eq="-", shape="B T", compare="exact")(_append)
-cache_valid = stage("cache.valid", eq="-", shape="B T", compare="exact")(_append)
 cache_documents = stage("cache.documents", eq="-", shape="B T", compare="exact")(_append)
+
+
+@stage("cache.valid", eq="-", shape="B T", compare="exact")
+def cache_valid(before: Array | None, new: Array, *, past: int) -> Array:
+    """0 for padding, 1 for tokens.  before (B, P), or None if all `past` were tokens, new (B, S) -> (B, P+S)."""
+    if before is None:
+        before = (new[:, :1] * 0 + 1).repeat(past, axis=1)
+    return ops.concat([before, new], axis=1)
 
 
 @stage("mla.kv_b", eq="R eqs 2, 5", shape="B T H Dn+Dv")
@@ -194,7 +202,7 @@ class Attention(Module):
         c = self.config
         kv = kv_b(latent, self.kv_b_proj.weight, n_heads=c.num_attention_heads)
         if not observed():
-            return nn_ops.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
+            return attention_op.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
         s = scores(queries, qr, kv, kr, mask, scale=c.softmax_scale)
         return ctx(probs(s), kv, v_dim=c.v_head_dim)
 

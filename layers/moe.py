@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refimpl.autograd import nn_ops, ops
+from refimpl.autograd import expert_ops, ops
 from refimpl.autograd.tensor import Array
 
 from . import gemm
@@ -49,7 +49,7 @@ def rows(x: Any, ids: Array, *, n_experts: int) -> Any:
     """Tokens copied once per chosen expert, sorted by expert, then token, then slot.  x (B, S, D), ids (B, S, K) ->
     (M, D).
     """
-    return nn_ops.dispatch(x, ids, n_experts=n_experts)
+    return expert_ops.dispatch(x, ids, n_experts=n_experts)
 
 
 @stage("moe.act", eq="R eq 12, FFN^(r)", shape="M F")
@@ -60,7 +60,7 @@ def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
     y = gemm.swiglu(gate, up)
     if ids is None:
         return y
-    order, _, _ = nn_ops.by_expert(ids, int(ids.max(initial=-1)) + 1)
+    order, _, _ = expert_ops.by_expert(ids, int(ids.max(initial=-1)) + 1)
     return y * weights.reshape(-1)[order][:, None]
 
 
@@ -71,7 +71,7 @@ def routed(down: Any, ids: Array, weights: Any) -> Any:
     """
     if weights is None:
         weights = (ids * 0 + 1).astype(down.dtype)
-    return nn_ops.combine(down, ids, weights)
+    return expert_ops.combine(down, ids, weights)
 
 
 @stage("moe.out", eq="R eq 12", shape="B S D", tap="ffn_out")

@@ -23,7 +23,9 @@ ROUND: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16}
 
 
 def rounded(x: Any, fmt: str) -> Any:
-    """x in a format; integers and formats without a rounding pass. The gradient goes straight through.  x (*) -> (*)."""
+    """x in a format; integers and formats without a rounding pass. The gradient goes straight through.  x (*) ->
+    (*).
+    """
     to = ROUND.get(fmt)
     return x if to is None or data_of(x).dtype.kind != "f" else ops.round_through(x, to=to)
 

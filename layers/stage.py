@@ -1,8 +1,8 @@
 """The stage: a pure function with a stable, never reused name. The name is the spine of the whole specification.
 
 The model is a list of stage calls; a trace holds what went into and came out of each; the diff re-runs one alone; a
-precision plan is a table over stages. One mechanism serves them all: observers, held in a context variable, stand around
-every call and may note it, round its output, or run something else. Nobody observing costs nothing.
+precision plan is a table over stages. One mechanism serves them all: observers, held in a context variable, stand
+around every call and may note it, round its output, or run something else. Nobody observing costs nothing.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from refimpl.autograd import Parameter, SpecError, Tensor, backward
     from refimpl.checkpoint import Checkpoint
     from refimpl.impl import Impl
+    from refimpl.inputs import Cache
     from refimpl.layers import PRESETS, STAGES, Config, Dialect, Recorder, observing
-    from refimpl.model import Cache, ForCausalLM
+    from refimpl.model import ForCausalLM
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,7 @@ if not (_here / "layers").is_dir():  # a bare clone: the sub-packages are this f
     __path__.append(str(_here.parent))
 
 _HOME = {
-    "Cache": "refimpl.model",
+    "Cache": "refimpl.inputs",
     "Checkpoint": "refimpl.checkpoint",
     "Config": "refimpl.layers",
     "Dialect": "refimpl.layers",

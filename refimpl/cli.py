@@ -43,10 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_diff, _add_info, _add_trace, _add_record, _add_case):
+        add(commands)
+    return parser
 
+
+def _add_diff(commands: Any) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
     diff = commands.add_parser(
         "diff", help="judge another implementation's trace", description=_DIFF, formatter_class=raw
     )
@@ -57,36 +62,42 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--json", action="store_true", help="print JSON (schema refimpl-diff/1)")
     diff.set_defaults(run=_diff)
 
+
+def _add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what a checkpoint holds, misses, has too much (exit code 1 if so)")
     info.add_argument("checkpoint", help="a safetensors file, a folder, or the name of a preset such as deepseek-v3")
-    info.add_argument("--json", action="store_true")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument("--scan", action="store_true", help="also read every tensor and report NaN and infinity")
     info.set_defaults(run=_info)
 
+
+def _add_trace(commands: Any) -> None:
     trace = commands.add_parser("trace", help="record the specification's own run of a case")
     trace.add_argument("case", type=Path)
     trace.add_argument("-o", "--out", type=Path, required=True)
-    trace.add_argument("--precision", default="float32", choices=["float64", "float32", "bf16"])
+    trace.add_argument("--precision", default="float32", help="float64, float32 or bf16 (default: float32)")
     trace.add_argument("--attend", default="expanded", choices=["expanded", "absorbed"])
-    trace.add_argument(
-        "--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'L*/router.*,logits'"
-    )
+    trace.add_argument("--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'fwd/L*/router.*'")
     trace.set_defaults(run=_trace)
 
+
+def _add_record(commands: Any) -> None:
     record = commands.add_parser("record", help="record another implementation's run of a case")
     record.add_argument("framework", choices=["hf"], help="hf: Hugging Face transformers (needs the extra 'interop')")
-    record.add_argument("case", type=Path)
-    record.add_argument("-o", "--out", type=Path, required=True)
+    record.add_argument("case", type=Path, nargs="?")
+    record.add_argument("-o", "--out", type=Path)
     record.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     record.add_argument("--bug", help="inject a known bug of the corpus, e.g. R01; 'list' prints them")
     record.set_defaults(run=_record)
 
+
+def _add_case(commands: Any) -> None:
     case = commands.add_parser("case", help="write a small case with random weights to run on both sides")
     case.add_argument("out", type=Path)
     case.add_argument("--preset", default="tiny", help="tiny or mini")
     case.add_argument("--config", type=Path, help="a config.json instead of a preset")
     case.add_argument("--seed", type=int, default=0)
     case.set_defaults(run=_case)
-    return parser
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -121,6 +132,10 @@ def _progress(what: str) -> Callable[[list[Any]], Iterable[Any]]:
     return track
 
 
+def _count_on_stderr(done: int, total: int, name: str) -> None:
+    print(f"\r{done + 1} of {total} {name:<70.70}", end="" if done + 1 < total else "\n", file=sys.stderr, flush=True)
+
+
 def _info(args: argparse.Namespace) -> int:
     from refimpl.info import count_parameters, describe, render, render_counts, to_json
     from refimpl.layers import PRESETS
@@ -128,7 +143,7 @@ def _info(args: argparse.Namespace) -> int:
     if args.checkpoint in PRESETS and not Path(args.checkpoint).exists():
         print("\n".join(render_counts(count_parameters(PRESETS[args.checkpoint]))))
         return 0
-    info = describe(args.checkpoint)
+    info = describe(args.checkpoint, scan=args.scan, progress=_count_on_stderr if sys.stderr.isatty() else None)
     print(to_json(info) if args.json else render(info))
     return 0 if info.ok else 1
 
@@ -151,6 +166,8 @@ def _record(args: argparse.Namespace) -> int:
     if args.bug == "list":
         print("\n".join(f"{name}  {bug.description}" for name, bug in BUGS.items()))
         return 0
+    if args.case is None or args.out is None:
+        raise SpecError("record needs CASE and -o OUT")
     path = hf.record(args.case, args.out, dtype=args.dtype, patch=args.bug)
     print(path)
     return 0

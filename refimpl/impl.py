@@ -11,12 +11,13 @@ import numpy as np
 
 from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
+from refimpl.inputs import Cache, Inputs
 from refimpl.layers.config import Config
 from refimpl.layers.mla import Attend
 from refimpl.layers.precision import Plan, plan
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import STAGES, Recorder, observing
-from refimpl.model import Cache, ForCausalLM, Inputs
+from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
 KVState = MutableMapping[str, Cache]

@@ -7,17 +7,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from refimpl.autograd.errors import where
 from refimpl.layers.config import Config
 from refimpl.model import expected_tensors
 
-from .check import Report, check, count_dtypes
+from .check import Report, check, count_dtypes, scan_nonfinite
 from .checkpoint import Checkpoint
 from .names import expert_of, is_mtp_copy, layer_of
+
+Progress = Callable[[int, int, str], None]
+"""Called with (tensors done, tensors in all, name) before each tensor is read."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Info:
         return self.report is not None and self.report.ok
 
 
-def describe(path: str | os.PathLike[str]) -> Info:
-    """Look at a checkpoint's headers and config; no tensor is read. Raises SpecError if it cannot
-    be opened.
+def describe(path: str | os.PathLike[str], *, scan: bool = False, progress: Progress | None = None) -> Info:
+    """Look at a checkpoint's headers and config; no tensor is read unless `scan` looks for NaN and infinity. Raises
+    SpecError if it cannot be opened.
     """
     ckpt = Checkpoint.open(path)
     dtypes = count_dtypes(ckpt)
@@ -72,6 +75,9 @@ def describe(path: str | os.PathLike[str]) -> Info:
             config = Config.from_dict(ckpt.config)
     layers = config.num_hidden_layers if config else 0
     mtp = any((layer_of(name) or 0) >= layers for name in ckpt) if config else False
+    report = check(expected_tensors(config, mtp=mtp), ckpt) if config else None
+    if scan and report is not None:
+        report = replace(report, nan=scan_nonfinite(ckpt, progress))
     return Info(
         path=os.fspath(path),
         naming=ckpt.naming,
@@ -81,7 +87,7 @@ def describe(path: str | os.PathLike[str]) -> Info:
         dtypes=dtypes,
         tensors=sum(tensors for tensors, _ in dtypes.values()),
         mtp=mtp,
-        report=check(expected_tensors(config, mtp=mtp), ckpt) if config else None,
+        report=report,
     )
 
 

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
-
-from refimpl.autograd.errors import SpecError, require, where
-from refimpl.autograd.tensor import Array, Parameter, data_of
+from refimpl.autograd.errors import require
+from refimpl.autograd.tensor import Array, Parameter
 from refimpl.layers import loss as losses
-from refimpl.layers import mla, mtp, router
+from refimpl.layers import mtp, router
 from refimpl.layers.block import DecoderLayer
 from refimpl.layers.common import embed, final_norm, logits, mask
 from refimpl.layers.config import Config
-from refimpl.layers.mla import KV, Attend
+from refimpl.layers.mla import Attend
 from refimpl.layers.module import Embedding, Module, RMSNorm, is_buffer
 from refimpl.layers.mtp import MTPLayer
 from refimpl.layers.rope import rope_tables
 from refimpl.layers.router import Routing
 from refimpl.layers.stage import phase, unit
 
-
-@dataclass(frozen=True)
-class Cache:
-    """What decoding remembers: per layer c_kv (B, T, C) and k_rope (B, T, Dr); positions, valid, documents (B, T)."""
-
-    layers: tuple[KV, ...]
-    positions: Array
-    valid: Array | None = None
-    documents: Array | None = None
-
-    def __len__(self) -> int:
-        return int(self.positions.shape[1])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is about: tokens (B, S), positions (B, S), valid (B, S) 0 for padding, documents (B, S), labels (B,
-    S).
-    """
-
-    tokens: Array
-    positions: Array
-    valid: Array | None = None
-    documents: Array | None = None
-    labels: Array | None = None
-
-    def named(self) -> Iterable[tuple[str, Array]]:
-        """(name, array) of what is given, for a recorder."""
-        return [(n, a) for n, a in vars(self).items() if a is not None]
+from .inputs import Cache, Inputs, extend, read_inputs, shrink
 
 
 @dataclass(frozen=True)
@@ -108,37 +78,9 @@ class ForCausalLM(Module):
         """The dtype the model computes in: that of its embedding."""
         return self.model.embed_tokens.weight.dtype
 
-    def inputs(
-        self,
-        tokens: Any,
-        positions: Any = None,
-        valid: Any = None,
-        documents: Any = None,
-        labels: Any = None,
-        *,
-        cache: Cache | None = None,
-    ) -> Inputs:
-        """Checked inputs. Positions default to counting the tokens that are not padding, on from the cache; labels
-        are the tokens themselves (the loss shifts them), -100 to ignore.
-
-        Raises SpecError for ids outside the vocabulary, positions outside the table, empty batches, odd shapes.
-        """
-        c = self.config
-        tokens = _integers("tokens", tokens)
-        require(tokens.ndim == 2 and tokens.size > 0, f"tokens has shape {tokens.shape}; expected (B, S), not empty")
-        _within("token id", tokens, c.vocab_size, "vocab_size")
-        valid = None if valid is None else _like("valid", valid, tokens)
-        require(valid is None or ((valid == 0) | (valid == 1)).all(), "valid holds other numbers than 0 and 1")
-        documents = None if documents is None else _like("documents", documents, tokens)
-        if cache is not None:
-            batch = cache.positions.shape[0]
-            require(batch == len(tokens), f"the cache holds {batch} sequences, tokens {len(tokens)}")
-        positions = _count(tokens, valid, cache) if positions is None else _spread("positions", positions, tokens)
-        _within("position", positions, c.max_position_embeddings, "max_position_embeddings")
-        if labels is not None:
-            labels = _like("labels", labels, tokens)
-            _within("label", np.where(labels == losses.IGNORE, 0, labels), c.vocab_size, "vocab_size")
-        return Inputs(tokens, positions, valid, documents, labels)
+    def inputs(self, tokens: Any, *args: Any, **given: Any) -> Inputs:
+        """`read_inputs` for this model: tokens (B, S), positions, valid, documents, labels, and cache=."""
+        return read_inputs(self.config, tokens, *args, **given)
 
     def __call__(
         self,
@@ -153,7 +95,7 @@ class ForCausalLM(Module):
         name = name or (f"dec{len(cache)}" if cache else "fwd")
         with phase(name):
             x = embed(inputs.tokens, self.model.embed_tokens.weight)
-            keys = _extend(cache, inputs)
+            keys = extend(cache, inputs)
             table, m = self._tables(inputs), self._mask(inputs, keys)
             kvs, routing = [], {}
             for i in range(self.config.num_hidden_layers):
@@ -186,7 +128,7 @@ class ForCausalLM(Module):
             layer = self.model.layers[self.config.num_hidden_layers + k - 1]
             assert isinstance(layer, MTPLayer)
             with unit(f"mtp{k}"):
-                inputs = _shrink(inputs)
+                inputs = shrink(inputs)
                 x = layer.front(tokens, mtp.hidden(h), self.model.embed_tokens.weight, depth=k)
                 keys = (inputs.positions, inputs.valid, inputs.documents)
                 x, n = layer.block(x, self._tables(inputs), self._mask(inputs, keys), attend)
@@ -224,6 +166,7 @@ class ForCausalLM(Module):
         return found
 
     def _aux_losses(self, routing: dict[str, Routing], alpha: float) -> dict[str, Any]:
+        """The layers' balance losses. MTP modules' routers are left out: R says nothing of them."""
         c, found = self.config, {}
         for at, r in routing.items():
             routed = r.ids if c.dialect.seq_aux_counts == "routed" else None
@@ -238,70 +181,3 @@ def expected_tensors(c: Config, *, mtp: bool = True) -> dict[str, tuple[int, ...
     """
     model = ForCausalLM(c, n_mtp=None if mtp else 0)
     return {n: w.shape for n, w in model.named_weights() if not w.optional}
-
-
-def _extend(cache: Cache | None, inputs: Inputs) -> tuple[Any, Any, Any]:
-    """positions, valid, documents of all keys: the cache's, then the new ones."""
-    if cache is None:
-        return inputs.positions, inputs.valid, inputs.documents
-    valid, past_valid = inputs.valid, cache.valid
-    if (valid is None) != (past_valid is None):
-        valid = np.ones_like(inputs.tokens) if valid is None else valid
-        past_valid = np.ones_like(cache.positions) if past_valid is None else past_valid
-    if (inputs.documents is None) != (cache.documents is None):
-        raise SpecError("documents must be given for every part of a sequence or for none")
-    return (
-        mla.cache_positions(cache.positions, inputs.positions),
-        None if valid is None else mla.cache_valid(past_valid, valid),
-        None if inputs.documents is None else mla.cache_documents(cache.documents, inputs.documents),
-    )
-
-
-def _shrink(i: Inputs) -> Inputs:
-    """The inputs of the next MTP depth: one position fewer."""
-    return Inputs(
-        i.tokens,
-        mtp.positions(i.positions),
-        None if i.valid is None else mtp.valid(i.valid),
-        None if i.documents is None else mtp.documents(i.documents),
-    )
-
-
-def _integers(name: str, a: Any) -> Array:
-    with where(f"in {name}"):
-        try:
-            a = data_of(a) if hasattr(a, "dtype") else np.asarray(a)
-        except ValueError:
-            raise SpecError("not a rectangular array") from None
-        require(a.dtype.kind in "iu" or a.size == 0, f"dtype {a.dtype}; expected integers")
-        return a.astype(np.int64)
-
-
-def _within(what: str, a: Array, limit: int, name: str) -> None:
-    if a.size and (a.min() < 0 or a.max() >= limit):
-        bad = np.argwhere((a < 0) | (a >= limit))[0].tolist()
-        raise SpecError(f"{what} {int(a[tuple(bad)])} at {bad}: outside 0..{limit - 1} ({name}={limit})")
-
-
-def _like(name: str, a: Any, tokens: Array) -> Array:
-    a = _integers(name, a if not (hasattr(a, "dtype") and a.dtype == bool) else a.astype(np.int64))
-    require(a.shape == tokens.shape, f"{name} has shape {a.shape}, tokens {tokens.shape}")
-    return a
-
-
-def _spread(name: str, a: Any, tokens: Array) -> Array:
-    """a, given per sequence (B, S) or once for all (S,) or (1, S)."""
-    a = _integers(name, a)
-    fits = a.ndim <= 2 and a.shape[-1:] == tokens.shape[-1:] and a.shape[:-1] in ((), (1,), tokens.shape[:1])
-    require(fits, f"{name} has shape {a.shape}, tokens {tokens.shape}")
-    return np.ascontiguousarray(np.broadcast_to(a, tokens.shape))
-
-
-def _count(tokens: Array, valid: Array | None, cache: Cache | None) -> Array:
-    """0, 1, 2, ... over the tokens that are not padding, on from those in the cache; padding gets 0."""
-    ones = np.ones_like(tokens) if valid is None else valid
-    start = np.zeros_like(tokens[:, :1])
-    if cache is not None:
-        seen = np.ones_like(cache.positions) if cache.valid is None else cache.valid
-        start = np.where(seen != 0, cache.positions + 1, 0).max(axis=1, keepdims=True, initial=0)
-    return np.where(ones != 0, start + np.cumsum(ones, axis=1) - 1, 0)

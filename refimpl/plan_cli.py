@@ -64,7 +64,9 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "sequence": (4096, "tokens of a sequence"),
     }
     for name, (value, text) in whole.items():
-        p.add_argument(f"--{name}", type=int, default=value, help=text if value is None else f"{text} (default {value})")
+        p.add_argument(
+            f"--{name}", type=int, default=value, help=text if value is None else f"{text} (default {value})"
+        )
     p.add_argument("--schedule", default="dualpipe", help="see `refimpl schedule --help` (default dualpipe)")
     p.add_argument("--chunks", type=int, help="stages per rank of 'interleaved'")
     real = {

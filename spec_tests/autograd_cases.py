@@ -13,14 +13,14 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refimpl.autograd import nn_ops, ops
+from refimpl.autograd import attention_op, expert_ops, nn_ops, ops
 
 
 def primitives():
-    """{name: lifted op} of everything that `@primitive` made in ops.py and nn_ops.py."""
+    """{name: lifted op} of everything that `@primitive` made in the engine's op modules."""
     return {
         name: op
-        for module in (ops, nn_ops)
+        for module in (ops, nn_ops, expert_ops, attention_op)
         for name, op in vars(module).items()
         if hasattr(op, "raw") and inspect.unwrap(op).__module__ == module.__name__
     }
@@ -193,14 +193,22 @@ def softmax(draw):
 
 
 @st.composite
-def attend(draw):
-    """Any mask, also one whose rows see nothing; more queries than one block of nn_ops.attend."""
-    b, s, t, h, nope, half, v = (draw(sizes) for _ in range(7))
-    s, rope = s + draw(st.sampled_from([0, 4])), 2 * half
+def attention(draw):
+    """Any mask, also one whose rows see nothing; more queries than one block."""
+    b, s, t, h, dim, v = (draw(sizes) for _ in range(6))
+    s += draw(st.sampled_from([0, 4]))
     seen = draw(hnp.arrays(bool, (b, 1, s, t)))
     mask = np.where(seen, 0.0, -np.inf)
-    shapes = (b, s, h, nope + rope), (b, s, h, rope), (b, t, h, nope + v), (b, t, rope)
+    shapes = (b, s, h, dim), (b, t, h, dim), (b, t, h, v)
     return Case((*(numbers(draw, x) for x in shapes), mask), {"scale": 0.37})
+
+
+@st.composite
+def spread(draw):
+    """Axes of size 1 repeated, axes added in front."""
+    shape = draw(any_shape)
+    ones = tuple(draw(st.sampled_from([n, 1])) for n in shape)
+    return Case((numbers(draw, ones),), {"shape": (*draw(leading), *shape)})
 
 
 @st.composite
@@ -276,7 +284,8 @@ CASES = {
     "linear": linear(),
     "rms_norm": rms_norm(),
     "softmax": softmax(),
-    "attend": attend(),
+    "attention": attention(),
+    "broadcast": spread(),
     "rotate": rotate(),
     "nll": nll(),
     "dispatch": dispatch(),

@@ -121,18 +121,21 @@ def softmax(x):
     return filled(x.shape, lambda *i: softmax_row(x[i[:-1]])[i[-1]])
 
 
-def attend(q, q_rope, kv, k_rope, mask, scale):
-    (b, s, h, width), (t, rope) = q.shape, k_rope.shape[1:]
-    nope = width - rope
-    y = np.zeros((b, s, h, kv.shape[-1] - nope))
+def attention(q, k, v, mask, scale):
+    (b, s, h, _), t = q.shape, k.shape[1]
+    y = np.zeros((b, s, h, v.shape[-1]))
     for n, i, j in np.ndindex(b, s, h):
-        scores = [
-            (dot(q[n, i, j, :nope], kv[n, u, j, :nope]) + dot(q_rope[n, i, j], k_rope[n, u])) * scale + mask[n, 0, i, u]
-            for u in range(t)
-        ]
+        scores = [dot(q[n, i, j], k[n, u, j]) * scale + mask[n, 0, i, u] for u in range(t)]
         for u, p in enumerate(softmax_row(scores)):
-            y[n, i, j] += p * kv[n, u, j, nope:]
+            y[n, i, j] += p * v[n, u, j]
     return y
+
+
+def spread(x, shape):
+    def at(*i):
+        return x[tuple(j if n > 1 else 0 for j, n in zip(i[len(shape) - x.ndim :], x.shape, strict=True))]
+
+    return filled(shape, at)
 
 
 def rotate(x, table, interleaved):
@@ -211,7 +214,10 @@ NAIVE = {
     "linear": linear,
     "rms_norm": rms_norm,
     "softmax": softmax,
-    "attend": attend,
+    "attention": attention,
+    "broadcast": lambda x, shape: filled(
+        shape, lambda *i: x[tuple(j % n for j, n in zip(i[len(i) - x.ndim :], x.shape))]
+    ),
     "rotate": rotate,
     "nll": nll,
     "dispatch": dispatch,

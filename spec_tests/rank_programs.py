@@ -46,7 +46,7 @@ def every_dtype(comm):
         x = sample(dtype, (n * (n + 1) // 2, 3), 10 * comm.rank)
         rows, counts = comm.alltoallv(x, np.arange(1, n + 1), "rows")
         (ring,) = comm.exchange([(right, x[::2, 1:])], [Recv(left, like=x[::2, 1:])], "ring")
-        everyone = comm.allgather(x[0, 0], "scalars")
+        everyone = comm.allgather(x[0], "rows of all")
         one = comm.broadcast(x if comm.rank == n - 1 else None, n - 1, "root")
         found[str(dtype)] = [rows, counts, ring, everyone, one]
     return found

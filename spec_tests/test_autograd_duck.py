@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.autograd import Parameter, Tensor, backward, nn_ops, ops, recompute
+from refimpl.autograd import Parameter, Tensor, backward, expert_ops, ops, recompute
 from refimpl.spec_tests.autograd_cases import CASES, primitives
 from refimpl.spec_tests.duck import Duck, wrapped
 from refimpl.spec_tests.test_autograd_passes import two_layers
@@ -79,5 +79,5 @@ def test_helpers_run_on_a_device_array():
     same(ops.mean(Duck(x), axis=1), ops.mean(x, axis=1))
     same(ops.concat([Duck(x), Duck(x)]), ops.concat([x, x]))
     same(ops.swapaxes(Duck(x), 0, 1), x.T)
-    for duck, array in zip(nn_ops.by_expert(Duck(ids), 3), nn_ops.by_expert(ids, 3), strict=True):
+    for duck, array in zip(expert_ops.by_expert(Duck(ids), 3), expert_ops.by_expert(ids, 3), strict=True):
         same(duck, array)

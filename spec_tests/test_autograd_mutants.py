@@ -82,7 +82,7 @@ MUTANTS = {
         0,
         lambda dx, dy, x, ids: np.broadcast_to(dx.mean(-1, keepdims=True), dx.shape),
     ),
-    "k_rope not summed over heads": ("attend", 3, lambda dx, dy, *args: dx / args[0].shape[2]),
+    "gradient of k without the scale": ("attention", 1, lambda dx, dy, *args: dx / 0.37),
 }
 
 

@@ -1,6 +1,6 @@
 """Every primitive: its value against loops, its gradients against slopes, and its manners.
 
-Cases come from autograd_cases.py, values from naive_ops.py. Blocks of queries in `attend` are
+Cases come from autograd_cases.py, values from naive_ops.py. Blocks of queries in `attention` are
 shrunk to three, so that small cases cross them.
 """
 
@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.autograd import SpecError, Tensor, backward, directional, nn_ops, ops
+from refimpl.autograd import SpecError, Tensor, attention_op, backward, directional, nn_ops, ops
 from refimpl.spec_tests.autograd_cases import CASES, LAYOUTS, primitives
 from refimpl.spec_tests.naive_ops import NAIVE
 
 OPS = primitives()
 CONSTANT = {
-    "attend": {4},
+    "attention": {3},
     "rotate": {1},
     "stop": {0},
 }  # float arguments without gradient, by intent
@@ -34,7 +34,7 @@ def examples(n):
 @pytest.fixture(autouse=True, scope="module")
 def small_query_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn_ops, "QUERY_BLOCK", 3)
+        patch.setattr(attention_op, "QUERY_BLOCK", 3)
         yield
 
 

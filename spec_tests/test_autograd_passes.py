@@ -112,3 +112,16 @@ def test_recompute_leaves_integers_and_unused_inputs_alone():
     grads = backward(f(w, np.array([2, 2]), unused), np.ones((2, 1)), keep=[w])
     np.testing.assert_array_equal(grads[w], [[0], [0], [2]])
     np.testing.assert_array_equal(grads[unused], [0])
+
+
+def test_a_segment_runs_once_forward_and_once_again():
+    """Catches a recomputation per argument: three inputs would cost three more forwards."""
+    runs = []
+
+    def counted(x, y, z):
+        runs.append(1)
+        return x * y + z
+
+    leaves = [leaf(1.0), leaf(2.0), leaf(3.0)]
+    backward(recompute(counted)(*leaves))
+    assert len(runs) == 2

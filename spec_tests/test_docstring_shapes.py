@@ -22,6 +22,7 @@ OPS = primitives()
 UNSHAPED = {  # their values are compared with loops, shape and all, in test_autograd_ops.py
     "sum": "the result's shape is the setting's",
     "reshape": "the result's shape is the setting's",
+    "broadcast": "the result's shape is the setting's",
     "transpose": "the result's shape is the setting's",
     "getitem": "the result's shape is the index's",
     "_concat": "any number of parts, one axis free",

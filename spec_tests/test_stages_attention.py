@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refimpl.autograd import nn_ops
+from refimpl.autograd import attention_op
 from refimpl.layers import common, mla, observing
 from refimpl.spec_tests.small_models import CLOSE, SMALL, gradients, logits, pull, small, some_tokens
 
@@ -166,14 +166,14 @@ def test_fused_attention_is_its_three_stages(seen, block, dv):
     args = [normal(*s, seed=i) for i, s in enumerate(shapes)]
 
     def fused(q, qr, kv, kr):
-        return nn_ops.attend(q, qr, kv, kr, m, scale=0.4)
+        return attention_op.attend(q, qr, kv, kr, m, scale=0.4)
 
     def staged(q, qr, kv, kr):
         p = mla.probs(mla.scores(q, qr, kv, kr, m, scale=0.4))
         return mla.ctx(p, kv, v_dim=dv)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn_ops, "QUERY_BLOCK", block)
+        patch.setattr(attention_op, "QUERY_BLOCK", block)
         (y, grads), (expected, slopes) = pull(fused, *args), pull(staged, *args)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
     for g, slope in zip(grads, slopes, strict=True):

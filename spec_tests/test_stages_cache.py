@@ -66,14 +66,14 @@ def test_texts_of_unequal_length_decode_as_if_alone(side, attend):
 
 
 def test_positions_of_new_tokens_follow_the_cache():
-    """Catches counting from the cache's width: padding takes no position."""
-    model, tokens = small(), some_tokens(2, 5)
-    valid = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    """Catches counting from the cache's width: padding takes no position, not even a whole row."""
+    model, tokens = small(), some_tokens(3, 5)
+    valid = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
     inputs = model.inputs(tokens, valid=valid)
-    np.testing.assert_array_equal(inputs.positions, [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+    np.testing.assert_array_equal(inputs.positions[:2], [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
     cache = model(inputs).cache
     following = model.inputs(tokens[:, :2], cache=cache)
-    np.testing.assert_array_equal(following.positions, [[5, 6], [3, 4]])
+    np.testing.assert_array_equal(following.positions, [[5, 6], [3, 4], [0, 1]])
 
 
 def test_the_cache_holds_the_latent_and_one_rotated_key():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.autograd import Parameter, Tensor, backward, nn_ops
+from refimpl.autograd import Parameter, Tensor, backward, expert_ops, nn_ops
 from refimpl.layers import Dialect, moe
 from refimpl.spec_tests.small_models import CLOSE, SMALL, small
 
@@ -84,7 +84,7 @@ def test_experts_without_tokens_are_not_even_read():
 
     w = normal(5, 3)
     ids = np.array([[1], [1]])
-    y = nn_ops.grouped_linear(normal(2, 3), ids, Absent(), w, Absent())
+    y = expert_ops.grouped_linear(normal(2, 3), ids, Absent(), w, Absent())
     np.testing.assert_array_equal(y, normal(2, 3) @ w.T)
 
 

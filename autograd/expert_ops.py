@@ -1,0 +1,89 @@
+"""Primitives of a mixture of experts: sort tokens by expert, multiply each group by its own matrix, add up the
+results.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .nn_ops import once
+from .ops import Result
+from .tensor import Array, Vjp, primitive
+
+
+def by_expert(ids: Array, n_experts: int) -> tuple[Array, Array, Array]:
+    """Dispatch order of ids (N, K): rows sorted by expert, then by token and slot.
+
+    -> order (N K,): row -> flat slot; inverse (N, K): slot -> row; ends (E,): where each expert's rows end.
+    """
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order), like=order)
+    ends = np.cumsum(np.bincount(flat, minlength=n_experts))
+    return order, inverse.reshape(-1, ids.shape[-1]), ends
+
+
+@primitive
+def dispatch(x: Array, ids: Array, *, n_experts: int) -> Result:
+    """rows[m] = x[token of m], sorted by expert.  x (..., D), ids (..., K) -> rows (M, D), M = N K."""
+    k = ids.shape[-1]
+    order, inverse, _ = by_expert(ids, n_experts)
+
+    def vjp_x(drows: Array) -> Array:
+        dx = drows[inverse[:, 0]]
+        for slot in range(1, k):
+            dx += drows[inverse[:, slot]]
+        return dx.reshape(x.shape)
+
+    return x.reshape(-1, x.shape[-1])[order // k], (vjp_x, None)
+
+
+@primitive
+def grouped_linear(rows: Array, ids: Array, *ws: Array) -> Result:
+    """y[m] = rows[m] w_e(m)T, one matrix per expert.  rows (M, D), ids (..., K), E times w (F, D) -> y (M, F).
+
+    Experts without rows are not touched, so a lazily read matrix of theirs is never read.
+    """
+    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=len(ws)))
+    spans = [slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    busy = [e for e, s in enumerate(spans) if s.start < s.stop]
+    y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
+    for e in busy:
+        np.matmul(rows[spans[e]], ws[e].T, out=y[spans[e]])  # Fprop
+
+    def dgrad(dy: Array) -> Array:
+        drows = np.empty_like(rows)
+        for e in busy:
+            np.matmul(dy[spans[e]], ws[e], out=drows[spans[e]])
+        return drows
+
+    def wgrad(e: int) -> Vjp:
+        return lambda dy: dy[spans[e]].T @ rows[spans[e]]
+
+    return y, (dgrad, None, *[wgrad(e) for e in range(len(ws))])
+
+
+@primitive
+def combine(rows: Array, ids: Array, weights: Array) -> Result:
+    """y[t] = sum_k weights[t, k] rows[row of (t, k)], ascending expert id.  rows (M, D), ids (..., K), weights (...,
+    K) -> y (..., D).
+    """
+    n_slots = ids.shape[-1]
+    order, inverse, _ = by_expert(ids, int(ids.max(initial=-1)) + 1)
+    slot = np.argsort(ids.reshape(-1, n_slots), axis=-1, kind="stable")  # the stated order of the sum
+    where, w = np.take_along_axis(inverse, slot, -1), np.take_along_axis(weights.reshape(-1, n_slots), slot, -1)
+    y = rows[where[:, 0]] * w[:, :1]
+    for k in range(1, n_slots):
+        y += rows[where[:, k]] * w[:, k : k + 1]
+    dispatched = once(lambda dy: dy.reshape(-1, rows.shape[-1])[order // n_slots])
+
+    def vjp_rows(dy: Array) -> Array:
+        return dispatched(dy) * weights.reshape(-1)[order][:, None]
+
+    def vjp_weights(dy: Array) -> Array:
+        dw = np.empty_like(weights).reshape(-1)
+        dw[order] = np.einsum("md,md->m", dispatched(dy), rows)
+        return dw.reshape(weights.shape)
+
+    return y.reshape(*ids.shape[:-1], rows.shape[-1]), (vjp_rows, None, vjp_weights)
