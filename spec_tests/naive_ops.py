@@ -215,9 +215,7 @@ NAIVE = {
     "rms_norm": rms_norm,
     "softmax": softmax,
     "attention": attention,
-    "broadcast": lambda x, shape: filled(
-        shape, lambda *i: x[tuple(j % n for j, n in zip(i[len(i) - x.ndim :], x.shape))]
-    ),
+    "broadcast": spread,
     "rotate": rotate,
     "nll": nll,
     "dispatch": dispatch,
