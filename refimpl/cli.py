@@ -8,8 +8,9 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from refimpl import plan_cli
 from refimpl.autograd.errors import SpecError
 
 BAD_INPUT = 3
@@ -42,11 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's own exit code 2 would read as "inconclusive"."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and message on standard error; exit code 3."""
+        self.print_usage(sys.stderr)
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
+    parser = _Parser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_diff, _add_info, _add_trace, _add_record, _add_case):
+    for add in (_add_diff, _add_info, _add_trace, _add_record, _add_case, _add_precision):
         add(commands)
+    plan_cli.add_parsers(commands)
     return parser
 
 
@@ -75,7 +86,7 @@ def _add_trace(commands: Any) -> None:
     trace = commands.add_parser("trace", help="record the specification's own run of a case")
     trace.add_argument("case", type=Path)
     trace.add_argument("-o", "--out", type=Path, required=True)
-    trace.add_argument("--precision", default="float32", help="float64, float32 or bf16 (default: float32)")
+    trace.add_argument("--precision", default="float32", help="float64, float32, bf16 or fp8 (default: float32)")
     trace.add_argument("--attend", default="expanded", choices=["expanded", "absorbed"])
     trace.add_argument("--taps", default="*", help="patterns, comma-separated (default: all), e.g. 'fwd/L*/router.*'")
     trace.set_defaults(run=_trace)
@@ -98,6 +109,21 @@ def _add_case(commands: Any) -> None:
     case.add_argument("--config", type=Path, help="a config.json instead of a preset")
     case.add_argument("--seed", type=int, default=0)
     case.set_defaults(run=_case)
+
+
+def _add_precision(commands: Any) -> None:
+    precision = commands.add_parser(
+        "precision", help="print a precision plan: what is rounded, and how, stage by stage"
+    )
+    precision.add_argument("plan", nargs="?", default="fp8", help="float64, float32, bf16, fp8 or fp8_hopper (default: fp8)")
+    precision.set_defaults(run=_precision)
+
+
+def _precision(args: argparse.Namespace) -> int:
+    from refimpl.layers.precision import describe, plan
+
+    print("\n".join(describe(plan(args.plan))))
+    return 0
 
 
 def _diff(args: argparse.Namespace) -> int:
