@@ -22,13 +22,18 @@ Vjp = Callable[[Array], Array]
 
 
 class Tensor:
-    """An array on the tape. `edges` holds (parent, vjp) pairs; a leaf has none; None once backward has used it."""
+    """An array on the tape. `edges` holds (parent, vjp) pairs; a leaf has none; None once backward has used it.
 
-    __slots__ = ("__weakref__", "data", "edges", "op")
+    `saved`, if set, gives what the vjps of later ops may use in place of `data`: an activation kept in fewer bits, or
+    recomputed (R 3.3.3).
+    """
+
+    __slots__ = ("__weakref__", "data", "edges", "op", "saved")
     __array_ufunc__ = None  # ndarray + Tensor asks Tensor.__radd__ instead of looping over elements
 
     def __init__(self, data: Array, edges: tuple[tuple[Tensor, Vjp], ...] | None = (), op: str = "leaf") -> None:
         self.data, self.edges, self.op = data, edges, op
+        self.saved: Callable[[], Array] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,9 +146,9 @@ def _seed(y: Tensor, dy: Array | None) -> Array:
         if y.size != 1:
             raise SpecError(f"backward of shape {y.shape} needs dy; only a scalar has the default 1")
         return np.ones_like(y.data)
-    if tuple(dy.shape) != y.shape:
-        raise SpecError(f"dy has shape {tuple(dy.shape)}, y has {y.shape}")
-    return dy
+    if np.shape(dy) != y.shape:
+        raise SpecError(f"dy has shape {np.shape(dy)}, y has {y.shape}")
+    return dy if hasattr(dy, "dtype") else np.asarray(dy, y.dtype)
 
 
 def _deferred(grads: Gradients, leaf: Tensor, vjp: Vjp, g: Array, op: str) -> None:

@@ -57,16 +57,15 @@ def mask(
     key_documents (B, T) -> (B, 1, S, T) with T = past + S.
 
     A key is visible if it does not come later in the sequence (whatever the positions say: they only rotate), is not
-    padding
-    (valid 0), and belongs to the same document. Pre-training packs documents without separating them (R 4.1),
-    fine-tuning
-    separates them (R 5.1): both are a choice of `documents`. Real kernels never build this array, they skip blocks.
+    padding (valid 0), and belongs to the same document. Pre-training packs documents without separating them (R 4.1),
+    fine-tuning separates them (R 5.1): both are a choice of `documents`. Real kernels never build this array, they skip
+    blocks.
     """
     b, s = positions.shape
-    seen = np.tri(s, past + s, past, dtype=bool)[None].repeat(b, axis=0)  # (B, S, T)
+    seen = np.tri(s, past + s, past, dtype=bool, like=positions)[None].repeat(b, axis=0)  # (B, S, T)
     if valid is not None:
         seen &= (valid != 0)[:, None, :]
     if documents is not None:
         assert key_documents is not None
         seen &= key_documents[:, None, :] == documents[:, :, None]
-    return np.where(seen, np.asarray(0, dtype), np.asarray(-np.inf, dtype))[:, None]
+    return np.where(seen, np.dtype(dtype).type(0), np.dtype(dtype).type(-np.inf))[:, None]

@@ -75,9 +75,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 class Config:
     """A DeepSeek-V2/V3 model in the keys of Hugging Face's `config.json`. Raises SpecError for impossible values.
 
-    Letters of the shapes: D hidden_size, V vocab_size, H num_attention_heads, Dn qk_nope_head_dim, Dr
-    qk_rope_head_dim, Dv
-    v_head_dim, C kv_lora_rank, Q q_lora_rank, E n_routed_experts, G n_group, K num_experts_per_tok, L
+    Letters of the shapes: D hidden_size, V vocab_size, H num_attention_heads, Dn qk_nope_head_dim, Dr qk_rope_head_dim,
+    Dv v_head_dim, C kv_lora_rank, Q q_lora_rank, E n_routed_experts, G n_group, K num_experts_per_tok, L
     num_hidden_layers.
     """
 

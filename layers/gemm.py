@@ -1,9 +1,8 @@
 """The seam between a stage and the arithmetic of its matrix product.
 
-Stages call `linear` and `grouped_linear` from here. Which kernel runs is the precision plan's choice for the stage
-that is
-running; without a plan it is the plain product. Router, head, norms and attention cores do not come here: they stay in
-higher precision (R 3.3.1).
+Stages call `linear` and `grouped_linear` from here. Which kernel runs is the precision plan's choice for the stage that
+is running; without a plan it is the plain product. Router, head, norms and attention cores do not come here: they stay
+in higher precision (R 3.3.1).
 """
 
 from __future__ import annotations

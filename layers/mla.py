@@ -1,9 +1,8 @@
 """Multi-head latent attention (R 2.1.1, eqs 1-11), expanded and absorbed, with its latent cache.
 
-Expanded: every head's keys and values are formed from the latent (kv_b_proj). Absorbed: the key half of kv_b_proj
-moves to the
-query and the value half to the output, so that attention runs on the C + Dr cached numbers themselves. Equal in exact
-arithmetic: (q W) c = q (W c).
+Expanded: every head's keys and values are formed from the latent (kv_b_proj). Absorbed: the key half of kv_b_proj moves
+to the query and the value half to the output, so that attention runs on the C + Dr cached numbers themselves. Equal in
+exact arithmetic: (q W) c = q (W c).
 """
 
 from __future__ import annotations

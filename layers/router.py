@@ -63,9 +63,9 @@ def ids(a: Array, kept: Array | None, *, k: int, n_group: int, fill: float) -> A
     """
     a = data_of(a)
     if kept is not None:
-        inside = (np.arange(n_group) == kept[..., None]).any(axis=-2)  # (B, S, G)
+        inside = (np.arange(n_group, like=kept) == kept[..., None]).any(axis=-2)  # (B, S, G)
         inside = np.repeat(inside, a.shape[-1] // n_group, axis=-1)  # (B, S, E)
-        a = np.where(inside, a, np.asarray(fill, a.dtype))
+        a = np.where(inside, a, a.dtype.type(fill))
     return top_k(a, k)
 
 
@@ -105,7 +105,7 @@ def seq_aux(s: Any, routed: Array | None, *, k: int, alpha: float) -> Any:
     """
     n_experts, length = s.shape[-1], s.shape[1]
     chosen = top_k(data_of(s), k) if routed is None else routed
-    load = (chosen[..., None] == np.arange(n_experts)).sum(axis=(1, 2))  # (B, E)
+    load = (chosen[..., None] == np.arange(n_experts, like=chosen)).sum(axis=(1, 2))  # (B, E)
     f = (load * (n_experts / (k * length))).astype(s.dtype)
     p = ops.mean(s / ops.sum(s, axis=-1, keepdims=True), axis=1)  # (B, E)
     return ops.sum(f * p) * (alpha / len(f))

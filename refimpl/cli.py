@@ -18,10 +18,9 @@ INTERRUPTED = 130
 
 _DIFF = """Judge a recorded run of another implementation, stage by stage.
 
-CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file
-whose tensors are
-named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the candidate's own
-recorded inputs, so a wrong stage shows up alone, wherever it is.
+CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose
+tensors are named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the
+candidate's own recorded inputs, so a wrong stage shows up alone, wherever it is.
 
 exit code: 0 conforms, 1 diverges, 2 inconclusive (something needed was not recorded), 3 bad input"""
 
@@ -115,7 +114,9 @@ def _add_precision(commands: Any) -> None:
     precision = commands.add_parser(
         "precision", help="print a precision plan: what is rounded, and how, stage by stage"
     )
-    precision.add_argument("plan", nargs="?", default="fp8", help="float64, float32, bf16, fp8 or fp8_hopper (default: fp8)")
+    precision.add_argument(
+        "plan", nargs="?", default="fp8", help="float64, float32, bf16, fp8 or fp8_hopper (default: fp8)"
+    )
     precision.set_defaults(run=_precision)
 
 

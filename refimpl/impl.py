@@ -92,9 +92,8 @@ class Impl:
         """Run tokens (B, S) -> {"logits": (B, S, V)} and the taps asked for.
 
         `taps` are names or patterns, with or without the phase: "fwd/L1/router.ids", "L*/attn_out", "*" for all.
-        positions
-        (B, S) default to counting on from the cache; valid (B, S) is 0 for padding; documents (B, S) separates
-        packed texts. `cache` is a dict that is read and updated in place.
+        positions (B, S) default to counting on from the cache; valid (B, S) is 0 for padding; documents (B, S)
+        separates packed texts. `cache` is a dict that is read and updated in place.
         """
         state = {} if cache is None else cache
         past = state.get("kv")
@@ -117,9 +116,8 @@ class Impl:
         self, tokens: Any, labels: Any, taps: Iterable[str] = (), *, mtp_weight: float = 0.0, aux_weight: float = 0.0
     ) -> Taps:
         """{"loss": (), "grad/<checkpoint name>": ...} of the next-token cross-entropy; labels (B, S) are shifted
-        inside, -100 is
-        ignored. taps: "fwd/..." activations, "bwd/..." their gradients. `mtp_weight` adds lambda times the MTP loss
-        (R eq 25), `aux_weight` the sequence-wise balance loss (R eq 17).
+        inside, -100 is ignored. taps: "fwd/..." activations, "bwd/..." their gradients. `mtp_weight` adds lambda times
+        the MTP loss (R eq 25), `aux_weight` the sequence-wise balance loss (R eq 17).
         """
         model = self.model.with_gradients()
         inputs, wanted = model.inputs(tokens, labels=labels), _Wanted(taps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from refimpl.autograd.errors import require
@@ -26,7 +26,7 @@ from .inputs import Cache, Inputs, extend, read_inputs, shrink
 @dataclass(frozen=True)
 class Output:
     """logits (B, S, V), hidden before and after the final norm (B, S, D), the cache, each MoE layer's routing, MTP
-    logits.
+    logits; with labels the loss () and its parts.
     """
 
     logits: Any
@@ -35,6 +35,8 @@ class Output:
     cache: Cache
     routing: dict[str, Routing]
     mtp_logits: list[Any] = field(default_factory=list)
+    loss: Any = None
+    losses: dict[str, Any] = field(default_factory=dict)
 
 
 class Model(Module):
@@ -141,6 +143,11 @@ class ForCausalLM(Module):
 
         -> loss (), its parts by name.
         """
+        out = self.forward_and_loss(inputs, mtp_weight=mtp_weight, aux_weight=aux_weight)
+        return out.loss, out.losses
+
+    def forward_and_loss(self, inputs: Inputs, *, mtp_weight: float = 0.0, aux_weight: float = 0.0) -> Output:
+        """As `loss`, with everything else the run gave."""
         require(inputs.labels is not None, "the loss needs labels: model.inputs(tokens, labels=...)")
         out = self(inputs, with_mtp=bool(mtp_weight and self.n_mtp))
         with phase("fwd"):
@@ -148,7 +155,7 @@ class ForCausalLM(Module):
             heads = self._mtp_losses(inputs, out.mtp_logits)
             aux = self._aux_losses(out.routing, aux_weight) if aux_weight else {}
             total = losses.total(parts["loss.main"], tuple(heads.values()), tuple(aux.values()), mtp_weight=mtp_weight)
-        return total, {"loss": total} | parts | heads | aux
+        return replace(out, loss=total, losses={"loss": total} | parts | heads | aux)
 
     def mtp_loss(self, inputs: Inputs, hidden: Any, *, weight: float) -> tuple[Any, dict[str, Any]]:
         """weight x the mean MTP loss alone (R eq 25), from a given hidden of the main model (B, S, D): constant, if

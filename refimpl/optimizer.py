@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
+from refimpl.layers.numerics.rounding import to_bf16
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight decay on every parameter; eps is not published (R 4.2 is silent), 1e-8 is PyTorch's."""
+    """Decoupled weight decay on every parameter; eps is not published (R 4.2 is silent), 1e-8 is PyTorch's. V3 keeps both
+    moments in bfloat16, masters and gradients in float32 (R 3.3.3): `moments="bf16"`.
+    """
 
     lr: float = 2.2e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moments: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ def adamw(
     (b1, b2), t = opt.betas, state.t + 1
     m = {n: b1 * state.m.get(n, 0) + (1 - b1) * g for n, g in grads.items()}
     v = {n: b2 * state.v.get(n, 0) + (1 - b2) * g * g for n, g in grads.items()}
+
+    if opt.moments == "bf16":
+        m, v = ({n: to_bf16(x) for n, x in moment.items()} for moment in (m, v))
 
     def step(n: str, p: Any) -> Array:
         denominator = np.sqrt(v[n] / (1 - b2**t)) + opt.eps

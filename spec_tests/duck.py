@@ -26,6 +26,8 @@ class Duck(NDArrayOperatorsMixin):
         return kwargs["out"][0] if "out" in kwargs else wrapped(out)
 
     def __array_function__(self, func, types, args, kwargs):
+        if func is np.asarray:  # np.asarray(numbers, like=duck): an upload, asked for
+            return Duck(np.asarray(*args, **kwargs))
         return wrapped(func(*unwrapped(args), **unwrapped(kwargs)))
 
     def __getitem__(self, index):
@@ -57,7 +59,22 @@ def _method(name):
     return call
 
 
-METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "sum", "max", "min", "any", "all", "argmax", "argsort")
+METHODS = (
+    "reshape",
+    "view",
+    "transpose",
+    "swapaxes",
+    "astype",
+    "copy",
+    "sum",
+    "max",
+    "min",
+    "any",
+    "all",
+    "argmax",
+    "argsort",
+    "repeat",
+)
 for _name in METHODS:
     setattr(Duck, _name, _method(_name))
 for _name in ("shape", "ndim", "size", "dtype"):

@@ -1,10 +1,9 @@
 """How far a stage may be from float64: measured, per tap and per input, on twins of the stage at the declared
 precision.
 
-A twin is the specification's own stage at the candidate's precision, on the candidate's inputs. The first takes them
-as they
-are; the others take them nudged by about the last place of the arithmetic, which shows how much a stage that cancels
-(a score near zero, a norm of a small vector) magnifies any other order of summation.
+A twin is the specification's own stage at the candidate's precision, on the candidate's inputs. The first takes them as
+they are; the others take them nudged by about the last place of the arithmetic, which shows how much a stage that
+cancels (a score near zero, a norm of a small vector) magnifies any other order of summation.
 """
 
 from __future__ import annotations

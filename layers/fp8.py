@@ -1,0 +1,166 @@
+"""V3's FP8 linear layer (R 3.3.1-3.3.3): Fprop, Dgrad and Wgrad as scaled GEMMs on E4M3 codes, gradients straight through.
+
+Groups lie along each product's reduction axis. Fprop y = x wT: x in 1 x 128, w in 128 x 128. Dgrad dx = dy w: dy in 1 x 128,
+w's blocks turned. Wgrad dw = dyT x: both in 128 x 1 over tokens, x from what forward kept of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd import nn_ops
+from refimpl.autograd.nn_ops import once
+from refimpl.autograd.ops import Result
+from refimpl.autograd.tensor import Array, Tensor, Vjp, primitive
+
+from .numerics.formats import E4M3, Format
+from .numerics.quantise import Quantized, quantize
+from .numerics.scaled_gemm import scaled_gemm
+
+ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
+EXACT, POWER_OF_TWO, WEIGHT = "deepseek_v3", "deepseek_v32_ue8m0", "deepseek_v3_unclamped"
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A GEMM kernel for a precision plan.
+
+    `mode`: the accumulation, a name of `numerics.scaled_gemm.MODES`. `inputs`, `gradients`: how the scales of x and dy are
+    made (power of two for what is sent between ranks, R 3.3.3). `kept`: the format in which x waits for Wgrad (E5M6 after
+    attention). `gradient_tile`: (1, 128), or (128, 128) for the ablation of R App. B.2. `recompute`: SwiGLU keeps its
+    inputs in FP8 and is run again.
+    """
+
+    mode: str = "exact"
+    inputs: str = EXACT
+    gradients: str = EXACT
+    kept: Format = E4M3
+    gradient_tile: tuple[int, int] = ROW
+    recompute: bool = False
+
+    def linear(self, x: Any, w: Any, b: Any = None) -> Any:
+        """y = x wT + b.  x (..., D), w (F, D), b (F,) or None -> y (..., F)."""
+        return _linear(x, w, b, kernel=self, saved=_saved(x))
+
+    def grouped_linear(self, rows: Any, ids: Array, *ws: Any) -> Any:
+        """y[m] = rows[m] w_e(m)T; every expert's rows are quantised by themselves.  rows (M, D), ids (..., K) -> y (M, F)."""
+        return _grouped(rows, ids, *ws, kernel=self, saved=_saved(rows))
+
+    def swiglu(self, gate: Any, up: Any) -> Any:
+        """silu(gate) up; with `recompute` backward sees it through FP8 copies of gate and up.  gate (*), up (*) -> (*)."""
+        if not self.recompute:
+            return nn_ops.swiglu(gate, up)
+        y = _swiglu(gate, up)
+        if isinstance(y, Tensor):
+            y.saved = lambda: nn_ops.swiglu(*[_through_fp8(a.data if isinstance(a, Tensor) else a) for a in (gate, up)])
+        return y
+
+    def product(self, a: Quantized, b: Quantized) -> Array:
+        """a bT by the kernel's accumulation.  a (M, K), b (N, K) -> (M, N) float32."""
+        return scaled_gemm(a, b, mode=self.mode).astype(np.float32)
+
+    def describe(self) -> str:
+        """One line for the printed plan."""
+        if self.recompute:
+            return "gate and up kept as e4m3 1x128, SwiGLU run again in backward"
+        pow2 = {"inputs": self.inputs == POWER_OF_TWO, "gradients": self.gradients == POWER_OF_TWO}
+        notes = [f"power-of-two scales of {k}" for k, v in pow2.items() if v]
+        notes += [f"input kept as {self.kept.name}"] if self.kept is not E4M3 else []
+        return ", ".join([f"{self.mode}, e4m3 x 1x128, w 128x128", *notes])
+
+
+def _saved(x: Any) -> Callable[[], Array] | None:
+    return x.saved if isinstance(x, Tensor) else None
+
+
+def _through_fp8(x: Array) -> Array:
+    return quantize(x.reshape(-1, x.shape[-1]), ROW).dequantize().reshape(x.shape)
+
+
+class _Gemm:
+    """One weight and the rows that meet it: forward at once, gradients when asked."""
+
+    def __init__(self, x: Array, w: Array, kernel: Fp8) -> None:
+        self.kernel, self.w = kernel, quantize(w, BLOCK, dialect=WEIGHT, name="w")
+        self.x = quantize(x, ROW, dialect=kernel.inputs)
+        self.y = kernel.product(self.x, self.w)  # Fprop
+        if kernel.kept is not E4M3:  # R 3.3.3: E5M6, scales a power of two
+            self.x = quantize(x, ROW, dialect=POWER_OF_TWO, fmt=kernel.kept)
+
+    def dgrad(self, dy: Array) -> Array:  # (N, F) (F, D) -> (N, D)
+        q = quantize(dy, self.kernel.gradient_tile, dialect=self.kernel.gradients, name="dy")
+        return self.kernel.product(q, self.w.T)
+
+    def wgrad(self, dy: Array, recomputed: Array | None) -> Array:  # (F, N) (N, D) -> (F, D)
+        x = self.x.dequantize() if recomputed is None else recomputed
+        tile = COLUMN if self.kernel.gradient_tile == ROW else self.kernel.gradient_tile
+        q = quantize(dy, tile, dialect=self.kernel.gradients, name="dy")
+        return self.kernel.product(q.T, quantize(x, COLUMN, dialect=self.kernel.inputs).T)
+
+
+@primitive
+def _linear(x: Array, w: Array, b: Array | None, *, kernel: Fp8, saved: Callable[[], Array] | None) -> Result:
+    """y = x wT + b on FP8 codes."""
+    gemm = _Gemm(x.reshape(-1, x.shape[-1]), w, kernel)
+    y = gemm.y if b is None else gemm.y + b
+
+    def rows(dy: Array) -> Array:
+        return dy.reshape(-1, w.shape[0])
+
+    def dgrad(dy: Array) -> Array:
+        return gemm.dgrad(rows(dy)).reshape(x.shape)
+
+    def wgrad(dy: Array) -> Array:
+        return gemm.wgrad(rows(dy), saved().reshape(-1, w.shape[1]) if saved else None)
+
+    def vjp_b(dy: Array) -> Array:
+        return rows(dy).sum(axis=0)
+
+    return y.reshape(*x.shape[:-1], w.shape[0]), (dgrad, wgrad, vjp_b)
+
+
+@primitive
+def _grouped(rows: Array, ids: Array, *ws: Array, kernel: Fp8, saved: Callable[[], Array] | None) -> Result:
+    """y[m] = rows[m] w_e(m)T on FP8 codes."""
+    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=len(ws))).tolist()
+    spans = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    gemms = {e: _Gemm(rows[s], ws[e], kernel) for e, s in enumerate(spans) if s.start < s.stop}
+    y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
+    for e, gemm in gemms.items():
+        y[spans[e]] = gemm.y
+    recomputed = once(lambda _: saved() if saved else None)
+
+    def dgrad(dy: Array) -> Array:
+        drows = np.empty_like(rows)
+        for e, gemm in gemms.items():
+            drows[spans[e]] = gemm.dgrad(dy[spans[e]])
+        return drows
+
+    def wgrad(e: int) -> Vjp:
+        def vjp(dy: Array) -> Array:
+            if e not in gemms:
+                return np.zeros_like(ws[e])
+            x = recomputed(dy)
+            return gemms[e].wgrad(dy[spans[e]], None if x is None else x[spans[e]])
+
+        return vjp
+
+    return y, (dgrad, None, *[wgrad(e) for e in range(len(ws))])
+
+
+@primitive
+def _swiglu(gate: Array, up: Array) -> Result:
+    """y = silu(gate) up, differentiated at FP8 copies of gate and up."""
+    y, _ = nn_ops.swiglu.raw(gate, up)  # type: ignore[attr-defined]
+    kept = [quantize(a.reshape(-1, a.shape[-1]), ROW) for a in (gate, up)]
+
+    @once
+    def vjps(_: Array) -> tuple[Vjp, Vjp]:
+        pair: tuple[Vjp, Vjp] = nn_ops.swiglu.raw(*[k.dequantize().reshape(gate.shape) for k in kept])[1]  # type: ignore[attr-defined]
+        return pair
+
+    return y, (lambda dy: vjps(dy)[0](dy), lambda dy: vjps(dy)[1](dy))

@@ -1,0 +1,27 @@
+"""Could the recordings tell the rule from its neighbours? Every change of one detail must be wrong on many of them."""
+
+import numpy as np
+import pytest
+
+from refimpl.spec_tests import mutants_tensor_core as mutants
+from refimpl.spec_tests.test_3_3_tensor_core import hopper
+
+# Wrong outputs among the recorded rows with K = 32 (2,262, single steps) and K = 128 (660)
+ON_RECORDINGS = {}
+
+
+def test_the_rule_itself_is_never_wrong():
+    """Catches a harness that calls everything wrong."""
+    for k in (32, 128):
+        a, b, c, d = hopper(k)
+        np.testing.assert_array_equal(mutants.rows("none", a, b, c), d)
+
+
+@pytest.mark.parametrize("mutant", [*mutants.MACHINE, *mutants.PATCH])
+def test_one_changed_detail_is_found_wrong(mutant):
+    """Catches recordings that a wrong rule would also reproduce, and a mutant that does nothing."""
+    wrong = []
+    for k in (32, 128):
+        a, b, c, d = hopper(k)
+        wrong.append(int((mutants.rows(mutant, a, b, c) != d).sum()))
+    assert tuple(wrong) == ON_RECORDINGS[mutant]
