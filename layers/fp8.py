@@ -1,13 +1,14 @@
-"""V3's FP8 linear layer (R 3.3.1-3.3.3): Fprop, Dgrad and Wgrad as scaled GEMMs on E4M3 codes, gradients straight through.
+"""V3's FP8 linear layer (R 3.3.1-3.3.3): Fprop, Dgrad and Wgrad as scaled GEMMs on E4M3 codes, gradients straight
+through.
 
-Groups lie along each product's reduction axis. Fprop y = x wT: x in 1 x 128, w in 128 x 128. Dgrad dx = dy w: dy in 1 x 128,
-w's blocks turned. Wgrad dw = dyT x: both in 128 x 1 over tokens, x from what forward kept of it.
+Groups lie along each product's reduction axis. Fprop y = x wT: x in 1 x 128, w in 128 x 128. Dgrad dx = dy w: dy in
+1 x 128, w's blocks turned. Wgrad dw = dyT x: both in 128 x 1 over tokens, x from what forward kept of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,31 @@ from refimpl.autograd.ops import Result
 from refimpl.autograd.tensor import Array, Tensor, Vjp, primitive
 
 from .numerics.formats import E4M3, Format
-from .numerics.quantise import Quantized, quantize
+from .numerics.quantise import DIALECTS, Dialect, Quantized, quantize
 from .numerics.scaled_gemm import scaled_gemm
 
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
-EXACT, POWER_OF_TWO, WEIGHT = "deepseek_v3", "deepseek_v32_ue8m0", "deepseek_v3_unclamped"
+EXACT, POWER_OF_TWO = DIALECTS["deepseek_v3"], DIALECTS["deepseek_v32_ue8m0"]
+"""Scales of activations: amax / 448, or rounded up to a power of two."""
+WEIGHT, WEIGHT_POWER_OF_TWO = (replace(d, clamp=None) for d in (EXACT, POWER_OF_TWO))
+"""Scales of weights: the same without the clamp, as checkpoints hold them (V3, V3.1)."""
 
 
 @dataclass(frozen=True)
 class Fp8:
     """A GEMM kernel for a precision plan.
 
-    `mode`: the accumulation, a name of `numerics.scaled_gemm.MODES`. `inputs`, `gradients`: how the scales of x and dy are
-    made (power of two for what is sent between ranks, R 3.3.3). `kept`: the format in which x waits for Wgrad (E5M6 after
+    `mode`: the accumulation, a name of `numerics.scaled_gemm.MODES`. `inputs`, `gradients`, `weights`: how the scales
+    of x, dy and w are made (power of two for what is sent between ranks, R 3.3.3). `kept`: the format in which x
+    waits for Wgrad (E5M6 after
     attention). `gradient_tile`: (1, 128), or (128, 128) for the ablation of R App. B.2. `recompute`: SwiGLU keeps its
     inputs in FP8 and is run again.
     """
 
     mode: str = "exact"
-    inputs: str = EXACT
-    gradients: str = EXACT
+    inputs: Dialect = EXACT
+    gradients: Dialect = EXACT
+    weights: Dialect = WEIGHT
     kept: Format = E4M3
     gradient_tile: tuple[int, int] = ROW
     recompute: bool = False
@@ -47,11 +53,15 @@ class Fp8:
         return _linear(x, w, b, kernel=self, saved=_saved(x))
 
     def grouped_linear(self, rows: Any, ids: Array, *ws: Any) -> Any:
-        """y[m] = rows[m] w_e(m)T; every expert's rows are quantised by themselves.  rows (M, D), ids (..., K) -> y (M, F)."""
+        """y[m] = rows[m] w_e(m)T; every expert's rows are quantised by themselves.  rows (M, D), ids (..., K) -> y
+        (M, F).
+        """
         return _grouped(rows, ids, *ws, kernel=self, saved=_saved(rows))
 
     def swiglu(self, gate: Any, up: Any) -> Any:
-        """silu(gate) up; with `recompute` backward sees it through FP8 copies of gate and up.  gate (*), up (*) -> (*)."""
+        """silu(gate) up; with `recompute` backward sees it through FP8 copies of gate and up.  gate (*), up (*) ->
+        (*).
+        """
         if not self.recompute:
             return nn_ops.swiglu(gate, up)
         y = _swiglu(gate, up)
@@ -67,7 +77,7 @@ class Fp8:
         """One line for the printed plan."""
         if self.recompute:
             return "gate and up kept as e4m3 1x128, SwiGLU run again in backward"
-        pow2 = {"inputs": self.inputs == POWER_OF_TWO, "gradients": self.gradients == POWER_OF_TWO}
+        pow2 = {k: getattr(self, k).power_of_two for k in ("inputs", "gradients", "weights")}
         notes = [f"power-of-two scales of {k}" for k, v in pow2.items() if v]
         notes += [f"input kept as {self.kept.name}"] if self.kept is not E4M3 else []
         return ", ".join([f"{self.mode}, e4m3 x 1x128, w 128x128", *notes])
@@ -85,7 +95,7 @@ class _Gemm:
     """One weight and the rows that meet it: forward at once, gradients when asked."""
 
     def __init__(self, x: Array, w: Array, kernel: Fp8) -> None:
-        self.kernel, self.w = kernel, quantize(w, BLOCK, dialect=WEIGHT, name="w")
+        self.kernel, self.w = kernel, quantize(w, BLOCK, dialect=kernel.weights, name="w")
         self.x = quantize(x, ROW, dialect=kernel.inputs)
         self.y = kernel.product(self.x, self.w)  # Fprop
         if kernel.kept is not E4M3:  # R 3.3.3: E5M6, scales a power of two

@@ -115,7 +115,7 @@ def _add_precision(commands: Any) -> None:
         "precision", help="print a precision plan: what is rounded, and how, stage by stage"
     )
     precision.add_argument(
-        "plan", nargs="?", default="fp8", help="float64, float32, bf16, fp8 or fp8_hopper (default: fp8)"
+        "plan", nargs="?", default="fp8", help="float64, float32, bf16, fp8, fp8_hopper or fp8_ue8m0 (default: fp8)"
     )
     precision.set_defaults(run=_precision)
 

@@ -20,7 +20,9 @@ from refimpl.layers.stage import STAGES, Recorder, observing
 from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
-KVState = MutableMapping[str, Cache]
+from . import packed_cache
+
+KVState = MutableMapping[str, Any]
 """What `forward` fills and `step` goes on from: a dict, updated in place; start with an empty one."""
 
 
@@ -38,9 +40,16 @@ class Taps(dict[str, Array]):
 class Impl:
     """The specification as an implementation. `Impl().load(config, weights).forward(tokens)["logits"]`."""
 
-    def __init__(self, *, precision: str | Plan = "float32", attend: Attend = "auto") -> None:
+    def __init__(
+        self, *, precision: str | Plan = "float32", attend: Attend = "auto", kv_format: str | None = None
+    ) -> None:
+        """`precision`: a plan or its name. `attend`: "auto", "expanded" or "absorbed". `kv_format`: None keeps the cache as
+        computed, "fp8" and "int8" keep it in bytes.
+        """
         self.plan = plan(precision) if isinstance(precision, str) else precision
-        self.attend = attend
+        self.attend, self.kv_format = attend, kv_format
+        if kv_format is not None:
+            packed_cache.kv_format(kv_format)
         self._model: ForCausalLM | None = None
 
     def info(self) -> dict[str, Any]:
@@ -96,14 +105,15 @@ class Impl:
         separates packed texts. `cache` is a dict that is read and updated in place.
         """
         state = {} if cache is None else cache
-        past = state.get("kv")
+        past = self._past(state)
         tokens = [tokens] if np.ndim(tokens) == 1 else tokens
         inputs = self.model.inputs(tokens, positions, valid, documents, cache=past)
         wanted = _Wanted(taps)
         with observing(*self._observers(wanted, self.model, inputs, past)):
             out = self.model(inputs, past, attend=self.attend, with_mtp=wanted.any("mtp"))
         result = Taps(wanted.results(), logits=data_of(out.logits))
-        state["kv"] = out.cache
+        before = state.get("kv")
+        state["kv"] = packed_cache.pack(out.cache, before, self.kv_format) if self.kv_format else out.cache
         result.cache = state
         return result
 
@@ -151,6 +161,15 @@ class Impl:
                     args.append(self._array(_given(p, given)))
             with observing(self.plan):
                 return data_of(stage(*args, **static))
+
+    def _past(self, state: KVState) -> Cache | None:
+        kept = state.get("kv")
+        if isinstance(kept, packed_cache.PackedCache):
+            require(self.kv_format, "the cache is packed; give Impl the kv_format that packed it")
+            assert self.kv_format is not None
+            return packed_cache.unpack(kept, self.model.config, self.kv_format, self.plan.dtype)
+        require(kept is None or self.kv_format is None, "the cache is not packed, but kv_format is set")
+        return kept
 
     def _array(self, a: Any) -> Any:
         if isinstance(a, tuple | list) and a and hasattr(a[0], "dtype"):

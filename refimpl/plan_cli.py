@@ -28,13 +28,13 @@ _CLUSTER = """Plan a training job: bytes per link class, memory per rank, bubble
 exit code: 0; 1 if the job does not fit the GPUs' memory; 3 bad input"""
 
 
-def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: argparse._SubParsersAction[Any]) -> None:
     """Add both commands to `refimpl`'s."""
     _add_schedule(commands)
     _add_cluster(commands)
 
 
-def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_schedule(commands: argparse._SubParsersAction[Any]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("schedule", help="print a pipeline schedule", description=_SCHEDULE, formatter_class=raw)
     p.add_argument("name", metavar="NAME", help="gpipe, 1f1b, interleaved, zb1p, dualpipe or dualpipev")
@@ -48,7 +48,7 @@ def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     p.set_defaults(run=run_schedule)
 
 
-def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_cluster(commands: argparse._SubParsersAction[Any]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("cluster", help="plan a training job", description=_CLUSTER, formatter_class=raw)
     p.add_argument("--preset", default="deepseek-v3", help="model (default deepseek-v3)")

@@ -62,7 +62,7 @@ LETTERS = {
     "G": 4,
     "K": 6,
 }
-WIDTH = {"mlp": 32, "moe": 28, "shared": 2 * 28}  # F
+WIDTH = {"mlp": 32, "moe": 28, "shared": 2 * 28, "int8": 33}  # F
 HEAD = {n: LETTERS[n] for n in ("Dn", "Dr", "Dv")}  # letters that no docstring uses for anything else
 
 
@@ -106,6 +106,9 @@ def record():
     with observing(note):
         load = counts(rng.integers(0, 20, (BATCH, LENGTH, 6)), n_experts=20)
         router.bias_update(np.zeros(20), load, gamma=1e-3, zero_sum=False)
+        x = rng.standard_normal((BATCH, LENGTH, CONFIG.hidden_size))
+        STAGES["int8.fake_quant"](x, STAGES["int8.scale"](x))
+        STAGES["int8.mixed_linear"](x, rng.standard_normal((WIDTH["int8"], CONFIG.hidden_size)))
     return calls
 
 
