@@ -24,9 +24,9 @@ from .numerics.scaled_gemm import scaled_gemm
 
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
 EXACT, POWER_OF_TWO = DIALECTS["deepseek_v3"], DIALECTS["deepseek_v32_ue8m0"]
-"""Scales of activations: amax / 448, or rounded up to a power of two."""
-WEIGHT, WEIGHT_POWER_OF_TWO = (replace(d, clamp=None) for d in (EXACT, POWER_OF_TWO))
-"""Scales of weights: the same without the clamp, as checkpoints hold them (V3, V3.1)."""
+"""Scales of activations: amax / 448, or rounded up to a power of two; amax counts at least 1e-4, as in DeepSeek's kernels."""
+FREE, FREE_POWER_OF_TWO = (replace(d, clamp=None) for d in (EXACT, POWER_OF_TWO))
+"""The same without that floor: for weights, as checkpoints hold them, and for gradients, which are far below 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Fp8:
 
     mode: str = "exact"
     inputs: Dialect = EXACT
-    gradients: Dialect = EXACT
-    weights: Dialect = WEIGHT
+    gradients: Dialect = FREE
+    weights: Dialect = FREE
     kept: Format = E4M3
     gradient_tile: tuple[int, int] = ROW
     recompute: bool = False

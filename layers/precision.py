@@ -15,7 +15,7 @@ from refimpl.autograd import ops
 from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import Array, Tensor, data_of
 
-from .fp8 import POWER_OF_TWO, WEIGHT_POWER_OF_TWO, Fp8
+from .fp8 import FREE_POWER_OF_TWO, POWER_OF_TWO, Fp8
 from .gemm import PLAIN, Kernel, using
 from .numerics.formats import E5M6
 from .numerics.rounding import to_bf16
@@ -109,7 +109,7 @@ def fp8_plan(name: str = "fp8", **kernel: Any) -> Plan:
         ("moe.up", gemm(inputs=POWER_OF_TWO)),
         ("moe.act", gemm(recompute=True)),  # R 3.3.3, special case (2)
         ("shared.act", gemm(recompute=True)),
-        ("moe.down", gemm(gradients=POWER_OF_TWO)),  # what dispatch sends in backward
+        ("moe.down", gemm(gradients=FREE_POWER_OF_TWO)),  # what dispatch sends in backward
         *[
             (pattern, gemm())
             for pattern in (
@@ -133,7 +133,7 @@ FP8 = fp8_plan()
 """The recipe with exact accumulation."""
 FP8_HOPPER = fp8_plan("fp8_hopper", mode="deepgemm_sm90")
 """The recipe on Hopper's tensor cores, promoted every 128 terms, bit for bit."""
-FP8_UE8M0 = fp8_plan("fp8_ue8m0", inputs=POWER_OF_TWO, gradients=POWER_OF_TWO, weights=WEIGHT_POWER_OF_TWO)
+FP8_UE8M0 = fp8_plan("fp8_ue8m0", inputs=POWER_OF_TWO, gradients=FREE_POWER_OF_TWO, weights=FREE_POWER_OF_TWO)
 """The recipe with every scale a power of two: DeepSeek-V3.1's `scale_fmt`."""
 PLANS = {p.name: p for p in (FLOAT64, FLOAT32, BF16, FP8, FP8_HOPPER, FP8_UE8M0)}
 """Plan by name."""

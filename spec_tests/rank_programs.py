@@ -74,7 +74,7 @@ def groups(comm):
     parity = comm.split(r % 2 - 7, r, "parity")
     again = parity.split(0, -parity.rank, "again")
     listed = split_into(comm, [list(range(1, n)), [0]], "listed")
-    got = [list(g.ranks) + [g.rank, g.world_rank] for g in (comm, back, parity, again, listed)]
+    got = [[*g.ranks, g.rank, g.world_rank] for g in (comm, back, parity, again, listed)]
     got += [g.allgather(np.array([r, 10 * r]), "who") for g in (comm, back, parity, again, listed)]
     to, source = (r + 1) % n, (r - 1) % n
     comm.send(np.array([r]), to, "in comm")
@@ -125,7 +125,9 @@ def tensor_parallel_mlp(comm):
     rng = np.random.default_rng(3)
     width, tokens, inner = 6, 4 * comm.size, 2 * comm.size + 1
     x = rng.standard_normal((tokens, width)).astype(np.float32)
-    gate, up, down = (rng.standard_normal(s).astype(np.float32) for s in [(inner, width), (inner, width), (width, inner)])
+    gate, up, down = (
+        rng.standard_normal(s).astype(np.float32) for s in [(inner, width), (inner, width), (width, inner)]
+    )
     own = c.slices(c.shares(inner, comm.size))[comm.rank]
     leaf, gate, up, down = Tensor(x), Parameter(gate[own]), Parameter(up[own]), Parameter(down[:, own])
     mine = duals.scatter_to(leaf, comm=comm, label="sp.in")  # (T_tp, D)
@@ -168,9 +170,7 @@ def parameter_server(comm):
     """An asynchronous parameter server whose workers arrive in bursts."""
     intervals = (("model.embed_tokens.*", 4), ("*.mlp.gate.*", 6))
     arrivals = [w for w in range(comm.size - 1, 0, -1) for _ in range(7)]
-    return older.parameter_server(
-        comm, TOY, toy_gradient, steps=7, lr=0.25, intervals=intervals, arrivals=arrivals
-    )
+    return older.parameter_server(comm, TOY, toy_gradient, steps=7, lr=0.25, intervals=intervals, arrivals=arrivals)
 
 
 def local_sgd(rank, rounds, w):
@@ -197,6 +197,11 @@ PROGRAMS = [
     parameter_server,
     federated,
 ]
+
+
+def echo(comm, *args):
+    """What was given on the command line."""
+    return list(args)
 
 
 # ---- Programs that go wrong
