@@ -46,7 +46,7 @@ def group_scores(a: Array, *, n_group: int, best: int) -> Array:
     """Sum of the `best` (V3: 2, V2: 1) highest affinities of each group of consecutive experts.  a (B, S, E) -> (B,
     S, G).
     """
-    grouped = np.sort(data_of(a).reshape(*a.shape[:-1], n_group, -1), axis=-1)
+    grouped = np.sort(data_of(a).reshape(*a.shape[:-1], n_group, a.shape[-1] // n_group), axis=-1)
     return grouped[..., -best:].sum(axis=-1)
 
 

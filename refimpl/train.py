@@ -4,7 +4,7 @@ balancing bias moved by the batch's expert loads (R 2.1.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,13 +19,18 @@ from .model import ForCausalLM, expected_tensors
 from .optimizer import AdamState, AdamW, adamw, clip
 
 
+def constant(step: int) -> float:
+    """1 at every step."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """lr per step is `opt.lr` after `warmup` steps; gamma moves the bias; mtp_weight is lambda, aux_weight alpha (R 4.2)."""
+    """`schedule`: factor of `opt.lr` by step, from 0; gamma moves the bias; mtp_weight is lambda, aux_weight alpha (R 4.2)."""
 
     plan: Plan = BF16
     opt: AdamW = field(default_factory=AdamW)
-    warmup: int = 0
+    schedule: Callable[[int], float] = constant
     max_norm: float = 1.0
     gamma: float = 1e-3
     mtp_weight: float = 0.0
@@ -73,8 +78,8 @@ def step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State,
         n: grads[w].astype(np.float32) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads
     }
     named, norm = clip(named, max_norm=recipe.max_norm)
-    lr = recipe.opt.lr * min(1.0, (state.adam.t + 1) / max(recipe.warmup, 1))
-    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, replace(recipe.opt, lr=lr))
+    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
+    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, opt)
     weights, load = state.weights | trained, {}
     with phase("upd"):
         for place, routing in out.routing.items():
