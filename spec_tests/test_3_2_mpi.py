@@ -19,10 +19,11 @@ import pytest
 from refimpl.autograd import SpecError
 from refimpl.parallel_emulation import __main__ as command_line
 from refimpl.parallel_emulation import launch, wire
-from refimpl.spec_tests import rank_programs
+from refimpl.spec_tests import layer_programs, rank_programs
 
 HERE = "refimpl.spec_tests.rank_programs"
-NAMES = [f"{HERE}:{program.__name__}" for program in rank_programs.PROGRAMS]
+PROGRAMS = (*rank_programs.PROGRAMS, *layer_programs.PROGRAMS)
+NAMES = [f"{program.__module__}:{program.__name__}" for program in PROGRAMS]
 FOUND = importlib.util.find_spec("mpi4py") is not None and (
     (Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")
 )
