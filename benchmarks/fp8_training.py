@@ -69,11 +69,11 @@ def schedule(step: int, *, steps: int) -> float:
 
 def run(plan: Plan, corpus: bytes, steps: int) -> list[float]:
     """The loss of every step."""
-    opt = AdamW(lr=1e-3, moments="bf16")
+    opt = AdamW(lr=5e-4, moments="bf16")
     batches = text_batches(corpus, batch=8, length=64, steps=steps)
     recipe = Recipe(plan=plan, opt=opt, schedule=functools.partial(schedule, steps=steps))
     losses, start = [], time.time()
-    for _, report in train(SMALL, init(SMALL, std=0.05), batches, recipe):
+    for _, report in train(SMALL, init(SMALL, std=0.03), batches, recipe):
         losses.append(report.loss)
         if sys.stderr.isatty():
             print(
@@ -117,7 +117,7 @@ def plot(results: dict[str, list[float]], path: pathlib.Path) -> None:
 def main() -> None:
     """Run what is missing in --out, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("fp8_training.json"))
     parser.add_argument("--plot", type=pathlib.Path)
     parser.add_argument("--variants", default=",".join(PLANS))

@@ -59,7 +59,9 @@ def test_the_three_products_quantise_along_their_own_sums(pow2):
     how = POWER_OF_TWO if pow2 else EXACT
     y, dx, dw = run(Fp8(inputs=how, gradients=how), x, w, dy)
     qx, qw = tiles(x, 1, 128, pow2), tiles(w, 128, 128, clamp=0)
-    np.testing.assert_allclose(y, qx @ qw.T, rtol=1e-5, atol=1e-6 * np.abs(qx @ qw.T).max())  # float32 scales and output
+    np.testing.assert_allclose(
+        y, qx @ qw.T, rtol=1e-5, atol=1e-6 * np.abs(qx @ qw.T).max()
+    )  # float32 scales and output
     np.testing.assert_allclose(dx, tiles(dy, 1, 128, pow2) @ qw, rtol=1e-5, atol=1e-6)
     again = tiles(qx.astype(np.float32), 128, 1, pow2)
     ours, theirs = dw, tiles(dy, 128, 1, pow2).T @ again
@@ -138,7 +140,18 @@ def BF16_(x):
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-IN_FP8 = {"mla.q_a", "mla.q", "mla.kv_a", "mla.kv_b", "attn_out", "mlp.gate", "mlp.up", "mlp.down", "shared.gate", "shared.up"}
+IN_FP8 = {
+    "mla.q_a",
+    "mla.q",
+    "mla.kv_a",
+    "mla.kv_b",
+    "attn_out",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+    "shared.gate",
+    "shared.up",
+}
 IN_FP8 |= {"moe.shared", "moe.gate", "moe.up", "moe.down"}
 
 
@@ -188,7 +201,9 @@ def test_a_user_s_own_plan(capsys):
     config, weights, recorded = golden_data.case("hf_tiny")
     mine = fp8_plan("mine", gradient_tile=BLOCK)
     logits = Impl(precision=mine).load(config, weights).forward(recorded["input_ids"])["logits"]
-    np.testing.assert_array_equal(logits, Impl(precision="fp8").load(config, weights).forward(recorded["input_ids"])["logits"])
+    np.testing.assert_array_equal(
+        logits, Impl(precision="fp8").load(config, weights).forward(recorded["input_ids"])["logits"]
+    )
     assert main(["precision", "fp8"]) == 0
     table = capsys.readouterr().out
     assert "attn_out" in table and "e5m6" in table and "router.scores" in table

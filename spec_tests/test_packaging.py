@@ -30,9 +30,7 @@ ROOT = HERE.parent if (HERE.parent / "pyproject.toml").is_file() else None
 in_repository = pytest.mark.skipif(
     ROOT is None, reason="about the repository; this is an installed wheel, without pyproject.toml"
 )
-in_wheel = pytest.mark.skipif(
-    ROOT is not None, reason="about an installed wheel; this is the repository"
-)
+in_wheel = pytest.mark.skipif(ROOT is not None, reason="about an installed wheel; this is the repository")
 
 
 def project() -> dict:
