@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from refimpl.refimpl_atomic import replacing
+from refimpl.atomic import Transaction
 from refimpl.spec_tests.tensor_core_oracle import DTYPES
 
 GPUS = {"h100": "H100", "l40s": "L40S", "ada": "Ada", "b200": "B200"}
@@ -68,9 +68,11 @@ def main(arguments):
         raise SystemExit(__doc__)
     folder, out = arguments
     arrays = convert(folder)
-    with replacing(pathlib.Path(out)) as temporary:
-        np.savez_compressed(temporary, **arrays)
-    print(f"{out}: {len(names())} sets of {len(arrays['h100_e4m3_d'])} rows. Now: export REFIMPL_HARDWARE_VECTORS={out}")
+    with Transaction() as files, files.new(pathlib.Path(out)) as f:
+        np.savez_compressed(f, **arrays)
+    print(
+        f"{out}: {len(names())} sets of {len(arrays['h100_e4m3_d'])} rows. Now: export REFIMPL_HARDWARE_VECTORS={out}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from refimpl.autograd.errors import require
 
 from .codec import decode, encode
-from .formats import FP16
+from .formats import FP16, Format
 from .quantise import Quantized
 from .tensor_core_fast import mxf8f6f4, tensor_core_matmul
 
@@ -65,8 +65,8 @@ nvcc contracts to fma by default",
         ),
         Mode(
             *("triton_sm90_mma", "hopper", "f16", "a then b", True, 128),
-            "as triton_sm90_wgmma, but BLOCK_M 16 or 32 (kernel.py autotunes it) gives mma.sync, which on Hopper converts \
-FP8 to FP16 and has F = 25: D by 8 steps of 16",
+            "as triton_sm90_wgmma, but BLOCK_M 16 or 32 (kernel.py autotunes it): Triton converts FP8 to FP16 for mma.sync, \
+F = 25. Each 32 of k are two steps of 16, those with k mod 4 = 0, 1 and then 2, 3 (PTX of Triton 3.6.0)",
         ),
         Mode(
             *("deepgemm_sm100", "blackwell", "", "inside", False, None),
@@ -123,7 +123,7 @@ def _product(a: NDArray[Any], b: NDArray[Any], left: Quantized, right: Quantized
     """D = a bᵀ over one interval, codes without scales.  a (M, k), b (N, k) -> (M, N)."""
     if how.arch is not None:
         fmt = how.fmt or FMT[left.fmt.name]
-        a, b = (encode(decode(x, left.fmt), FP16, overflow="overflow") if how.fmt else x for x in (a, b))
+        a, b = (_as_triton_feeds_mma(x, left.fmt) if how.fmt else x for x in (a, b))
         return tensor_core_matmul(a, b, np.zeros((len(a), len(b)), np.float32), arch=how.arch, fmt=fmt)
     x, y = decode(a, left.fmt), decode(b, right.fmt)
     if how.scales == "exact":
@@ -133,6 +133,14 @@ def _product(a: NDArray[Any], b: NDArray[Any], left: Quantized, right: Quantized
     for k in range(x.shape[1]):
         d += np.multiply.outer(x[:, k], y[:, k])
     return d
+
+
+def _as_triton_feeds_mma(codes: NDArray[Any], fmt: Format) -> NDArray[Any]:
+    """FP16 codes in the order of the mma.sync steps, filled with zeros to whole 32s.  (R, k) -> (R, k')"""
+    whole = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 32)))
+    half = encode(decode(whole, fmt), FP16, overflow="overflow").reshape(len(codes), -1, 8, 2, 2)
+    fed: NDArray[Any] = half.swapaxes(2, 3).reshape(whole.shape)  # k = (32s, quad, pair, 2) -> (32s, pair, quad, 2)
+    return fed
 
 
 FMT = {"e4m3fn": "e4m3", "e5m2": "e5m2"}

@@ -158,7 +158,7 @@ def operands(a: Codes, b: Codes, c: NDArray[Any], arch: str, fmt: str) -> tuple[
     except ValueError:
         raise SpecError(f"c has shape {c.shape}; expected (..., M, N) for a {a.shape} and b {b.shape}") from None
     a, b = np.broadcast_to(a, lead + a.shape[-2:]), np.broadcast_to(b, lead + b.shape[-2:])
-    return m, a, b, np.ascontiguousarray(full).reshape(full.shape)
+    return m, a, b, np.ascontiguousarray(full)
 
 
 def as_codes(x: Codes, f: Format, name: str) -> Codes:

@@ -10,7 +10,8 @@ Ideas, in order of effect:
   moreover many outputs lose nothing, and one GEMM gives their sum (tensor_core_wide.py).
 * np.setbufsize(16): the buffer of NumPy's ufunc iterator would otherwise be used to copy broadcast operands (2 x).
 
-Memory is bounded by blocks: some ten megabytes beside the operands and the result.
+Memory is bounded by blocks: some ten megabytes beside operands and result, and a copy of the result if it is tall or holds
+special values.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from numpy.typing import NDArray
 
 from . import block_scaled as scaled
 from . import tensor_core as integer
-from .tensor_core_narrow import NarrowSteps
-from .tensor_core_wide import WideSteps
 from .formats import UE8M0, Format
 from .machines import TO_E8M13, Machine, carrier, infinity, magnitude_mask
 from .tensor_core import Codes, Ints
+from .tensor_core_narrow import NarrowSteps
+from .tensor_core_wide import WideSteps
 
 COLUMNS = 2048  # outputs per row of a block: the vector axis, 8 KB of float32
 ROWS = 256  # outputs per column, where a temporary of the size of the result is needed

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .tensor_core_narrow import Part, aligned
 from .machines import Machine, carrier
 from .tensor_core import Codes, decode, ieee_class
+from .tensor_core_narrow import Part, aligned
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
