@@ -167,7 +167,7 @@ def _functions(see: Callable[[str, Seen], None]) -> Any:
     """A context in which `see` is told of every torch function that is called, but for those it calls itself."""
     from torch.overrides import TorchFunctionMode
 
-    class Functions(TorchFunctionMode):
+    class Functions(TorchFunctionMode):  # type: ignore[misc, unused-ignore]  # Any where torch is absent
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             see(getattr(func, "__name__", ""), Seen(args, kwargs or {}, out))
