@@ -115,6 +115,7 @@ class Config:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Config:
         """Read `config.json` (old `rope_scaling` + `rope_theta`, or transformers 5's `rope_parameters`)."""
+        require(isinstance(d, Mapping), f"the config is a {type(d).__name__}; expected the keys of config.json")
         d = _DEFAULTS.get(d.get("model_type", ""), {}) | {k: v for k, v in d.items() if not k.startswith("_")}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key, only in (("hidden_act", "silu"), ("mlp_bias", False)):

@@ -80,6 +80,10 @@ class Impl:
         Arrays that already have the plan's dtype are not copied. SpecError lists missing and extra tensors, wrong
         shapes and dtypes, and tensors with NaN or infinity.
         """
+        require(
+            isinstance(weights, Mapping),
+            f"weights is a {type(weights).__name__}; expected a mapping of names to arrays",
+        )
         c = config if isinstance(config, Config) else Config.from_dict(config)
         self._model = ForCausalLM.from_weights(c, effective(weights, self.plan))
         return self
@@ -105,6 +109,9 @@ class Impl:
         separates packed texts. `cache` is a dict that is read and updated in place.
         """
         state = {} if cache is None else cache
+        require(
+            isinstance(state, MutableMapping), f"cache is a {type(state).__name__}; expected a dict, empty at first"
+        )
         past = self._past(state)
         tokens = [tokens] if np.ndim(tokens) == 1 else tokens
         inputs = self.model.inputs(tokens, positions, valid, documents, cache=past)
@@ -119,6 +126,7 @@ class Impl:
 
     def step(self, token: Any, cache: KVState, taps: Iterable[str] = ()) -> Taps:
         """One decode step: token (B,), (B, 1) or one int -> {"logits": (B, 1, V)}; the cache grows in place."""
+        require(cache is not None, "step needs the cache that forward filled: forward(tokens, cache={})")
         token = np.asarray(token)
         return self.forward(token.reshape(-1, 1), cache=cache, taps=taps)
 
@@ -213,7 +221,9 @@ class _Wanted:
     """The taps a caller asked for, and what was recorded of them."""
 
     def __init__(self, taps: Iterable[str]) -> None:
-        self.patterns = [t for t in ([taps] if isinstance(taps, str) else taps) if t != "logits"]
+        listed = [taps] if isinstance(taps, str) else list(taps) if isinstance(taps, Iterable) else [taps]
+        require(all(isinstance(t, str) for t in listed), f"taps are names or patterns, not {listed!r}")
+        self.patterns = [t for t in listed if t != "logits"]
         self.recorder = Recorder()
 
     def any(self, word: str) -> bool:

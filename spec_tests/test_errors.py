@@ -254,8 +254,14 @@ def test_mtp_needs_more_tokens_than_modules(length):
         ),
         (lambda i: i.forward([[1]], taps=["fwd/L7/attn_out"]), ["no tap matches 'fwd/L7/attn_out'"]),
         (lambda i: Impl(precision="fp7"), ["precision 'fp7'; known: float64, float32"]),
+        (lambda i: i.forward([[1]], taps=3), ["taps are names or patterns, not .3."]),
+        (lambda i: i.forward([[1]], cache=[]), ["cache is a list; expected a dict"]),
+        (lambda i: i.step(1, None), ["step needs the cache that forward filled"]),
+        (lambda i: Impl().load(None, {}), ["the config is a NoneType; expected the keys of config.json"]),
+        (lambda i: Impl().load(DICT, ["a"]), ["weights is a list; expected a mapping"]),
     ],
-    ids=["no such stage", "argument missing", "argument too many", "no such tap", "no such plan"],
+    ids=["no such stage", "argument missing", "argument too many", "no such tap", "no such plan"]
+    + ["taps that are no names", "cache that is no dict", "step without cache", "no config", "weights without names"],
 )
 def test_wrong_question(call, parts):
     """Catches a KeyError or TypeError where a sentence belongs."""
