@@ -260,8 +260,16 @@ def test_mtp_needs_more_tokens_than_modules(length):
         (lambda i: Impl().load(None, {}), ["the config is a NoneType; expected the keys of config.json"]),
         (lambda i: Impl().load(DICT, ["a"]), ["weights is a list; expected a mapping"]),
     ],
-    ids=["no such stage", "argument missing", "argument too many", "no such tap", "no such plan"]
-    + ["taps that are no names", "cache that is no dict", "step without cache", "no config", "weights without names"],
+    ids=[
+        *("no such stage", "argument missing", "argument too many", "no such tap", "no such plan"),
+        *(
+            "taps that are no names",
+            "cache that is no dict",
+            "step without cache",
+            "no config",
+            "weights without names",
+        ),
+    ],
 )
 def test_wrong_question(call, parts):
     """Catches a KeyError or TypeError where a sentence belongs."""
