@@ -6,6 +6,7 @@ Without a file it measures first (pairs.py, 9 rounds, one thread; about four min
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import sys
@@ -37,11 +38,17 @@ def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
 
 def main() -> int:
     """0 if every goal is met."""
-    if sys.argv[1:] == ["--goals"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "results", nargs="?", type=pathlib.Path, help="a file of pairs.py --json; measured anew without it"
+    )
+    parser.add_argument("--goals", action="store_true", help="print the goals as JSON")
+    args = parser.parse_args()
+    if args.goals:
         print(json.dumps(GOALS))
         return 0
-    if len(sys.argv) > 1:
-        results = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    if args.results:
+        results = json.loads(args.results.read_text())
     else:
         results = measure(list(dict.fromkeys(case for case, _, _ in GOALS)), rounds=9, threads=1)
     found = verdicts(results)
