@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from refimpl.autograd.errors import SpecError
 
 BAD_INPUT = 3
 INTERRUPTED = 130
+INTERNAL = 70
 
 _DIFF = """Judge a recorded run of another implementation, stage by stage.
 
@@ -39,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception:  # Python's own exit code 1 would read as "diverges"
+        traceback.print_exc()
+        print("refimpl: this is a bug of refimpl, not a verdict", file=sys.stderr)
+        return INTERNAL
     return code
 
 

@@ -108,12 +108,13 @@ class Impl:
         positions (B, S) default to counting on from the cache; valid (B, S) is 0 for padding; documents (B, S)
         separates packed texts. `cache` is a dict that is read and updated in place.
         """
-        state = {} if cache is None else cache
+        state = {} if cache is None else cache.cache if isinstance(cache, Taps) else cache
         require(
             isinstance(state, MutableMapping), f"cache is a {type(state).__name__}; expected a dict, empty at first"
         )
         past = self._past(state)
-        tokens = [tokens] if np.ndim(tokens) == 1 else tokens
+        flat = isinstance(tokens, list | tuple) and tokens and not hasattr(tokens[0], "__len__")
+        tokens = [tokens] if flat or getattr(tokens, "ndim", 0) == 1 else tokens
         inputs = self.model.inputs(tokens, positions, valid, documents, cache=past)
         wanted = _Wanted(taps)
         with observing(*self._observers(wanted, self.model, inputs, past)):
@@ -171,7 +172,14 @@ class Impl:
                 return data_of(stage(*args, **static))
 
     def _past(self, state: KVState) -> Cache | None:
+        state = state.cache if isinstance(state, Taps) else state
+        require(
+            "kv" in state or not state,
+            f"the cache holds {', '.join(map(str, state))}; expected one that forward filled",
+        )
         kept = state.get("kv")
+        known = kept is None or isinstance(kept, Cache | packed_cache.PackedCache)
+        require(known, f"the cache's entry is a {type(kept).__name__}; expected what forward put there")
         if isinstance(kept, packed_cache.PackedCache):
             require(self.kv_format, "the cache is packed; give Impl the kv_format that packed it")
             assert self.kv_format is not None

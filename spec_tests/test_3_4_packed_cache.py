@@ -52,6 +52,22 @@ def test_old_entries_are_never_packed_again():
         np.testing.assert_array_equal(early, late[:, :16])
 
 
+def test_a_result_can_be_gone_on_from():
+    """Catches a step that silently decodes from nothing: the result of forward is a cache too, any other mapping is refused."""
+    config, weights, recorded = golden_data.case("hf_tiny")
+    impl = Impl().load(config, weights)
+    out = impl.forward(IDS[:, :16])
+    theirs = recorded["cached/logits"][:, 1]
+    assert np.abs(impl.step(IDS[:, 16], out)["logits"][:, 0] - theirs).max() < 5e-5
+    for wrong, says in (
+        ({"a": 1}, "the cache holds a"),
+        ({"kv": 5}, "the cache's entry is a int"),
+        ([], "cache is a list"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            impl.step(IDS[:, 16], wrong)
+
+
 def test_formats_do_not_mix():
     """Catches bytes read in a format they were not written in."""
     config, weights, _ = golden_data.case("hf_tiny")

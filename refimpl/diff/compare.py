@@ -28,11 +28,23 @@ class Finding:
     chained: float = float("nan")
 
 
+def unusable(x: Array, ours: Array, limit: int | None) -> str:
+    """What keeps a recorded tap from being an input of a replay, or "": another shape, another kind of numbers, ids that name
+    nothing (`limit` of them exist).
+    """
+    if x.shape != ours.shape:
+        return f"shape {x.shape}, expected {ours.shape}"
+    integers = ours.dtype.kind in "iu"
+    if integers != (x.dtype.kind in "iu") or x.dtype.kind == "b":
+        return f"dtype {x.dtype}, expected {'integers' if integers else 'floating-point numbers'}"
+    if limit is not None and x.size and (int(x.min()) < 0 or int(x.max()) >= limit):
+        return f"ids from {int(x.min())} to {int(x.max())}, expected 0 to {limit - 1}"
+    return ""
+
+
 def compare(call: Call, x: Array, exact: Array, twins: list[Array], chained: Array) -> Finding:
     """x is the candidate's tap, `exact` its stage in float64 on the same inputs, `twins` the same at its precision."""
     kind = STAGES[call.stage].compare
-    if x.shape != exact.shape:
-        return Finding(call.tap, call.stage, False, np.inf, note=f"shape {x.shape}, expected {exact.shape}")
     if kind == "set":
         return _sets(call, x, exact, chained)
     if kind == "exact":

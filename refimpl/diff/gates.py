@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, where
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.precision import BF16
+from refimpl.layers.precision import BF16, Plan, plan
 from refimpl.layers.stage import Call
 
 from .case import Case
@@ -95,6 +95,10 @@ def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Arr
     details = tuple(t for t in ours if t not in trace.taps)
     if not seen:
         return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
+    units = {t.rpartition("/")[0] for t in ours}
+    unseen = sorted(units - {t.rpartition("/")[0] for t in seen}) + [t for t in ("fwd/logits",) if t not in seen]
+    if unseen:
+        return Gate("coverage", "?", f"{text}; nothing of {', '.join(unseen[:4])}", details)
     if absent:
         return Gate("coverage", "?", f"{text}; expected but never recorded: {', '.join(absent[:3])}", tuple(absent))
     if unknown:
@@ -102,11 +106,18 @@ def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Arr
     return Gate("coverage", "ok", text, details)
 
 
+def declared_plan(header: Header) -> Plan:
+    """The precision plan that the header declares: storage "float32", "bfloat16", "float64" or a plan's name."""
+    storage = header.precision.get("storage", "float32")
+    with where("in the trace header's precision"):
+        return plan({"bfloat16": "bf16"}.get(str(storage), str(storage)))
+
+
 def self_check_gate(header: Header) -> Gate:
     """The recorder's own test: the probe must not change the result."""
-    value = header.self_check.get("logits_taps_off_vs_on")
-    if value is None:
+    if not header.self_check:
         return Gate("recording", "ok", "no self-check declared")
-    if value != 0:
-        return Gate("recording", "?", f"recording changed the logits by {value:.1e}")
-    return Gate("recording", "ok", "logits with and without taps are identical")
+    for name, value in header.self_check.items():
+        if value != 0:
+            return Gate("recording", "?", f"the recorder's self-check {name} is {value}, not 0")
+    return Gate("recording", "ok", "the recorder's self-checks are 0: " + ", ".join(header.self_check))

@@ -13,14 +13,14 @@ from typing import Literal
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.precision import BF16, FLOAT32, FLOAT64, Plan
+from refimpl.layers.precision import BF16, FLOAT64, Plan
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
 from .case import Case
-from .compare import Finding, compare
-from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
+from .compare import Finding, compare, unusable
+from .gates import Gate, coverage_gate, declared_plan, inputs_gate, self_check_gate, weights_gate
 from .layouts import canonical
 from .replay import Given, program_of, replay
 from .tolerance import TWINS, nudge
@@ -49,7 +49,7 @@ class Judgement:
         states = {g.state for g in self.gates}
         if self.culprits or "FAIL" in states:
             return "DIVERGES"
-        return "INCONCLUSIVE" if "?" in states or not self.findings else "CONFORMS"
+        return "INCONCLUSIVE" if "?" in states else "CONFORMS"
 
     @property
     def exit_code(self) -> int:
@@ -72,25 +72,40 @@ def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
         weights = effective(weights, BF16)
     model = ForCausalLM.from_weights(case.config, effective(weights, FLOAT64))
     inputs = model.inputs(case.tokens, case.positions, case.valid)
-    with_mtp = any("/mtp" in tap for tap in trace.taps)
     attend = trace.header.layouts.get("mla", "expanded")
-    program, reference = program_of(model, inputs, with_mtp=with_mtp, attend=attend)
+    program, reference = program_of(model, inputs, with_mtp=bool(model.n_mtp), attend=attend)
     result.gates += [coverage_gate(program, trace, reference), self_check_gate(trace.header)]
-    taps = {
-        t: canonical(t, np.asarray(trace.taps[t]), trace.header.layouts, case.config)
-        for t in reference
-        if t in trace.taps
-    }
+    plan = declared_plan(trace.header)
+    taps, flawed = _admit(program, reference, trace, case)
     given = _Given(taps, weights, dict(inputs.named()))
-    plan = BF16 if trace.header.precision.get("storage") == "bfloat16" else FLOAT32
     stored = {t: "bf16" if a.dtype.name == "bfloat16" else "fp32" for t, a in taps.items()}
     exact = replay(program, given.to(FLOAT64), FLOAT64, {})
     twins = [replay(program, given.to(plan, seed), plan, stored) for seed in range(TWINS)]
     for call, (_, e), *ours in zip(track(program), exact, *twins, strict=True):
+        if call.tap in flawed:
+            result.findings.append(Finding(call.tap, call.stage, False, np.inf, note=flawed[call.tap]))
         if call.tap in taps:
             chained = _aligned(call, taps, reference)
             result.findings.append(compare(call, taps[call.tap], e, [p for _, p in ours], chained))
     return result
+
+
+def _admit(
+    program: list[Call], reference: dict[str, Array], trace: Trace, case: Case
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """The taps that a stage can be replayed on, in our layout; and for each of the others what is wrong with it."""
+    taps, flawed, c = {}, {}, case.config
+    limits = {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
+    for call in program:
+        if call.tap in trace.taps:
+            x, ours = np.asarray(trace.taps[call.tap]), reference[call.tap]
+            note = unusable(x, ours, limits.get(call.stage))
+            if note:
+                flawed[call.tap] = note
+                continue
+            x = x.astype(np.int64) if ours.dtype.kind in "iu" else x
+            taps[call.tap] = canonical(call.tap, x, trace.header.layouts, c)
+    return taps, flawed
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def _aligned(call: Call, taps: dict[str, Array], reference: dict[str, Array]) ->
     """Our own run's tap for the chained view; routing weights go into the candidate's slots by expert id."""
     ours = reference[call.tap]
     ids = call.args[1] if call.stage == "router.weights" else None
-    if ids not in taps or taps[ids].shape != reference[ids].shape:
+    if ids not in taps:
         return ours
     slot = np.argsort(np.argsort(taps[ids], axis=-1), axis=-1)
     return np.take_along_axis(np.take_along_axis(ours, np.argsort(reference[ids], axis=-1), -1), slot, -1)

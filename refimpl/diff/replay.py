@@ -13,6 +13,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array, data_of
 from refimpl.impl import introduce
 from refimpl.inputs import Inputs
+from refimpl.layers.gemm import using
 from refimpl.layers.precision import Plan, rounded
 from refimpl.layers.stage import STAGES, Call, Recorder, observing
 from refimpl.model import ForCausalLM
@@ -47,7 +48,8 @@ def replay(program: list[Call], given: Given, plan: Plan, stored: Mapping[str, s
 
     for call in program:
         static = call.static | ({"dtype": plan.dtype} if "dtype" in call.static else {})
-        with np.errstate(all="ignore"):  # a candidate may hold NaN; that is reported, not warned of
+        # a candidate may hold NaN; that is reported, not warned of
+        with np.errstate(all="ignore"), using(plan.kernel(call.stage)):
             out = STAGES[call.stage].fn(*[value(a) for a in call.args], **static)
         computed[call.tap] = out = rounded(out, stored.get(call.tap) or plan.format(call.stage))
         yield call, out

@@ -40,11 +40,13 @@ def nudge(x: Array, seed: int) -> Array:
 def row_errors(x: Array, e: Array) -> Array:
     """|x - e| / |e| per row (last axis); a row counts at least a thousandth of the largest; NaN counts as infinite.
 
-    Where e is -inf (a masked score) x must be -inf too.
+    Where e is -inf (a masked score) x must be -inf too. Where e is NaN or infinite because the stage's inputs are, nothing is
+    asked of x: that is the fault of an earlier stage.
     """
     x, e = np.atleast_1d(x).astype(np.float64), np.atleast_1d(e).astype(np.float64)
-    masked = np.isneginf(e)
-    x, e = np.where(masked, np.where(np.isneginf(x), 0, np.inf), x), np.where(masked, 0, e)
+    masked, unknown = np.isneginf(e), ~np.isfinite(e) & ~np.isneginf(e)
+    x = np.where(unknown, 0, np.where(masked, np.where(np.isneginf(x), 0, np.inf), x))
+    e = np.where(unknown | masked, 0, e)
     with np.errstate(invalid="ignore"):
         distance, size = np.linalg.norm(x - e, axis=-1), np.linalg.norm(e, axis=-1)
     distance = np.where(np.isfinite(distance), distance, np.inf)
