@@ -116,7 +116,9 @@ class Config:
     def from_dict(cls, d: Mapping[str, Any]) -> Config:
         """Read `config.json` (old `rope_scaling` + `rope_theta`, or transformers 5's `rope_parameters`)."""
         require(isinstance(d, Mapping), f"the config is a {type(d).__name__}; expected the keys of config.json")
-        d = _DEFAULTS.get(d.get("model_type", ""), {}) | {k: v for k, v in d.items() if not k.startswith("_")}
+        odd = [k for k in d if not isinstance(k, str)]
+        require(not odd, f"config keys must be names, not {odd!r}")
+        d = _DEFAULTS.get(str(d.get("model_type", "")), {}) | {k: v for k, v in d.items() if not k.startswith("_")}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key, only in (("hidden_act", "silu"), ("mlp_bias", False)):
             require(d.get(key, only) == only, f"{key} is {d.get(key)!r}; the specification has only {only!r}")
@@ -126,6 +128,9 @@ class Config:
         values = {k: v for k, v in d.items() if k in fields and not k.startswith("rope_s")}
         if "num_mtp_layers" in d:
             values.setdefault("num_nextn_predict_layers", d["num_mtp_layers"])
+        for key in ("rope_parameters", "rope_scaling", _DIALECT_KEY):
+            ok = d.get(key) is None or isinstance(d[key], Mapping | RopeScaling | Dialect)
+            require(ok, f"{key} is {d.get(key)!r}; it must be an object or null")
         rope = d.get("rope_parameters") or d.get("rope_scaling")
         theta = (d.get("rope_parameters") or {}).get("rope_theta", d.get("rope_theta", 10000.0))
         values |= {"rope_theta": theta, "rope_scaling": RopeScaling.from_dict(rope)}
@@ -201,6 +206,7 @@ class Config:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"{name} is {value}; it must be positive")
+        require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; frequencies fall with it only above 1")
         require(math.isfinite(self.routed_scaling_factor), "routed_scaling_factor must be finite")
         if self.n_routed_experts:
             _check_experts(self)
@@ -249,5 +255,6 @@ def _dialect(d: Mapping[str, Any]) -> Dialect:
             require(value in allowed, f"dialect {name} is {value!r}; it must be one of {', '.join(allowed)}")
         else:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            require(number or (value is None and allowed), f"dialect {name} is {value!r}; it must be a number")
+            good = (number and math.isfinite(value) and value >= 0) or (value is None and allowed)
+            require(good, f"dialect {name} is {value!r}; it must be a number, not negative")
     return Dialect(**d)

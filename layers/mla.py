@@ -70,11 +70,13 @@ def _append(past: Any, new: Any) -> Any:
 
 cache_c_kv = stage("cache.c_kv", eq="R 2.1.1 (the boxed vectors)", shape="B T C")(_append)
 cache_k_rope = stage("cache.k_rope", eq="R 2.1.1 (the boxed vectors)", shape="B T Dr", compare="gauge")(_append)
-cache_positions = stage("cache.positions", eq="-", shape="B T", compare="exact")(_append)
-cache_documents = stage("cache.documents", eq="-", shape="B T", compare="exact")(_append)
+cache_positions = stage(
+    "cache.positions", eq="R 2.1.1 (which keys the boxed vectors are)", shape="B T", compare="exact"
+)(_append)
+cache_documents = stage("cache.documents", eq="R 5.1 (sample masking)", shape="B T", compare="exact")(_append)
 
 
-@stage("cache.valid", eq="-", shape="B T", compare="exact")
+@stage("cache.valid", eq="R 2.1.1 eq 10 (padding is no token)", shape="B T", compare="exact")
 def cache_valid(before: Array | None, new: Array, *, past: int) -> Array:
     """0 for padding, 1 for tokens.  before (B, P), or None if all `past` were tokens, new (B, S) -> (B, P+S)."""
     if before is None:

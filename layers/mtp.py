@@ -23,8 +23,8 @@ def _window(x: Any) -> Any:
 
 hidden = stage("mtp.hidden", eq="R eq 21: h_i^(k-1)", shape="B S-k D")(_window)
 positions = stage("mtp.positions", eq="R eq 22: i = 1..T-k", shape="B S-k", compare="exact")(_window)
-valid = stage("mtp.valid", eq="-", shape="B S-k", compare="exact")(_window)
-documents = stage("mtp.documents", eq="-", shape="B S-k", compare="exact")(_window)
+valid = stage("mtp.valid", eq="R eq 22 (padding is no token)", shape="B S-k", compare="exact")(_window)
+documents = stage("mtp.documents", eq="R eq 22; 5.1 (sample masking)", shape="B S-k", compare="exact")(_window)
 
 
 @stage("mtp.emb", eq="R eq 21: Emb(t_(i+k))", shape="B S-k D")

@@ -38,6 +38,10 @@ class RopeScaling:
             value = getattr(self, name)
             good = isinstance(value, int | float) and math.isfinite(value) and value > 0
             require(good, f"rope_scaling.{name} is {value!r}; it must be a positive number")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and math.isfinite(value)
+            require(value is None or number, f"rope_scaling.{name} is {value!r}; it must be a number or null")
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any] | None) -> RopeScaling | None:

@@ -112,7 +112,7 @@ def _add_case(commands: Any) -> None:
     case.add_argument("out", type=Path)
     case.add_argument("--preset", default="tiny", help="tiny or mini")
     case.add_argument("--config", type=Path, help="a config.json instead of a preset")
-    case.add_argument("--seed", type=int, default=0)
+    case.add_argument("--seed", type=int, default=0, help="a natural number; the same seed writes the same files")
     case.set_defaults(run=_case)
 
 
@@ -214,6 +214,10 @@ def _case(args: argparse.Namespace) -> int:
     if args.config is None and args.preset not in PRESETS:
         raise SpecError(f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
     config = Config.from_dict(json_object(args.config)) if args.config else PRESETS[args.preset]
+    if args.seed < 0:
+        raise SpecError(f"--seed is {args.seed}; it must not be negative")
+    if config.hidden_size * config.n_routed_experts > 1 << 18:
+        raise SpecError("this model is too large to draw at random; give --config of a smaller one")
     new_case(args.out, config, seed=args.seed)
     print(args.out)
     return 0

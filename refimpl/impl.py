@@ -168,8 +168,11 @@ class Impl:
                     args += [self._array(a) for a in given.get(p.name, ())]
                 else:
                     args.append(self._array(_given(p, given)))
-            with observing(self.plan):
-                return data_of(stage(*args, **static))
+            try:
+                with observing(self.plan):
+                    return data_of(stage(*args, **static))
+            except (ValueError, TypeError, IndexError, AttributeError) as error:
+                raise error if isinstance(error, SpecError) else SpecError(f"{type(error).__name__}: {error}") from None
 
     def _past(self, state: KVState) -> Cache | None:
         state = state.cache if isinstance(state, Taps) else state

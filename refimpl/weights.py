@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.autograd.errors import SpecError, where
+from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
 from refimpl.layers.numerics.blocks import dequantize_blocks
 from refimpl.layers.precision import Plan
@@ -23,15 +23,19 @@ def effective(weights: Mapping[str, Any], plan: Plan) -> dict[str, Array]:
     """
     out = {}
     for name in weights:
+        require(isinstance(name, str), f"weights have names, not {name!r}")
         if name.endswith("weight" + SCALE) and name.removesuffix(SCALE) in weights:
             continue
         with where(f"while loading {name}"):
             w = weights[name]
-            if isinstance(w, tuple):
-                w = dequantize_blocks(*w)
-            elif name + SCALE in weights:
-                w = dequantize_blocks(w, weights[name + SCALE])
-            out[name] = plan.weight(name, _finite(_floating(w)))
+            pair = w if isinstance(w, tuple) else (w, weights[name + SCALE]) if name + SCALE in weights else None
+            if pair is not None:
+                good = len(pair) == 2 and all(hasattr(a, "dtype") for a in pair)
+                require(good, "block-scaled weights are a pair of arrays, codes and scales")
+                w = dequantize_blocks(*pair)
+            with np.errstate(over="ignore"):  # what overflows the plan's dtype is found below
+                held = _floating(w).astype(plan.dtype, copy=False)
+            out[name] = plan.weight(name, _finite(held))
     return out
 
 

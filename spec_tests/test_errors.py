@@ -33,6 +33,13 @@ def rejected(run, *parts):
 # ---- The two levels
 
 
+def test_a_number_too_large_for_the_plan_is_reported():
+    """Catches an infinity made by the conversion itself: 1e300 is finite in float64 and not in float32."""
+    weights = weights_with(with_number(NORM, 1e300, (2,)))
+    rejected(lambda: Impl().load(DICT, weights), r"NaN or infinite, the first at \[2\]", f"while loading {NORM}")
+    assert Impl(precision="float64").load(DICT, weights)
+
+
 def test_an_error_says_what_then_where_from_inside_out():
     """Catches contexts in the wrong order, or one that hides the message."""
     with pytest.raises(SpecError) as caught, where("in the model"), where("in layer 3"):

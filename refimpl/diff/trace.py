@@ -49,7 +49,7 @@ class Header:
         """Parse and check; SpecError says which key is missing, unknown or of the wrong kind."""
         try:
             d = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"the trace header is not JSON: {error}") from None
         require(isinstance(d, dict), "the trace header is not a JSON object")
         require(d.get("schema") == SCHEMA, f"schema {d.get('schema')!r}; this version reads {SCHEMA!r}")
@@ -62,6 +62,7 @@ class Header:
             kind = {"dict": dict, "list": list, "str": str}[kinds[key]]
             optional = value is None and key in ("positions", "valid")
             require(optional or isinstance(value, kind), f"header key {key!r} is not a {kind.__name__}")
+        require(all(isinstance(t, str) for t in d.get("expected", [])), "header key 'expected' lists taps by name")
         return cls(**d)
 
 
