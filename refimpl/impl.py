@@ -84,8 +84,10 @@ class Impl:
             isinstance(weights, Mapping),
             f"weights is a {type(weights).__name__}; expected a mapping of names to arrays",
         )
-        c = config if isinstance(config, Config) else Config.from_dict(config)
-        self._model = ForCausalLM.from_weights(c, effective(weights, self.plan))
+        with where("in the config"):
+            c = config if isinstance(config, Config) else Config.from_dict(config)
+        with where(f"in the weights of a model of {c.num_hidden_layers} layers"):
+            self._model = ForCausalLM.from_weights(c, effective(weights, self.plan))
         return self
 
     def new_cache(self) -> KVState:
@@ -115,7 +117,8 @@ class Impl:
         past = self._past(state)
         flat = isinstance(tokens, list | tuple) and tokens and not hasattr(tokens[0], "__len__")
         tokens = [tokens] if flat or getattr(tokens, "ndim", 0) == 1 else tokens
-        inputs = self.model.inputs(tokens, positions, valid, documents, cache=past)
+        with where("in the inputs of forward"):
+            inputs = self.model.inputs(tokens, positions, valid, documents, cache=past)
         wanted = _Wanted(taps)
         with observing(*self._observers(wanted, self.model, inputs, past)):
             out = self.model(inputs, past, attend=self.attend, with_mtp=wanted.any("mtp"))
@@ -139,7 +142,8 @@ class Impl:
         the MTP loss (R eq 25), `aux_weight` the sequence-wise balance loss (R eq 17).
         """
         model = self.model.with_gradients()
-        inputs, wanted = model.inputs(tokens, labels=labels), _Wanted(taps)
+        with where("in the inputs of loss_and_grads"):
+            inputs, wanted = model.inputs(tokens, labels=labels), _Wanted(taps)
         with observing(*self._observers(wanted, model, inputs, None)):
             loss, parts = model.loss(inputs, mtp_weight=mtp_weight, aux_weight=aux_weight)
         inner = wanted.backward()

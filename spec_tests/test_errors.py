@@ -33,6 +33,15 @@ def rejected(run, *parts):
 # ---- The two levels
 
 
+def test_what_is_refused_says_where_it_was_met():
+    """Catches messages of one level: what is wrong, then in which part of what was asked."""
+    impl = Impl().load(DICT, weights_with(lambda w: None))
+    rejected(lambda: impl.forward([[99]]), r"token id 99 at \[0, 0\]", "^  in the inputs of forward$")
+    rejected(lambda: impl.loss_and_grads([[1, 2]], [[1]]), "labels has shape", "^  in the inputs of loss_and_grads$")
+    rejected(lambda: impl.load(DICT | {"n_group": 5}, {}), "n_group=5 does not divide", "^  in the config$")
+    rejected(lambda: impl.load(DICT, {}), "tensors missing", "^  in the weights of a model of 2 layers$")
+
+
 def test_a_number_too_large_for_the_plan_is_reported():
     """Catches an infinity made by the conversion itself: 1e300 is finite in float64 and not in float32."""
     weights = weights_with(with_number(NORM, 1e300, (2,)))

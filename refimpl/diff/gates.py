@@ -32,7 +32,10 @@ def inputs_gate(case: Case, trace: Trace) -> Gate:
     for name in ("tokens", "positions", "valid"):
         mine, theirs = getattr(case, name), getattr(h, name)
         if mine != theirs and not (name == "positions" and mine is None and theirs == _counting(case.tokens)):
-            raise SpecError(f"the trace was recorded with other {name} than the case holds; record it again")
+            raise SpecError(
+                f"the trace was recorded with other {name} than the case holds; record it again\n"
+                f"  while comparing {case.path} with the trace's header"
+            )
     mine_c, theirs_c = case.config, trace.config
     different = [
         f for f in Config.__dataclass_fields__ if f != "dialect" and getattr(mine_c, f) != getattr(theirs_c, f)
