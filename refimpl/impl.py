@@ -21,6 +21,7 @@ from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
 from . import packed_cache
+from .stored import quantization_settings
 
 KVState = MutableMapping[str, Any]
 """What `forward` fills and `step` goes on from: a dict, updated in place; start with an empty one."""
@@ -86,8 +87,9 @@ class Impl:
         )
         with where("in the config"):
             c = config if isinstance(config, Config) else Config.from_dict(config)
+            block, _ = quantization_settings({} if isinstance(config, Config) else config)
         with where(f"in the weights of a model of {c.num_hidden_layers} layers"):
-            self._model = ForCausalLM.from_weights(c, effective(weights, self.plan))
+            self._model = ForCausalLM.from_weights(c, effective(weights, self.plan, block))
         return self
 
     def new_cache(self) -> KVState:

@@ -15,7 +15,7 @@ from refimpl.layers.precision import Plan
 SCALE = "_scale_inv"
 
 
-def effective(weights: Mapping[str, Any], plan: Plan) -> dict[str, Array]:
+def effective(weights: Mapping[str, Any], plan: Plan, block: tuple[int, int] = (128, 128)) -> dict[str, Array]:
     """Checkpoint name -> the array the plan computes with; arrays that fit already are passed on without a copy.
 
     A weight is a float array, a pair (FP8 codes, scale_inv), or FP8 codes with a companion entry `<name>_scale_inv`.
@@ -32,7 +32,8 @@ def effective(weights: Mapping[str, Any], plan: Plan) -> dict[str, Array]:
             if pair is not None:
                 good = len(pair) == 2 and all(hasattr(a, "dtype") for a in pair)
                 require(good, "block-scaled weights are a pair of arrays, codes and scales")
-                w = dequantize_blocks(*pair)
+                codes, scales = pair
+                w = dequantize_blocks(codes, scales, block)
             with np.errstate(over="ignore"):  # what overflows the plan's dtype is found below
                 held = _floating(w).astype(plan.dtype, copy=False)
             out[name] = plan.weight(name, _finite(held))

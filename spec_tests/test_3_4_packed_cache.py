@@ -95,6 +95,20 @@ def test_the_fp8_plan_runs_on_the_checkpoint_s_own_codes(scale_fmt):
     np.testing.assert_allclose(again.scales, scales, rtol=0 if scale_fmt else 2.0**-23)
 
 
+def test_the_block_size_is_the_config_s():
+    """Catches a block size taken for granted or inferred from the scales' shape (F01, F07): 16 x 16 here."""
+    config, weights, _ = golden_data.case("hf_tiny")
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    codes, scales = quantize_blocks(weights[name], 16)
+    held = dict(weights) | {name: codes, name + "_scale_inv": scales}
+    with pytest.raises(SpecError, match="blocks of 128 x 128"):
+        Impl().load(config, held)
+    config = config | {"quantization_config": {"weight_block_size": [16, 16]}}
+    expected = dict(weights) | {name: dequantize_blocks(codes, scales, 16)}
+    logits = [Impl().load(config, w).forward(IDS[:1, :5])["logits"] for w in (held, expected)]
+    np.testing.assert_array_equal(*logits)
+
+
 def test_both_ways_to_multiply_an_fp8_checkpoint():
     """DeepSeek's inference code has two: gemm_impl "bf16" (weights dequantised, activations as they are) and "fp8" (both in codes).
     Catches one plan that stands for both."""

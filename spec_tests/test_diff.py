@@ -279,6 +279,17 @@ def test_inputs_gate(case, trace):
     assert other.exit_code == 1 and "rms_norm_eps" in render(other)
 
 
+def test_positions_may_be_spelled_out(case, trace):
+    """Catches a trace refused because it writes down the positions that the case leaves to be counted, or the other way."""
+    counted = [list(range(len(row))) for row in case.tokens]
+    assert judge(case, changed(trace, positions=counted)).verdict == "CONFORMS"
+    assert judge(dataclasses.replace(case, positions=counted), trace).verdict == "CONFORMS"
+    with pytest.raises(SpecError, match="other positions"):
+        judge(case, changed(trace, positions=[[p + 1 for p in row] for row in counted]))
+    with pytest.raises(SpecError, match="other padding"):
+        judge(case, changed(trace, valid=[[0, *row[1:]] for row in [[1] * len(r) for r in case.tokens]]))
+
+
 def test_silence_is_not_conformance(case, trace):
     """Catches 'OK' after checking nothing: no known tap, an expected tap that never fired, unknown names, a probing
     recorder.

@@ -29,9 +29,12 @@ class Gate:
 def inputs_gate(case: Case, trace: Trace) -> Gate:
     """Tokens, positions, padding and config must be the case's: anything else is another experiment (SpecError)."""
     h = trace.header
-    for name in ("tokens", "positions", "valid"):
-        mine, theirs = getattr(case, name), getattr(h, name)
-        if mine != theirs and not (name == "positions" and mine is None and theirs == _counting(case.tokens)):
+    for name, mine, theirs in (
+        ("tokens", case.tokens, h.tokens),
+        ("padding (valid)", case.valid, h.valid),
+        ("positions", _positions(case), _positions(h)),
+    ):
+        if mine != theirs:
             raise SpecError(
                 f"the trace was recorded with other {name} than the case holds; record it again\n"
                 f"  while comparing {case.path} with the trace's header"
@@ -48,8 +51,12 @@ def inputs_gate(case: Case, trace: Trace) -> Gate:
     return Gate("inputs", "ok", f"config, {sum(map(len, case.tokens))} tokens")
 
 
-def _counting(tokens: list[list[int]]) -> list[list[int]]:
-    return [list(range(len(row))) for row in tokens]
+def _positions(run: Case | Header) -> list[list[int]]:
+    """Positions as given, or what is meant without them: tokens counted from 0, padding 0."""
+    if run.positions is not None:
+        return run.positions
+    real = run.valid or [[1] * len(row) for row in run.tokens]
+    return [[sum(row[: i + 1]) - 1 if one else 0 for i, one in enumerate(row)] for row in real]
 
 
 def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bool]:
