@@ -24,6 +24,12 @@ def by_expert(ids: Array, n_experts: int) -> tuple[Array, Array, Array]:
     return order, inverse.reshape(-1, ids.shape[-1]), ends
 
 
+def expert_spans(ids: Array, n_experts: int) -> list[slice]:
+    """Where each expert's rows lie in dispatch order.  ids (..., K) -> E slices."""
+    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=n_experts))
+    return [slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 @primitive
 def dispatch(x: Array, ids: Array, *, n_experts: int) -> Result:
     """rows[m] = x[token of m], sorted by expert.  x (..., D), ids (..., K) -> rows (M, D), M = N K."""
@@ -45,8 +51,7 @@ def grouped_linear(rows: Array, ids: Array, *ws: Array) -> Result:
 
     Experts without rows are not touched, so a lazily read matrix of theirs is never read.
     """
-    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=len(ws)))
-    spans = [slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    spans = expert_spans(ids, len(ws))
     busy = [e for e, s in enumerate(spans) if s.start < s.stop]
     y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
     for e in busy:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd import nn_ops
+from refimpl.autograd.expert_ops import expert_spans
 from refimpl.autograd.nn_ops import once
 from refimpl.autograd.ops import Result
-from refimpl.autograd.tensor import Array, Tensor, Vjp, primitive
+from refimpl.autograd.tensor import Array, Tensor, Vjp, data_of, primitive
 
 from .numerics.formats import E4M3, Format
 from .numerics.quantise import DIALECTS, Dialect, Quantized, quantize
@@ -34,10 +35,9 @@ class Fp8:
     """A GEMM kernel for a precision plan.
 
     `mode`: the accumulation, a name of `numerics.scaled_gemm.MODES`. `inputs`, `gradients`, `weights`: how the scales
-    of x, dy and w are made (power of two for what is sent between ranks, R 3.3.3). `kept`: the format in which x
-    waits for Wgrad (E5M6 after
-    attention). `gradient_tile`: (1, 128), or (128, 128) for the ablation of R App. B.2. `recompute`: SwiGLU keeps its
-    inputs in FP8 and is run again.
+    of x, dy and w are made (power of two for what is sent between ranks, R 3.3.3). `kept`: the format in which x waits
+    for Wgrad (E5M6 after attention). `gradient_tile`: (1, 128), or (128, 128) for the ablation of R App. B.2.
+    `recompute`: SwiGLU keeps its inputs in FP8 and is run again.
     """
 
     mode: str = "exact"
@@ -62,11 +62,16 @@ class Fp8:
         """silu(gate) up; with `recompute` backward sees it through FP8 copies of gate and up.  gate (*), up (*) ->
         (*).
         """
-        if not self.recompute:
+        taped = isinstance(gate, Tensor) or isinstance(up, Tensor)
+        if not (self.recompute and taped):
             return nn_ops.swiglu(gate, up)
-        y = _swiglu(gate, up)
-        if isinstance(y, Tensor):
-            y.saved = lambda: nn_ops.swiglu(*[_through_fp8(a.data if isinstance(a, Tensor) else a) for a in (gate, up)])
+        kept = [quantize(a.reshape(-1, a.shape[-1]), ROW) for a in (data_of(gate), data_of(up))]
+
+        def copies() -> list[Array]:
+            return [k.dequantize().reshape(gate.shape) for k in kept]
+
+        y = _swiglu(gate, up, copies=copies)
+        y.saved = lambda: nn_ops.swiglu(*copies())
         return y
 
     def product(self, a: Quantized, b: Quantized) -> Array:
@@ -85,10 +90,6 @@ class Fp8:
 
 def _saved(x: Any) -> Callable[[], Array] | None:
     return x.saved if isinstance(x, Tensor) else None
-
-
-def _through_fp8(x: Array) -> Array:
-    return quantize(x.reshape(-1, x.shape[-1]), ROW).dequantize().reshape(x.shape)
 
 
 class _Gemm:
@@ -136,8 +137,7 @@ def _linear(x: Array, w: Array, b: Array | None, *, kernel: Fp8, saved: Callable
 @primitive
 def _grouped(rows: Array, ids: Array, *ws: Array, kernel: Fp8, saved: Callable[[], Array] | None) -> Result:
     """y[m] = rows[m] w_e(m)T on FP8 codes."""
-    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=len(ws))).tolist()
-    spans = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    spans = expert_spans(ids, len(ws))
     gemms = {e: _Gemm(rows[s], ws[e], kernel) for e, s in enumerate(spans) if s.start < s.stop}
     y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
     for e, gemm in gemms.items():
@@ -163,14 +163,13 @@ def _grouped(rows: Array, ids: Array, *ws: Array, kernel: Fp8, saved: Callable[[
 
 
 @primitive
-def _swiglu(gate: Array, up: Array) -> Result:
+def _swiglu(gate: Array, up: Array, *, copies: Callable[[], list[Array]]) -> Result:
     """y = silu(gate) up, differentiated at FP8 copies of gate and up."""
     y, _ = nn_ops.swiglu.raw(gate, up)  # type: ignore[attr-defined]
-    kept = [quantize(a.reshape(-1, a.shape[-1]), ROW) for a in (gate, up)]
 
     @once
     def vjps(_: Array) -> tuple[Vjp, Vjp]:
-        pair: tuple[Vjp, Vjp] = nn_ops.swiglu.raw(*[k.dequantize().reshape(gate.shape) for k in kept])[1]  # type: ignore[attr-defined]
+        pair: tuple[Vjp, Vjp] = nn_ops.swiglu.raw(*copies())[1]  # type: ignore[attr-defined]
         return pair
 
     return y, (lambda dy: vjps(dy)[0](dy), lambda dy: vjps(dy)[1](dy))

@@ -18,7 +18,7 @@ IGNORE = -100
 @stage("loss.main", eq="R 2.2 (next-token cross-entropy)", shape="")
 def main(logits: Any, labels: Array) -> Any:
     """Mean of -log p(labels[:, i+1] | ..i) over labels that count.  logits (B, S, V), labels (B, S) int -> ()."""
-    return nn_ops.nll(_rows(logits, 1), labels[:, 1:].reshape(-1))
+    return nn_ops.nll(_rows(logits), labels[:, 1:].reshape(-1))
 
 
 @stage("loss.mtp", eq="R eq 24", shape="", tap="mtp.loss")
@@ -27,7 +27,7 @@ def mtp(logits: Any, labels: Array, *, depth: int, mean: str) -> Any:
     logits (B, S-k, V), labels (B, S) int -> ().
     """
     denominator = None if mean == "valid" else float(max(np.sum(labels[:, 1:] != IGNORE), 1))
-    return nn_ops.nll(_rows(logits, 1), labels[:, depth + 1 :].reshape(-1), denominator=denominator)
+    return nn_ops.nll(_rows(logits), labels[:, depth + 1 :].reshape(-1), denominator=denominator)
 
 
 @stage("loss.total", eq="R eq 25 and 17", shape="")
@@ -40,6 +40,6 @@ def total(main: Any, mtp: tuple[Any, ...], aux: tuple[Any, ...], *, mtp_weight: 
     return main
 
 
-def _rows(logits: Any, drop: int) -> Any:
+def _rows(logits: Any) -> Any:
     """All but the last position, as rows: (B, S, V) -> (B (S-1), V)."""
-    return logits[:, : logits.shape[1] - drop].reshape(-1, logits.shape[-1])
+    return logits[:, :-1].reshape(-1, logits.shape[-1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -111,6 +112,11 @@ def tap_name(stage: Stage) -> str:
     here = _at.get()
     tap = stage.tap.removeprefix("mtp.") if "/mtp" in here else stage.tap
     return f"{here}/{tap}"
+
+
+def tap_matches(tap: str, pattern: str) -> bool:
+    """Whether a tap fits a pattern (`fwd/L*/router.*`), which may leave out the phase."""
+    return fnmatchcase(tap, pattern) or fnmatchcase(tap.partition("/")[2], pattern)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.mla import Attend
 from refimpl.layers.precision import Plan, plan
 from refimpl.layers.rope import RopeScaling
-from refimpl.layers.stage import STAGES, Recorder, observing
+from refimpl.layers.stage import STAGES, Recorder, observing, tap_matches
 from refimpl.model import ForCausalLM
 from refimpl.weights import effective
 
@@ -247,13 +247,13 @@ class _Wanted:
         return any(word in p or p == "*" for p in self.patterns)
 
     def keep(self, tap: str) -> bool:
-        return any(_matches(tap, p) or _matches("bwd/" + tap.partition("/")[2], p) for p in self.patterns)
+        return any(tap_matches(tap, p) or tap_matches("bwd/" + tap.partition("/")[2], p) for p in self.patterns)
 
     def results(self) -> dict[str, Array]:
         taps = self.recorder.taps
         found: dict[str, Array] = {}
         for p in self.patterns:
-            hits = [t for t in taps if _matches(t, p)]
+            hits = [t for t in taps if tap_matches(t, p)]
             if not hits and not p.startswith("bwd/"):
                 raise SpecError(
                     f"no tap matches {p!r}; this run has {', '.join(c.tap for c in self.recorder.program[:40])}, ..."
@@ -266,10 +266,6 @@ class _Wanted:
         """bwd/<unit>/<tap> -> the Tensor whose gradient was asked for."""
         named = {"bwd/" + tap.partition("/")[2]: t for tap, t in self.recorder.taps.items() if isinstance(t, Tensor)}
         return {n: t for n, t in named.items() if any(fnmatchcase(n, p) for p in self.patterns)}
-
-
-def _matches(tap: str, pattern: str) -> bool:
-    return fnmatchcase(tap, pattern) or fnmatchcase(tap.partition("/")[2], pattern)
 
 
 def _given(p: inspect.Parameter, given: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from refimpl.autograd.errors import require, where
 from refimpl.layers.numerics.blocks import ScaleFormat, block_scales, quantize_blocks
+from refimpl.layers.numerics.rounding import to_odd_fp32
 
 from .header import DTYPES, NAMES
 from .names import BIAS, SCALE, is_fp8
@@ -132,23 +133,8 @@ def _cast(name: str, a: Array, stored: str) -> Array:
     if a.dtype == target:
         return a
     with np.errstate(over="ignore"):
-        to = _round_to_odd(a) if a.dtype == np.float64 and target == ml_dtypes.bfloat16 else a
+        to = to_odd_fp32(a) if a.dtype == np.float64 and target == ml_dtypes.bfloat16 else a
         cast = to.astype(target)
     lost = int(np.count_nonzero(np.isfinite(a))) - int(np.count_nonzero(np.isfinite(cast)))
     require(lost == 0, f"tensor {name!r}: {lost} finite values overflow {stored}")
     return cast
-
-
-def _round_to_odd(a: Array) -> Array:
-    """float64 -> float32, an inexact result with an odd last bit: rounding that to bfloat16 is
-    right.
-
-    ml_dtypes rounds float64 to float32 first, which turns a value just above a tie into the tie.
-    """
-    nearest = a.astype(np.float32)
-    wide = nearest.astype(np.float64)
-    inexact = np.isfinite(nearest) & (wide != a)
-    away = np.abs(wide) > np.abs(a)  # rounded away from zero: step back, then set the last bit
-    bits = nearest.view(np.uint32) - (inexact & away).astype(np.uint32)
-    odd: Array = (bits | inexact.astype(np.uint32)).view(np.float32)
-    return odd

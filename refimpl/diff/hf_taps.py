@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from refimpl.autograd.errors import SpecError, require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
+from refimpl.layers.stage import tap_matches
 
 from .hf import libraries, to_numpy
 from .hf_probes import BUSY, EXPERTS, Probe, Seen, dims, expected_taps
@@ -60,7 +60,7 @@ def _wanted(known: dict[str, Probe | None], taps: str | Iterable[str]) -> dict[s
     patterns = taps.split(",") if isinstance(taps, str) else list(taps)
     found = set()
     for p in patterns:
-        hits = {t for t in known if fnmatchcase(t, p) or fnmatchcase(t.partition("/")[2], p)}
+        hits = {t for t in known if tap_matches(t, p)}
         require(hits, f"no tap fits {p!r}; there are {', '.join(list(known)[:40])}, ...")
         found |= hits
     return {t: p for t, p in known.items() if t in found}
