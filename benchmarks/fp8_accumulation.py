@@ -13,8 +13,8 @@ import sys
 
 import numpy as np
 
-from refimpl.layers.numerics.quantise import Quantized, quantize
-from refimpl.layers.numerics.scaled_gemm import scaled_gemm
+from refimpl.layers.numerics.quantisation import Quantized, quantize
+from refimpl.layers.numerics.tensor_cores import scaled_gemm
 
 K = 4096
 

@@ -23,8 +23,7 @@ import numpy as np
 from refimpl.layers import Config
 from refimpl.layers.fp8 import BLOCK
 from refimpl.layers.precision import BF16, FLOAT32, FP8, FP8_HOPPER, Plan, fp8_plan
-from refimpl.optimizer import AdamW
-from refimpl.train import Recipe, init, text_batches, train
+from refimpl.train import AdamW, Recipe, init, text_batches, train
 
 SMALL = Config(
     vocab_size=256,

@@ -27,8 +27,8 @@ import numpy as np
 runpy.run_path(str(pathlib.Path(__file__).parents[1] / "conftest.py"))  # this tree, installed or not
 
 from refimpl.layers.numerics import Quantized, quantize, scaled_gemm, tensor_core_matmul, why  # noqa: E402
-from refimpl.spec_tests import golden_data  # noqa: E402
-from refimpl.spec_tests.tensor_core_cases import KINDS, as_bits, operands  # noqa: E402
+from refimpl.spec_tests import golden  # noqa: E402
+from refimpl.spec_tests.cases.tensor_core import KINDS, as_bits, operands  # noqa: E402
 
 SIDE = 1024  # outputs are computed SIDE x SIDE at a time
 HOPPER = {"arch": "hopper", "fmt": "e4m3"}
@@ -137,7 +137,7 @@ def compare(name: str, found: Any, expected: Any, inputs: Any = None, must: bool
 def recorded(gpu: Any) -> Iterator[Row]:
     """The golden rows with their accumulators, 64 x 64 at a time: the diagonal is the recording."""
     for k in (32, 128, 512):
-        z = golden_data.arrays("hopper_e4m3")
+        z = golden.arrays("hopper_e4m3")
         a, b, c, d = (z[f"k{k}_{x}"] for x in "abcd")
         wrong = outputs = 0
         for i in range(0, len(a), 64):

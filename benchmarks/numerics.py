@@ -10,10 +10,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from refimpl.layers.numerics.codec import decode, encode
-from refimpl.layers.numerics.formats import BF16, E4M3, E5M2, FP16, Format
-from refimpl.layers.numerics.quantise import quantize
-from refimpl.layers.numerics.rounding import to_bf16
+from refimpl.layers.numerics.formats import BF16, E4M3, E5M2, FP16, Format, decode, encode, to_bf16
+from refimpl.layers.numerics.quantisation import quantize
 
 N, TURNS = 1 << 22, 30
 Run = Callable[[], object]

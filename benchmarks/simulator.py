@@ -21,9 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refimpl.parallel_emulation.comm import Comm
-from refimpl.parallel_emulation.log import Log
-from refimpl.parallel_emulation.simulator import spmd
+from refimpl.parallel_emulation.comm import Comm, Log, spmd
 
 RANKS = (8, 64, 512, 2048)
 CALL_US = dict(zip(RANKS, (9.4, 10.9, 15.0, 26.0), strict=True))  # REFERENCE

@@ -22,8 +22,9 @@ import numpy as np
 
 runpy.run_path(str(pathlib.Path(__file__).parents[1] / "conftest.py"))  # time this tree, installed or not
 
-from refimpl.layers.numerics import tensor_core, tensor_core_matmul  # noqa: E402
-from refimpl.layers.numerics.machines import INPUTS, carrier  # noqa: E402
+from refimpl.layers.numerics import tensor_core_matmul  # noqa: E402
+from refimpl.layers.numerics.tensor_cores import text as tensor_core  # noqa: E402
+from refimpl.layers.numerics.tensor_cores.machines import INPUTS, carrier  # noqa: E402
 
 M, K, N, TURNS = 512, 512, 2048, 12
 TARGETS = ["hopper e4m3", "hopper e5m2", "ada e4m3", "blackwell e4m3", "hopper bf16", "hopper f16", "hopper tf32"]

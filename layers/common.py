@@ -1,4 +1,6 @@
-"""Stages that are used around every block: embedding, norms, residual additions, the mask, the head (R 2.1, 4.2)."""
+"""Stages that are used around every block: embedding, norms, residual additions, the mask, the head (R 2.1, 4.2); and the
+two bodies that many stages share, a norm and a linear layer.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import numpy as np
 from refimpl.autograd import nn_ops, ops
 from refimpl.autograd.tensor import Array
 
+from . import gemm
 from .stage import stage
 
 
@@ -18,14 +21,19 @@ def embed(tokens: Array, w: Any) -> Any:
     return ops.take_rows(w, tokens)
 
 
-def _rms_norm(x: Any, w: Any, *, eps: float) -> Any:
+def linear(x: Any, w: Any, b: Any = None) -> Any:
+    """y = x wT (+ b), by the kernel of the stage that runs.  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F)."""
+    return gemm.linear(x, w, b)
+
+
+def rms_norm(x: Any, w: Any, *, eps: float) -> Any:
     """y = w x / sqrt(mean(x^2) + eps).  x (B, S, D), w (D,) -> (B, S, D)."""
     return nn_ops.rms_norm(x, w, eps=eps)
 
 
-attn_norm = stage("attn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
-ffn_norm = stage("ffn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
-final_norm = stage("final_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(_rms_norm)
+attn_norm = stage("attn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
+ffn_norm = stage("ffn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
+final_norm = stage("final_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
 
 
 def _add(x: Any, y: Any) -> Any:

@@ -18,10 +18,9 @@ from refimpl.autograd.expert_ops import expert_spans
 from refimpl.autograd.nn_ops import once
 from refimpl.autograd.ops import Result
 from refimpl.autograd.tensor import Array, Tensor, Vjp, data_of, primitive
-
-from .numerics.formats import E4M3, Format
-from .numerics.quantise import DIALECTS, Dialect, Quantized, quantize
-from .numerics.scaled_gemm import scaled_gemm
+from refimpl.layers.numerics.formats import E4M3, Format
+from refimpl.layers.numerics.quantisation import DIALECTS, Dialect, Quantized, quantize
+from refimpl.layers.numerics.tensor_cores import scaled_gemm
 
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
 EXACT, POWER_OF_TWO = DIALECTS["deepseek_v3"], DIALECTS["deepseek_v32_ue8m0"]

@@ -13,6 +13,7 @@ from refimpl.autograd import attention_op, nn_ops, ops
 from refimpl.autograd.tensor import Array
 
 from . import gemm
+from .common import linear
 from .config import Config
 from .module import Linear, Module, RMSNorm
 from .stage import observed, stage
@@ -22,13 +23,8 @@ KV = tuple[Any, Any]
 """One layer's latent cache: c_kv (B, T, C) after its norm, k_rope (B, T, Dr) after rotation."""
 
 
-def _linear(x: Any, w: Any, b: Any = None) -> Any:
-    """y = x wT (+ b).  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F)."""
-    return gemm.linear(x, w, b)
-
-
-q_a = stage("mla.q_a", eq="R eq 6", shape="B S Q")(_linear)
-kv_a = stage("mla.kv_a", eq="R eqs 1, 3", shape="B S C+Dr")(_linear)
+q_a = stage("mla.q_a", eq="R eq 6", shape="B S Q")(linear)
+kv_a = stage("mla.kv_a", eq="R eqs 1, 3", shape="B S C+Dr")(linear)
 
 
 @stage("mla.q_a_norm", eq="R 4.2 (RMSNorm after the latent)", shape="B S Q")
@@ -178,37 +174,50 @@ class Attention(Module):
 
         attend "auto": absorbed for one token at a time (as DeepSeek's engines decode), else expanded.
         """
-        c = self.config
-        queries = self._queries(x)
-        kv = kv_a(x, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
-        qr = q_rope(queries, table, interleaved=c.rope_interleave)
-        latent = c_kv(kv, self.kv_a_layernorm.weight, eps=c.latent_norm_eps)
-        kr = k_rope(kv, table, interleaved=c.rope_interleave)
+        query, latent, kr = latents(self, x, table)
         if past is not None:
             latent, kr = cache_c_kv(past[0], latent), cache_k_rope(past[1], kr)
-        absorbed = attend == "absorbed" or (attend == "auto" and x.shape[1] == 1)
-        core = self._absorbed if absorbed else self._expanded
-        o = core(queries, qr, latent, kr, mask)
+        o = heads(self, query, latent, kr, table, mask, attend)
         return attn_out(o, self.o_proj.weight, self.o_proj.bias), (latent, kr)
 
-    def _queries(self, x: Any) -> Any:
-        c = self.config
-        if c.q_lora_rank is None:
-            return q(x, self.q_proj.weight, n_heads=c.num_attention_heads)
-        latent = q_a(x, self.q_a_proj.weight, self.q_a_proj.bias)
-        latent = q_a_norm(latent, self.q_a_layernorm.weight, eps=c.latent_norm_eps)
-        return q(latent, self.q_b_proj.weight, n_heads=c.num_attention_heads)
 
-    def _expanded(self, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
-        c = self.config
-        kv = kv_b(latent, self.kv_b_proj.weight, n_heads=c.num_attention_heads)
-        if not observed():
-            return attention_op.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
-        s = scores(queries, qr, kv, kr, mask, scale=c.softmax_scale)
-        return ctx(probs(s), kv, v_dim=c.v_head_dim)
+def latents(m: Attention, x: Any, table: Any) -> tuple[Any, Any, Any]:
+    """What belongs to no head.  x (B, S, D), table (2, B, S, Dr/2) -> query latent (B, S, Q) (x itself where queries
+    have full rank), c_kv (B, S, C), rotated key (B, S, Dr).
+    """
+    c, query = m.config, x
+    if c.q_lora_rank is not None:
+        query = q_a(x, m.q_a_proj.weight, m.q_a_proj.bias)
+        query = q_a_norm(query, m.q_a_layernorm.weight, eps=c.latent_norm_eps)
+    kv = kv_a(x, m.kv_a_proj_with_mqa.weight, m.kv_a_proj_with_mqa.bias)
+    latent = c_kv(kv, m.kv_a_layernorm.weight, eps=c.latent_norm_eps)
+    return query, latent, k_rope(kv, table, interleaved=c.rope_interleave)
 
-    def _absorbed(self, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
-        c, w = self.config, self.kv_b_proj.weight
-        qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)
-        p = probs(scores_absorbed(qa, qr, latent, kr, mask, scale=c.softmax_scale))
-        return ctx_absorbed(ctx_latent(p, latent), w, v_dim=c.v_head_dim)
+
+def heads(m: Attention, query: Any, latent: Any, kr: Any, table: Any, mask: Any, attend: Attend = "auto") -> Any:
+    """What every head does by itself, so also a part of them.  query (B, S, Q), latent (B, T, C), kr (B, T, Dr), table
+    (2, B, S, Dr/2), mask (B, 1, S, T) -> o (B, S, H, Dv).
+    """
+    c = m.config
+    w = m.q_proj.weight if c.q_lora_rank is None else m.q_b_proj.weight
+    queries = q(query, w, n_heads=c.num_attention_heads)
+    qr = q_rope(queries, table, interleaved=c.rope_interleave)
+    absorbed = attend == "absorbed" or (attend == "auto" and query.shape[1] == 1)
+    core = _absorbed if absorbed else _expanded
+    return core(m, queries, qr, latent, kr, mask)
+
+
+def _expanded(m: Attention, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
+    c = m.config
+    kv = kv_b(latent, m.kv_b_proj.weight, n_heads=c.num_attention_heads)
+    if not observed():
+        return attention_op.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
+    s = scores(queries, qr, kv, kr, mask, scale=c.softmax_scale)
+    return ctx(probs(s), kv, v_dim=c.v_head_dim)
+
+
+def _absorbed(m: Attention, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
+    c, w = m.config, m.kv_b_proj.weight
+    qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)
+    p = probs(scores_absorbed(qa, qr, latent, kr, mask, scale=c.softmax_scale))
+    return ctx_absorbed(ctx_latent(p, latent), w, v_dim=c.v_head_dim)

@@ -8,15 +8,11 @@ from refimpl.autograd import expert_ops, ops
 from refimpl.autograd.tensor import Array
 
 from . import gemm
+from .common import linear
 from .config import Config
 from .module import Linear, Module
 from .router import MoEGate, Routing
 from .stage import stage
-
-
-def _linear(x: Any, w: Any) -> Any:
-    """y = x wT.  x (B, S, D), w (F, D) -> (B, S, F)."""
-    return gemm.linear(x, w)
 
 
 def _swiglu(gate: Any, up: Any) -> Any:
@@ -29,15 +25,15 @@ def _grouped(rows: Any, ids: Array, *ws: Any) -> Any:
     return gemm.grouped_linear(rows, ids, *ws)
 
 
-mlp_gate = stage("mlp.gate", eq="R 4.2 (SwiGLU)", shape="B S F")(_linear)
-mlp_up = stage("mlp.up", eq="R 4.2 (SwiGLU)", shape="B S F")(_linear)
+mlp_gate = stage("mlp.gate", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
+mlp_up = stage("mlp.up", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
 mlp_act = stage("mlp.act", eq="R 4.2 (SwiGLU)", shape="B S F")(_swiglu)
-mlp_down = stage("mlp.down", eq="R 4.2 (SwiGLU)", shape="B S D", tap="ffn_out")(_linear)
+mlp_down = stage("mlp.down", eq="R 4.2 (SwiGLU)", shape="B S D", tap="ffn_out")(linear)
 
-shared_gate = stage("shared.gate", eq="R eq 12, FFN^(s)", shape="B S F")(_linear)
-shared_up = stage("shared.up", eq="R eq 12, FFN^(s)", shape="B S F")(_linear)
+shared_gate = stage("shared.gate", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
+shared_up = stage("shared.up", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
 shared_act = stage("shared.act", eq="R eq 12, FFN^(s)", shape="B S F")(_swiglu)
-shared_down = stage("moe.shared", eq="R eq 12, FFN^(s)", shape="B S D")(_linear)
+shared_down = stage("moe.shared", eq="R eq 12, FFN^(s)", shape="B S D")(linear)
 
 moe_gate = stage("moe.gate", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)
 moe_up = stage("moe.up", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)

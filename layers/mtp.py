@@ -10,6 +10,7 @@ from refimpl.autograd import nn_ops, ops
 from refimpl.autograd.tensor import Array
 
 from .block import DecoderLayer
+from .common import rms_norm
 from .config import Config
 from .mla import Attend
 from .module import Embedding, Linear, Module, RMSNorm, Unset
@@ -33,14 +34,9 @@ def emb(tokens: Array, w: Any, *, depth: int) -> Any:
     return ops.take_rows(w, tokens[:, depth:])
 
 
-def _rms_norm(x: Any, w: Any, *, eps: float) -> Any:
-    """y = w x / sqrt(mean(x^2) + eps).  x (B, S, D), w (D,) -> (B, S, D)."""
-    return nn_ops.rms_norm(x, w, eps=eps)
-
-
-hnorm = stage("mtp.hnorm", eq="R eq 21", shape="B S-k D")(_rms_norm)
-enorm = stage("mtp.enorm", eq="R eq 21", shape="B S-k D")(_rms_norm)
-norm = stage("mtp.norm", eq="R eq 23 (before the shared head)", shape="B S-k D")(_rms_norm)
+hnorm = stage("mtp.hnorm", eq="R eq 21", shape="B S-k D")(rms_norm)
+enorm = stage("mtp.enorm", eq="R eq 21", shape="B S-k D")(rms_norm)
+norm = stage("mtp.norm", eq="R eq 23 (before the shared head)", shape="B S-k D")(rms_norm)
 
 
 @stage("mtp.cat", eq="R eq 21", shape="B S-k 2D")

@@ -14,11 +14,10 @@ import numpy as np
 from refimpl.autograd import ops
 from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import Array, Tensor, data_of
+from refimpl.layers.numerics.formats import E5M6, to_bf16
 
 from .fp8 import FREE_POWER_OF_TWO, POWER_OF_TWO, Fp8
 from .gemm import PLAIN, Kernel, using
-from .numerics.formats import E5M6
-from .numerics.rounding import to_bf16
 from .stage import STAGES, Stage
 
 ROUND: dict[str, Callable[[Array], Array]] = {"bf16": to_bf16}

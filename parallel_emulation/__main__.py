@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from refimpl.autograd import SpecError
-
-from .launch import launch, run_as_rank, simulate
+from refimpl.parallel_emulation.comm.launcher import launch, run_as_rank, simulate
 
 BAD_INPUT = 3
 

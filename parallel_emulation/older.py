@@ -15,9 +15,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from refimpl.autograd import Array, require
-
-from .collectives import all_reduce
-from .comm import Comm, Recv, Send, spans
+from refimpl.parallel_emulation.collectives import all_reduce
+from refimpl.parallel_emulation.comm.communicator import Comm, Recv, Send, spans
 
 Weights = dict[str, Array]
 Intervals = Sequence[tuple[str, int]]  # (pattern of checkpoint names, steps from one synchronisation to the next)

@@ -13,10 +13,9 @@ from numpy.typing import ArrayLike
 
 from refimpl.autograd.errors import SpecError, require
 from refimpl.layers.config import Config
+from refimpl.parallel_emulation.cost import Cluster, kv_cache_bytes
 
-from .cluster import Cluster
 from .eplb import Ints, Placement
-from .layer_cost import kv_cache_bytes
 
 
 def kv_transfer_bytes(config: Config, tokens: int, value_bytes: int = 2) -> int:

@@ -6,27 +6,25 @@ import importlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from refimpl.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from refimpl.autograd import Parameter, SpecError, Tensor, backward
     from refimpl.checkpoint import Checkpoint
-    from refimpl.impl import Impl
-    from refimpl.inputs import Cache
     from refimpl.layers import PRESETS, STAGES, Config, Dialect, Recorder, observing
-    from refimpl.model import ForCausalLM
-
-__version__ = "0.1.0"
+    from refimpl.model import Cache, ForCausalLM, Impl
 
 _here = pathlib.Path(__file__).resolve().parent
 if not (_here / "layers").is_dir():  # a bare clone: the sub-packages are this folder's siblings (see pyproject.toml)
     __path__.append(str(_here.parent))
 
 _HOME = {
-    "Cache": "refimpl.inputs",
+    "Cache": "refimpl.model",
     "Checkpoint": "refimpl.checkpoint",
     "Config": "refimpl.layers",
     "Dialect": "refimpl.layers",
     "ForCausalLM": "refimpl.model",
-    "Impl": "refimpl.impl",
+    "Impl": "refimpl.model",
     "PRESETS": "refimpl.layers",
     "Parameter": "refimpl.autograd",
     "Recorder": "refimpl.layers",

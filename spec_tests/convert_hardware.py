@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 
-from refimpl.atomic import Transaction
-from refimpl.spec_tests.tensor_core_oracle import DTYPES
+from refimpl.checkpoint import Transaction
+from refimpl.spec_tests.oracles.tensor_core import DTYPES
 
 GPUS = {"h100": "H100", "l40s": "L40S", "ada": "Ada", "b200": "B200"}
 FOLDERS = {"e4m3": "E4M3", "e5m2": "E5M2", "bf16": "bf16", "fp16": "fp16"}

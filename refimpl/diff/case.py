@@ -8,9 +8,8 @@ from typing import Any
 
 from refimpl.autograd.errors import require, where
 from refimpl.autograd.tensor import Array
-from refimpl.checkpoint import Checkpoint
+from refimpl.checkpoint import Checkpoint, json_object
 from refimpl.layers.config import Config
-from refimpl.shards import json_object
 
 
 @dataclass(frozen=True)

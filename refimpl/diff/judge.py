@@ -15,8 +15,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import BF16, FLOAT64, Plan
 from refimpl.layers.stage import Call
-from refimpl.model import ForCausalLM
-from refimpl.weights import effective
+from refimpl.model import ForCausalLM, effective
 
 from .case import Case
 from .compare import Finding, compare, unusable

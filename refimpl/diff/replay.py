@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array, data_of
-from refimpl.impl import introduce
-from refimpl.inputs import Inputs
 from refimpl.layers.gemm import using
 from refimpl.layers.precision import Plan, rounded
 from refimpl.layers.stage import STAGES, Call, Recorder, observing
-from refimpl.model import ForCausalLM
+from refimpl.model import ForCausalLM, Inputs, introduce
 
 Given = Callable[[str], Array | None]
 """Name of a weight, an input or a recorded tap -> its array, or None if it was not recorded."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import safetensors
 from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
+from refimpl.checkpoint import safetensors
 from refimpl.layers.config import Config
 
 SCHEMA = "refimpl-trace/1"

@@ -1,0 +1,20 @@
+"""The communicator: blocking messages between ranks, on a deterministic simulator and on MPI, with a log and a launcher."""
+
+from .communicator import Comm, Meta, Recv, Send, split_into
+from .launcher import launch, simulate
+from .log import Log, Record
+from .simulator import SimComm, spmd
+
+__all__ = [
+    "Comm",
+    "Log",
+    "Meta",
+    "Record",
+    "Recv",
+    "Send",
+    "SimComm",
+    "launch",
+    "simulate",
+    "split_into",
+    "spmd",
+]

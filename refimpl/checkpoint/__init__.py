@@ -1,0 +1,25 @@
+"""Checkpoint files: opened by memory mapping in any layout, checked against a model, described, saved."""
+
+from .atomic import Transaction
+from .checks import Report, check, copies_that_differ, scan_nonfinite
+from .info import count_parameters, describe
+from .mapping import Checkpoint
+from .safetensors import SafetensorsFile, open_file, write_file
+from .saving import save
+from .shards import json_object
+
+__all__ = [
+    "Checkpoint",
+    "Report",
+    "SafetensorsFile",
+    "Transaction",
+    "check",
+    "copies_that_differ",
+    "count_parameters",
+    "describe",
+    "json_object",
+    "open_file",
+    "save",
+    "scan_nonfinite",
+    "write_file",
+]

@@ -1,0 +1,55 @@
+"""What several commands share: the model a command line names, progress for people who watch, results that are whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from refimpl.autograd.errors import require, where
+
+if TYPE_CHECKING:
+    from refimpl.layers import Config
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+"""What `add` of a command adds itself to."""
+
+
+def model_config(args: argparse.Namespace) -> Config:
+    """The model of --config, or of --preset; SpecError for what is neither."""
+    from refimpl.checkpoint import json_object
+    from refimpl.layers import PRESETS, Config
+
+    if args.config:
+        with where(f"while reading {args.config}"):
+            return Config.from_dict(json_object(args.config))
+    require(args.preset in PRESETS, f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[args.preset]
+
+
+def progress(what: str) -> Callable[[list[Any]], Iterable[Any]]:
+    """A progress bar on standard error if a person is watching, nothing otherwise."""
+    if not sys.stderr.isatty():
+        return iter
+
+    def track(items: list[Any]) -> Iterable[Any]:
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(items, what, console=Console(stderr=True), transient=True)
+
+    return track
+
+
+def deliver(text: str, out: Path | None) -> None:
+    """To standard output, or whole to a file."""
+    from refimpl.checkpoint import Transaction
+
+    if out is None:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        return
+    with Transaction() as files, files.new(out) as f:
+        f.write(text.encode() if text.endswith("\n") else text.encode() + b"\n")
+    print(out)

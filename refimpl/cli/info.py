@@ -1,0 +1,35 @@
+"""`refimpl info`: what a checkpoint or a preset is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .common import Commands
+
+
+def add(commands: Commands) -> None:
+    """Add `info`."""
+    info = commands.add_parser("info", help="what a checkpoint holds, misses, has too much (exit code 1 if so)")
+    info.add_argument("checkpoint", help="a safetensors file, a folder, or the name of a preset such as deepseek-v3")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument("--scan", action="store_true", help="also read every tensor and report NaN and infinity")
+    info.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns its exit code."""
+    from refimpl.checkpoint.info import count_parameters, describe, render, render_counts, to_json
+    from refimpl.layers import PRESETS
+
+    if args.checkpoint in PRESETS and not Path(args.checkpoint).exists():
+        print("\n".join(render_counts(count_parameters(PRESETS[args.checkpoint]))))
+        return 0
+    info = describe(args.checkpoint, scan=args.scan, progress=_count_on_stderr if sys.stderr.isatty() else None)
+    print(to_json(info) if args.json else render(info))
+    return 0 if info.ok else 1
+
+
+def _count_on_stderr(done: int, total: int, name: str) -> None:
+    print(f"\r{done + 1} of {total} {name:<70.70}", end="" if done + 1 < total else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+"""The command line. Results go to standard output, everything else to standard error; exit codes are part of the
+contract.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from refimpl.autograd.errors import SpecError
+
+from . import case, cluster, diff, info, precision, record, schedule, trace
+
+BAD_INPUT = 3
+INTERRUPTED = 130
+INTERNAL = 70
+COMMANDS = (diff, info, case, record, trace, precision, schedule, cluster)
+"""The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except SpecError as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("refimpl: interrupted; nothing was left half-written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception:  # Python's own exit code 1 would read as "diverges"
+        traceback.print_exc()
+        print("refimpl: this is a bug of refimpl, not a verdict", file=sys.stderr)
+        return INTERNAL
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's own exit code 2 would read as "inconclusive"."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and message on standard error; exit code 3."""
+        self.print_usage(sys.stderr)
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="refimpl", description="An executable specification of DeepSeek-V3.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

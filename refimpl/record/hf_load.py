@@ -1,0 +1,107 @@
+"""transformers' DeepseekV3ForCausalLM holding a case's weights, and its weights back under checkpoint names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.errors import require
+from refimpl.autograd.tensor import Array
+from refimpl.checkpoint.names import layer_of
+from refimpl.layers.config import Config, Dialect
+from refimpl.model import ForCausalLM
+
+from .torch_arrays import libraries, to_numpy, to_torch
+
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_NOT_SETTINGS = ("dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
+
+
+def load_model(
+    config: Mapping[str, Any] | Config, weights: Mapping[str, Array], dtype: str = "float32", *, experts: str = "eager"
+) -> Any:
+    """DeepseekV3ForCausalLM in eval mode, with eager attention, holding `weights` (checkpoint names) in `dtype`.
+
+    transformers' own loader fuses the experts and keeps the selection bias and the rotary frequencies in float32
+    (`.to(bfloat16)` afterwards would round them). MTP layers are left out. `experts`: "eager", "batched_mm",
+    "grouped_mm". Raises SpecError for a config that transformers would misread, and for missing or extra tensors.
+    """
+    torch, transformers = libraries()
+    c = _supported(config if isinstance(config, Config) else Config.from_dict(config))
+    settings = _settings(c.to_dict() if isinstance(config, Config) else config)
+    kinds = {"attn_implementation": "eager", "experts_implementation": experts}
+    ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
+    state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
+    with _without_progress_bar(transformers):
+        model, report = transformers.DeepseekV3ForCausalLM.from_pretrained(
+            None,
+            config=transformers.DeepseekV3Config(**settings, **kinds),
+            state_dict=state,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    require(not wrong, f"transformers {transformers.__version__} did not take the weights as they are: {wrong}")
+    return model
+
+
+def _supported(c: Config) -> Config:
+    """The config, if transformers' modeling_deepseek_v3 computes what it says."""
+    moe = c.first_k_dense_replace < c.num_hidden_layers
+    asked = {
+        "scoring_func": (c.scoring_func, "sigmoid"),
+        "topk_method": (c.topk_method, "noaux_tc"),
+        "moe_layer_freq": (c.moe_layer_freq, 1),
+        "dialect": (c.dialect, Dialect()),
+    }
+    for name, (value, only) in asked.items():
+        require(value == only, f"{name} is {value!r}; transformers' DeepSeek-V3 computes only {only!r}")
+    require(not moe or c.n_routed_experts // c.n_group >= 2, "transformers needs at least two experts per group")
+    require(not moe or c.n_shared_experts >= 1, "transformers' DeepSeek-V3 always has a shared expert")
+    return c
+
+
+def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json for DeepseekV3Config: null groups spelled out, as many key heads as query heads (its default is 128).
+
+    A copy: transformers writes rope_theta and rope_type into the rope_scaling dictionary that it is given.
+    """
+    kept = {k: deepcopy(v) for k, v in raw.items() if not k.startswith("_") and k not in _NOT_SETTINGS}
+    nulls = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    kept |= {k: v for k, v in nulls.items() if k in kept and kept[k] is None}
+    return kept | {"num_key_value_heads": kept["num_attention_heads"]}
+
+
+@contextmanager
+def _without_progress_bar(transformers: Any) -> Iterator[None]:
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def checkpoint_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """transformers' names and fused experts -> checkpoint names, one matrix per expert; a tied head is left out.
+
+    `tensors` is `model.state_dict()`, or anything else by the same names and shapes, such as gradients.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if not path.endswith(".experts"):
+            found[name] = to_numpy(tensor)
+            continue
+        for e, matrix in enumerate(to_numpy(tensor)):  # gate_up (2F, D): the gate's rows first
+            for part, half in zip(_FUSED[last], np.split(matrix, len(_FUSED[last])), strict=True):
+                found[f"{path}.{e}.{part}.weight"] = half
+    return found

@@ -1,0 +1,72 @@
+"""AdamW as R 4.2 uses it (beta1 0.9, beta2 0.95, weight decay 0.1, gradients clipped to global norm 1.0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from refimpl.autograd.errors import require
+from refimpl.autograd.tensor import Array
+from refimpl.layers.numerics.formats import to_bf16
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Decoupled weight decay on every parameter; eps is not published (R 4.2 is silent), 1e-8 is PyTorch's. V3 keeps both
+    moments in bfloat16, masters and gradients in float32 (R 3.3.3): `moments="bf16"`.
+    """
+
+    lr: float = 2.2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    moments: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """First and second moments by parameter name, and the number of steps taken."""
+
+    m: Mapping[str, Array] = field(default_factory=dict)
+    v: Mapping[str, Array] = field(default_factory=dict)
+    t: int = 0
+
+
+def global_norm(grads: Mapping[str, Array]) -> float:
+    """sqrt of the sum of squares over all gradients, in float64."""
+    return float(np.sqrt(sum([float((g.astype(np.float64) ** 2).sum()) for g in grads.values()])))
+
+
+def clip(grads: Mapping[str, Array], *, max_norm: float = 1.0) -> tuple[dict[str, Array], float]:
+    """g min(1, max_norm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_ does -> clipped gradients, norm before."""
+    norm = global_norm(grads)
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    return {n: g * np.asarray(scale, g.dtype) for n, g in grads.items()}, norm
+
+
+def adamw(
+    params: Mapping[str, Array], grads: Mapping[str, Array], state: AdamState, opt: AdamW
+) -> tuple[dict[str, Array], AdamState]:
+    """One step: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with bias-corrected moments -> new parameters, new state.
+
+    Nothing is changed in place. SpecError if gradients and parameters do not have the same names.
+    """
+    require(
+        set(grads) == set(params),
+        f"gradients without parameter or the other way: {sorted(set(grads) ^ set(params))[:3]}",
+    )
+    (b1, b2), t = opt.betas, state.t + 1
+    m = {n: b1 * state.m.get(n, 0) + (1 - b1) * g for n, g in grads.items()}
+    v = {n: b2 * state.v.get(n, 0) + (1 - b2) * g * g for n, g in grads.items()}
+
+    if opt.moments == "bf16":
+        m, v = ({n: to_bf16(x) for n, x in moment.items()} for moment in (m, v))
+
+    def step(n: str, p: Any) -> Array:
+        denominator = np.sqrt(v[n] / (1 - b2**t)) + opt.eps
+        return p * (1 - opt.lr * opt.weight_decay) - (opt.lr / (1 - b1**t)) * m[n] / denominator
+
+    return {n: step(n, p) for n, p in params.items()}, replace(state, m=m, v=v, t=t)

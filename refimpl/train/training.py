@@ -1,0 +1,110 @@
+"""One training step, end to end (R 4.2): forward and backward under a precision plan, clipping, AdamW on float32 masters, and the
+balancing bias moved by the batch's expert loads (R 2.1.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array, Parameter, backward, data_of
+from refimpl.layers.config import Config
+from refimpl.layers.precision import BF16, Plan
+from refimpl.layers.router import bias_update, counts
+from refimpl.layers.stage import observing, phase, unit
+from refimpl.model import ForCausalLM, expected_tensors
+
+from .optimizer import AdamState, AdamW, adamw, clip
+
+
+def constant(step: int) -> float:
+    """1 at every step."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`schedule`: factor of `opt.lr` by step, from 0; gamma moves the bias; mtp_weight is lambda, aux_weight alpha (R 4.2)."""
+
+    plan: Plan = BF16
+    opt: AdamW = field(default_factory=AdamW)
+    schedule: Callable[[int], float] = constant
+    max_norm: float = 1.0
+    gamma: float = 1e-3
+    mtp_weight: float = 0.0
+    aux_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class State:
+    """float32 master weights by checkpoint name (buffers too), and the optimiser's moments."""
+
+    weights: dict[str, Array]
+    adam: AdamState = field(default_factory=AdamState)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer."""
+
+    step: int
+    loss: float
+    norm: float
+    load: dict[str, Array]
+
+
+def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:
+    """Weights of a new model: normal with standard deviation `std` (R 4.2), norms 1, bias 0. MTP only if the config has it."""
+    rng, weights = np.random.default_rng(seed), {}
+    for name, shape in expected_tensors(c).items():
+        if len(shape) > 1:
+            weights[name] = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+        else:
+            weights[name] = np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
+    return weights
+
+
+def step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State, Report]:
+    """Train on one batch, tokens (B, S): each predicts the next. -> the new state, what was seen."""
+    held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
+    model = ForCausalLM.from_weights(c, held).with_gradients()
+    inputs = model.inputs(tokens, labels=tokens)
+    with observing(recipe.plan):
+        out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
+    grads = backward(out.loss)
+    named = {
+        n: grads[w].astype(np.float32) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads
+    }
+    named, norm = clip(named, max_norm=recipe.max_norm)
+    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
+    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, opt)
+    weights, load = state.weights | trained, {}
+    with phase("upd"):
+        for place, routing in out.routing.items():
+            load[place] = counts.fn(routing.ids, n_experts=c.n_routed_experts)
+            name = f"model.layers.{place[1:]}.mlp.gate.e_score_correction_bias"
+            if name in weights and recipe.gamma:
+                zero_sum = c.dialect.bias_update == "zero_sum"
+                with unit(place):
+                    weights[name] = bias_update(weights[name], load[place], gamma=recipe.gamma, zero_sum=zero_sum)
+    return State(weights, adam), Report(adam.t, float(data_of(out.loss)), norm, load)
+
+
+def train(
+    c: Config, weights: dict[str, Array], batches: Iterable[Array], recipe: Recipe
+) -> Iterator[tuple[State, Report]]:
+    """Step through batches of tokens (B, S); yields after every step, so stopping between two loses nothing."""
+    state = State(weights)
+    for tokens in batches:
+        state, report = step(c, state, tokens, recipe)
+        yield state, report
+
+
+def text_batches(text: bytes, *, batch: int, length: int, steps: int, seed: int = 0) -> Iterator[Array]:
+    """`steps` batches of random windows of a text, one token per byte -> (B, S) int."""
+    data, rng = np.frombuffer(text, np.uint8).astype(np.int64), np.random.default_rng(seed)
+    for _ in range(steps):
+        starts = rng.integers(0, len(data) - length, batch)
+        yield data[starts[:, None] + np.arange(length)]

@@ -1,0 +1,1 @@
+"""The engine: the tape, its primitives, backward in parts."""

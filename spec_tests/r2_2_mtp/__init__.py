@@ -1,0 +1,1 @@
+"""R 2.2: multi-token prediction."""

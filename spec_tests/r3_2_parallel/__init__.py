@@ -1,0 +1,1 @@
+"""R 3.2: parallel training."""

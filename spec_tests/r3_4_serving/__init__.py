@@ -1,0 +1,1 @@
+"""R 3.4: inference and deployment."""

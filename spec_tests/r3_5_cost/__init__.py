@@ -1,0 +1,1 @@
+"""R 3.5: hardware and what it costs."""

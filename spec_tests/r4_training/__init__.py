@@ -1,0 +1,1 @@
+"""R 4: hyper-parameters, the optimiser, a step."""

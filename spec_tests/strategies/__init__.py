@@ -1,0 +1,1 @@
+"""Hypothesis strategies: random models, and the arguments of every primitive."""

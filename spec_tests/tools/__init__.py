@@ -1,0 +1,1 @@
+"""Files, errors and tools: checkpoints, cases, the diff, the command line, and the house itself."""
