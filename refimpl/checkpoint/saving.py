@@ -62,7 +62,7 @@ def save(
             contents = _deepseek_files(path, plan, settings["num_hidden_layers"], mp)
             settings = config_to_deepseek(settings)
         else:
-            contents = _hf_files(path, plan, max_shard_bytes)
+            contents = hf_files(path, plan, max_shard_bytes)
         return _write(path, contents, settings)
 
 
@@ -122,7 +122,7 @@ def _make_folder(folder: Path, path: Path, contents: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------ Hugging Face
 
 
-def _hf_files(path: Path, plan: Plan, max_bytes: int | None) -> dict[str, dict[str, Pending]]:
+def hf_files(path: Path, plan: Plan, max_bytes: int | None) -> dict[str, dict[str, Pending]]:
     """File name -> its tensors: one file, or shards filled in order, a weight with its scales."""
     shards: list[dict[str, Pending]] = [{}]
     filled = 0

@@ -14,7 +14,7 @@ from refimpl.autograd.errors import SpecError
 from refimpl.checkpoint import Checkpoint, check, save
 from refimpl.checkpoint.header import DTYPES
 from refimpl.checkpoint.names import config_from_deepseek, config_to_deepseek, from_deepseek, to_deepseek
-from refimpl.checkpoint.saving import _hf_files
+from refimpl.checkpoint.saving import hf_files
 from refimpl.checkpoint.stored import Plan
 from refimpl.layers.config import Config
 from refimpl.layers.presets import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, TINY
@@ -370,7 +370,7 @@ def test_the_released_checkpoint_would_have_its_688574839360_bytes():
     shapes["model.layers.61.embed_tokens.weight"] = (129280, 7168)
     shapes["model.layers.61.shared_head.head.weight"] = (129280, 7168)
     tensors = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
-    (file,) = _hf_files(Path("x"), Plan(tensors, "fp8", (128, 128), None), None).values()
+    (file,) = hf_files(Path("x"), Plan(tensors, "fp8", (128, 128), None), None).values()
     assert (len(file), sum(t.nbytes for t in file.values())) == (91_991, 688_574_839_360)
 
 
