@@ -15,14 +15,17 @@ from . import gemm
 from .stage import stage
 
 
-@stage("embed", eq="R 2.1", shape="B S D")
+@stage("embed", what="token embeddings, the residual stream before layer 0", eq="R 2.1", shape="B S D")
 def embed(tokens: Array, w: Any) -> Any:
     """x[b, s] = w[tokens[b, s]].  tokens (B, S) int, w (V, D) -> (B, S, D)."""
     return ops.take_rows(w, tokens)
 
 
 def linear(x: Any, w: Any, b: Any = None) -> Any:
-    """y = x wT (+ b), by the kernel of the stage that runs.  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F)."""
+    """y = x wT (+ b).  x (B, S, D), w (F, D), b (F,) or None -> (B, S, F).
+
+    The product is made by the kernel of the stage that runs (`gemm`).
+    """
     return gemm.linear(x, w, b)
 
 
@@ -31,9 +34,9 @@ def rms_norm(x: Any, w: Any, *, eps: float) -> Any:
     return nn_ops.rms_norm(x, w, eps=eps)
 
 
-attn_norm = stage("attn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
-ffn_norm = stage("ffn_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
-final_norm = stage("final_norm", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
+attn_norm = stage("attn_norm", what="input of attention", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
+ffn_norm = stage("ffn_norm", what="input of the feed-forward", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
+final_norm = stage("final_norm", what="input of the head, h^0", eq="R 4.2 (RMSNorm)", shape="B S D")(rms_norm)
 
 
 def _add(x: Any, y: Any) -> Any:
@@ -41,17 +44,23 @@ def _add(x: Any, y: Any) -> Any:
     return ops.add(x, y)
 
 
-resid_mid = stage("resid_mid", eq="R fig. 2", shape="B S D")(_add)
-resid = stage("resid", eq="R fig. 2", shape="B S D")(_add)
+resid_mid = stage("resid_mid", what="residual stream after attention", eq="R fig. 2", shape="B S D")(_add)
+resid = stage("resid", what="residual stream after the layer", eq="R fig. 2", shape="B S D")(_add)
 
 
-@stage("logits", eq="R 2.2 (OutHead)", shape="B S V", compare="distribution")
+@stage("logits", what="next-token logits", eq="R 2.2 (OutHead)", shape="B S V", compare="distribution")
 def logits(x: Any, w: Any) -> Any:
     """x wT.  x (B, S, D), w (V, D) -> (B, S, V)."""
     return nn_ops.linear(x, w)
 
 
-@stage("mask", eq="R 2.1.1 eq 10 (j <= t)", shape="B 1 S T", compare="exact")
+@stage(
+    "mask",
+    what="additive attention mask: who may see whom",
+    eq="R 2.1.1 eq 10 (j <= t)",
+    shape="B 1 S T",
+    compare="exact",
+)
 def mask(
     positions: Array,
     valid: Array | None,

@@ -23,35 +23,53 @@ KV = tuple[Any, Any]
 """One layer's latent cache: c_kv (B, T, C) after its norm, k_rope (B, T, Dr) after rotation."""
 
 
-q_a = stage("mla.q_a", eq="R eq 6", shape="B S Q")(linear)
-kv_a = stage("mla.kv_a", eq="R eqs 1, 3", shape="B S C+Dr")(linear)
+q_a = stage("mla.q_a", what="query latent c^Q before its norm", eq="R eq 6", shape="B S Q")(linear)
+kv_a = stage(
+    "mla.kv_a",
+    what="key-value latent and shared rotary key, before norm and rotation",
+    eq="R eqs 1, 3",
+    shape="B S C+Dr",
+)(linear)
 
 
-@stage("mla.q_a_norm", eq="R 4.2 (RMSNorm after the latent)", shape="B S Q")
+@stage("mla.q_a_norm", what="query latent c^Q", eq="R 4.2 (RMSNorm after the latent)", shape="B S Q")
 def q_a_norm(x: Any, w: Any, *, eps: float) -> Any:
     """c^Q normalised.  x (B, S, Q), w (Q,) -> (B, S, Q)."""
     return nn_ops.rms_norm(x, w, eps=eps)
 
 
-@stage("mla.c_kv", eq="R eq 1; 4.2 (RMSNorm after the latent)", shape="B S C")
+@stage(
+    "mla.c_kv",
+    what="key-value latent c^KV, which is cached",
+    eq="R eq 1; 4.2 (RMSNorm after the latent)",
+    shape="B S C",
+)
 def c_kv(kv: Any, w: Any, *, eps: float) -> Any:
     """c^KV normalised; the rope channels are not part of it.  kv (B, S, C+Dr), w (C,) -> (B, S, C)."""
     return nn_ops.rms_norm(kv[..., : w.shape[0]], w, eps=eps)
 
 
-@stage("mla.q", eq="R eqs 7, 8 before RoPE", shape="B S H Dn+Dr")
+@stage(
+    "mla.q", what="queries q^C and q^R of every head, before rotation", eq="R eqs 7, 8 before RoPE", shape="B S H Dn+Dr"
+)
 def q(x: Any, w: Any, *, n_heads: int) -> Any:
     """Queries of all heads, nope channels first.  x (B, S, Q), w (H (Dn+Dr), Q) -> (B, S, H, Dn+Dr)."""
     return gemm.linear(x, w).reshape(*x.shape[:-1], n_heads, -1)
 
 
-@stage("mla.q_rope", eq="R eq 8", shape="B S H Dr", compare="gauge")
+@stage("mla.q_rope", what="rotated part of the queries, q^R", eq="R eq 8", shape="B S H Dr", compare="gauge")
 def q_rope(q: Any, table: Any, *, interleaved: bool) -> Any:
     """The last Dr channels of each head, rotated.  q (B, S, H, Dn+Dr), table (2, B, S, Dr/2) -> (B, S, H, Dr)."""
     return nn_ops.rotate(q[..., -2 * table.shape[-1] :], table[..., None, :], interleaved=interleaved)
 
 
-@stage("mla.k_rope", eq="R eq 3", shape="B S Dr", compare="gauge")
+@stage(
+    "mla.k_rope",
+    what="rotated key k^R, shared by all heads, which is cached",
+    eq="R eq 3",
+    shape="B S Dr",
+    compare="gauge",
+)
 def k_rope(kv: Any, table: Any, *, interleaved: bool) -> Any:
     """The key channels that all heads share, rotated, not normalised.  kv (B, S, C+Dr), table (2, B, S, Dr/2) -> (B,
     S, Dr).
@@ -64,15 +82,35 @@ def _append(past: Any, new: Any) -> Any:
     return ops.concat([past, new], axis=1)
 
 
-cache_c_kv = stage("cache.c_kv", eq="R 2.1.1 (the boxed vectors)", shape="B T C")(_append)
-cache_k_rope = stage("cache.k_rope", eq="R 2.1.1 (the boxed vectors)", shape="B T Dr", compare="gauge")(_append)
-cache_positions = stage(
-    "cache.positions", eq="R 2.1.1 (which keys the boxed vectors are)", shape="B T", compare="exact"
+cache_c_kv = stage(
+    "cache.c_kv", what="cached latents with the new ones", eq="R 2.1.1 (the boxed vectors)", shape="B T C"
 )(_append)
-cache_documents = stage("cache.documents", eq="R 5.1 (sample masking)", shape="B T", compare="exact")(_append)
+cache_k_rope = stage(
+    "cache.k_rope",
+    what="cached rotary keys with the new ones",
+    eq="R 2.1.1 (the boxed vectors)",
+    shape="B T Dr",
+    compare="gauge",
+)(_append)
+cache_positions = stage(
+    "cache.positions",
+    what="positions of all keys",
+    eq="R 2.1.1 (which keys the boxed vectors are)",
+    shape="B T",
+    compare="exact",
+)(_append)
+cache_documents = stage(
+    "cache.documents", what="documents of all keys", eq="R 5.1 (sample masking)", shape="B T", compare="exact"
+)(_append)
 
 
-@stage("cache.valid", eq="R 2.1.1 eq 10 (padding is no token)", shape="B T", compare="exact")
+@stage(
+    "cache.valid",
+    what="which keys are tokens, not padding",
+    eq="R 2.1.1 eq 10 (padding is no token)",
+    shape="B T",
+    compare="exact",
+)
 def cache_valid(before: Array | None, new: Array, *, past: int) -> Array:
     """0 for padding, 1 for tokens.  before (B, P), or None if all `past` were tokens, new (B, S) -> (B, P+S)."""
     if before is None:
@@ -80,13 +118,13 @@ def cache_valid(before: Array | None, new: Array, *, past: int) -> Array:
     return ops.concat([before, new], axis=1)
 
 
-@stage("mla.kv_b", eq="R eqs 2, 5", shape="B T H Dn+Dv")
+@stage("mla.kv_b", what="keys k^C and values v^C of every head", eq="R eqs 2, 5", shape="B T H Dn+Dv")
 def kv_b(c: Any, w: Any, *, n_heads: int) -> Any:
     """Each head's k_nope and v, in this order.  c (B, T, C), w (H (Dn+Dv), C) -> (B, T, H, Dn+Dv)."""
     return gemm.linear(c, w).reshape(*c.shape[:-1], n_heads, -1)
 
 
-@stage("mla.scores", eq="R eq 10, inside the softmax", shape="B H S T")
+@stage("mla.scores", what="attention scores, scaled and masked", eq="R eq 10, inside the softmax", shape="B H S T")
 def scores(q: Any, q_rope: Any, kv: Any, k_rope: Any, mask: Any, *, scale: float) -> Any:
     """(q_nope k_nope + q_rope k_rope) scale + mask.  q (B, S, H, Dn+Dr), q_rope (B, S, H, Dr), kv (B, T, H, Dn+Dv),
     k_rope (B, T, Dr), mask (B, 1, S, T) -> (B, H, S, T).
@@ -97,19 +135,19 @@ def scores(q: Any, q_rope: Any, kv: Any, k_rope: Any, mask: Any, *, scale: float
     return s * scale + mask
 
 
-@stage("mla.probs", eq="R eq 10", shape="B H S T")
+@stage("mla.probs", what="attention weights", eq="R eq 10", shape="B H S T")
 def probs(s: Any) -> Any:
     """softmax over the keys; a query that sees no key gets zeros.  s (B, H, S, T) -> (B, H, S, T)."""
     return nn_ops.softmax(s)
 
 
-@stage("mla.ctx", eq="R eq 10", shape="B S H Dv")
+@stage("mla.ctx", what="attention output of every head", eq="R eq 10", shape="B S H Dv")
 def ctx(p: Any, kv: Any, *, v_dim: int) -> Any:
     """sum_t p v_t per head.  p (B, H, S, T), kv (B, T, H, Dn+Dv) -> (B, S, H, Dv)."""
     return (p @ kv[..., -v_dim:].transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
-@stage("mla.q_absorbed", eq="R eqs 2, 10 regrouped", shape="B S H C")
+@stage("mla.q_absorbed", what="queries moved into latent space", eq="R eqs 2, 10 regrouped", shape="B S H C")
 def q_absorbed(q: Any, w: Any, *, nope: int) -> Any:
     """q_nope W_UK per head.  q (B, S, H, Dn+Dr), w (H (Dn+Dv), C) -> (B, S, H, C)."""
     b, s, h, _ = q.shape
@@ -118,7 +156,13 @@ def q_absorbed(q: Any, w: Any, *, nope: int) -> Any:
     return (rows @ w_uk).swapaxes(0, 1).reshape(b, s, h, -1)
 
 
-@stage("mla.scores_absorbed", eq="R eq 10, inside the softmax", shape="B H S T", tap="mla.scores")
+@stage(
+    "mla.scores_absorbed",
+    what="attention scores, scaled and masked",
+    eq="R eq 10, inside the softmax",
+    shape="B H S T",
+    tap="mla.scores",
+)
 def scores_absorbed(q: Any, q_rope: Any, c: Any, k_rope: Any, mask: Any, *, scale: float) -> Any:
     """(q_absorbed c + q_rope k_rope) scale + mask.  q (B, S, H, C), q_rope (B, S, H, Dr), c (B, T, C), k_rope (B, T,
     Dr), mask (B, 1, S, T) -> (B, H, S, T).
@@ -128,14 +172,20 @@ def scores_absorbed(q: Any, q_rope: Any, c: Any, k_rope: Any, mask: Any, *, scal
     return y.reshape(b, s, h, -1).swapaxes(1, 2) * scale + mask
 
 
-@stage("mla.ctx_latent", eq="R eqs 5, 10 regrouped", shape="B S H C")
+@stage("mla.ctx_latent", what="attention output in latent space", eq="R eqs 5, 10 regrouped", shape="B S H C")
 def ctx_latent(p: Any, c: Any) -> Any:
     """sum_t p c_t per head.  p (B, H, S, T), c (B, T, C) -> (B, S, H, C)."""
     b, h, s, t = p.shape
     return (p.reshape(b, h * s, t) @ c).reshape(b, h, s, -1).swapaxes(1, 2)
 
 
-@stage("mla.ctx_absorbed", eq="R eqs 5, 10 regrouped", shape="B S H Dv", tap="mla.ctx")
+@stage(
+    "mla.ctx_absorbed",
+    what="attention output of every head",
+    eq="R eqs 5, 10 regrouped",
+    shape="B S H Dv",
+    tap="mla.ctx",
+)
 def ctx_absorbed(o: Any, w: Any, *, v_dim: int) -> Any:
     """W_UV o per head.  o (B, S, H, C), w (H (Dn+Dv), C) -> (B, S, H, Dv)."""
     b, s, h, c = o.shape
@@ -143,7 +193,7 @@ def ctx_absorbed(o: Any, w: Any, *, v_dim: int) -> Any:
     return (o.reshape(b * s, h, c).swapaxes(0, 1) @ w_uv).swapaxes(0, 1).reshape(b, s, h, -1)
 
 
-@stage("attn_out", eq="R eq 11", shape="B S D")
+@stage("attn_out", what="output of attention, u", eq="R eq 11", shape="B S D")
 def attn_out(o: Any, w: Any, b: Any = None) -> Any:
     """W^O [o_1; ...; o_H] (+ b).  o (B, S, H, Dv), w (D, H Dv), b (D,) or None -> (B, S, D)."""
     return gemm.linear(o.reshape(*o.shape[:2], -1), w, b)

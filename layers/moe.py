@@ -25,22 +25,26 @@ def _grouped(rows: Any, ids: Array, *ws: Any) -> Any:
     return gemm.grouped_linear(rows, ids, *ws)
 
 
-mlp_gate = stage("mlp.gate", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
-mlp_up = stage("mlp.up", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
-mlp_act = stage("mlp.act", eq="R 4.2 (SwiGLU)", shape="B S F")(_swiglu)
-mlp_down = stage("mlp.down", eq="R 4.2 (SwiGLU)", shape="B S D", tap="ffn_out")(linear)
+mlp_gate = stage("mlp.gate", what="dense feed-forward, gate", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
+mlp_up = stage("mlp.up", what="dense feed-forward, up", eq="R 4.2 (SwiGLU)", shape="B S F")(linear)
+mlp_act = stage("mlp.act", what="dense feed-forward, activation", eq="R 4.2 (SwiGLU)", shape="B S F")(_swiglu)
+mlp_down = stage("mlp.down", what="output of the feed-forward", eq="R 4.2 (SwiGLU)", shape="B S D", tap="ffn_out")(
+    linear
+)
 
-shared_gate = stage("shared.gate", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
-shared_up = stage("shared.up", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
-shared_act = stage("shared.act", eq="R eq 12, FFN^(s)", shape="B S F")(_swiglu)
-shared_down = stage("moe.shared", eq="R eq 12, FFN^(s)", shape="B S D")(linear)
+shared_gate = stage("shared.gate", what="shared experts, gate", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
+shared_up = stage("shared.up", what="shared experts, up", eq="R eq 12, FFN^(s)", shape="B S F")(linear)
+shared_act = stage("shared.act", what="shared experts, activation", eq="R eq 12, FFN^(s)", shape="B S F")(_swiglu)
+shared_down = stage("moe.shared", what="output of the shared experts", eq="R eq 12, FFN^(s)", shape="B S D")(linear)
 
-moe_gate = stage("moe.gate", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)
-moe_up = stage("moe.up", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)
-moe_down = stage("moe.down", eq="R eq 12, FFN^(r)", shape="M D")(_grouped)
+moe_gate = stage("moe.gate", what="routed experts, gate", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)
+moe_up = stage("moe.up", what="routed experts, up", eq="R eq 12, FFN^(r)", shape="M F")(_grouped)
+moe_down = stage("moe.down", what="routed experts, output of every dispatched row", eq="R eq 12, FFN^(r)", shape="M D")(
+    _grouped
+)
 
 
-@stage("moe.rows", eq="R 3.2.2 (dispatch)", shape="M D")
+@stage("moe.rows", what="dispatched rows, sorted by expert, token, slot", eq="R 3.2.2 (dispatch)", shape="M D")
 def rows(x: Any, ids: Array, *, n_experts: int) -> Any:
     """Tokens copied once per chosen expert, sorted by expert, then token, then slot.  x (B, S, D), ids (B, S, K) ->
     (M, D).
@@ -48,7 +52,7 @@ def rows(x: Any, ids: Array, *, n_experts: int) -> Any:
     return expert_ops.dispatch(x, ids, n_experts=n_experts)
 
 
-@stage("moe.act", eq="R eq 12, FFN^(r)", shape="M F")
+@stage("moe.act", what="routed experts, activation", eq="R eq 12, FFN^(r)", shape="M F")
 def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
     """silu(gate) up, times the routing weight if ids and weights are given.  gate (M, F), up (M, F), ids (B, S, K)
     or None, weights (B, S, K) or None -> (M, F).
@@ -60,7 +64,9 @@ def act(gate: Any, up: Any, ids: Array | None, weights: Any) -> Any:
     return y * weights.reshape(-1)[order][:, None]
 
 
-@stage("moe.routed", eq="R eq 12, the sum over routed experts", shape="B S D")
+@stage(
+    "moe.routed", what="weighted sum of the routed experts", eq="R eq 12, the sum over routed experts", shape="B S D"
+)
 def routed(down: Any, ids: Array, weights: Any) -> Any:
     """sum_k g_k FFN_k(x), ascending expert id; without weights a plain sum.  down (M, D), ids (B, S, K), weights (B,
     S, K) or None -> (B, S, D).
@@ -70,7 +76,7 @@ def routed(down: Any, ids: Array, weights: Any) -> Any:
     return expert_ops.combine(down, ids, weights)
 
 
-@stage("moe.out", eq="R eq 12", shape="B S D", tap="ffn_out")
+@stage("moe.out", what="output of the feed-forward", eq="R eq 12", shape="B S D", tap="ffn_out")
 def moe_out(routed: Any, shared: Any) -> Any:
     """Routed plus shared experts; the shared ones have weight 1.  routed (B, S, D), shared (B, S, D) or None -> (B,
     S, D).

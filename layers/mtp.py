@@ -22,30 +22,38 @@ def _window(x: Any) -> Any:
     return x[:, :-1]
 
 
-hidden = stage("mtp.hidden", eq="R eq 21: h_i^(k-1)", shape="B S-k D")(_window)
-positions = stage("mtp.positions", eq="R eq 22: i = 1..T-k", shape="B S-k", compare="exact")(_window)
-valid = stage("mtp.valid", eq="R eq 22 (padding is no token)", shape="B S-k", compare="exact")(_window)
-documents = stage("mtp.documents", eq="R eq 22; 5.1 (sample masking)", shape="B S-k", compare="exact")(_window)
+hidden = stage("mtp.hidden", what="hidden of the depth before, cut", eq="R eq 21: h_i^(k-1)", shape="B S-k D")(_window)
+positions = stage("mtp.positions", what="positions, cut", eq="R eq 22: i = 1..T-k", shape="B S-k", compare="exact")(
+    _window
+)
+valid = stage("mtp.valid", what="padding, cut", eq="R eq 22 (padding is no token)", shape="B S-k", compare="exact")(
+    _window
+)
+documents = stage(
+    "mtp.documents", what="documents, cut", eq="R eq 22; 5.1 (sample masking)", shape="B S-k", compare="exact"
+)(_window)
 
 
-@stage("mtp.emb", eq="R eq 21: Emb(t_(i+k))", shape="B S-k D")
+@stage("mtp.emb", what="embedding of the token k ahead", eq="R eq 21: Emb(t_(i+k))", shape="B S-k D")
 def emb(tokens: Array, w: Any, *, depth: int) -> Any:
     """Embedding of the token `depth` ahead.  tokens (B, S) int, w (V, D) -> (B, S-k, D)."""
     return ops.take_rows(w, tokens[:, depth:])
 
 
-hnorm = stage("mtp.hnorm", eq="R eq 21", shape="B S-k D")(rms_norm)
-enorm = stage("mtp.enorm", eq="R eq 21", shape="B S-k D")(rms_norm)
-norm = stage("mtp.norm", eq="R eq 23 (before the shared head)", shape="B S-k D")(rms_norm)
+hnorm = stage("mtp.hnorm", what="normalised hidden", eq="R eq 21", shape="B S-k D")(rms_norm)
+enorm = stage("mtp.enorm", what="normalised embedding", eq="R eq 21", shape="B S-k D")(rms_norm)
+norm = stage("mtp.norm", what="input of the shared head, h^k", eq="R eq 23 (before the shared head)", shape="B S-k D")(
+    rms_norm
+)
 
 
-@stage("mtp.cat", eq="R eq 21", shape="B S-k 2D")
+@stage("mtp.cat", what="embedding and hidden side by side", eq="R eq 21", shape="B S-k 2D")
 def cat(embedding: Any, hidden: Any, *, hidden_first: bool) -> Any:
     """[emb; hidden], or the order R prints.  embedding (B, S, D), hidden (B, S, D) -> (B, S, 2 D)."""
     return ops.concat([hidden, embedding] if hidden_first else [embedding, hidden])
 
 
-@stage("mtp.proj", eq="R eq 21: M_k", shape="B S-k D")
+@stage("mtp.proj", what="input of the module's layer", eq="R eq 21: M_k", shape="B S-k D")
 def proj(x: Any, w: Any) -> Any:
     """M_k x.  x (B, S, 2 D), w (D, 2 D) -> (B, S, D)."""
     return nn_ops.linear(x, w)

@@ -30,7 +30,12 @@ def _fake_quant(x: Array, scale: Array, *, bits: int) -> Result:
     return (np.clip(q, -top, top) * scale).astype(x.dtype), (vjp_x, None)
 
 
-@stage("int8.fake_quant", eq="Jacob et al. 2018, section 3 (arXiv 1712.05877)", shape="B S D")
+@stage(
+    "int8.fake_quant",
+    what="values on an INT8 grid (described in articles, not in V3)",
+    eq="Jacob et al. 2018, section 3 (arXiv 1712.05877)",
+    shape="B S D",
+)
 def fake_quant(x: Any, scale: Array, *, bits: int = 8) -> Any:
     """x on the symmetric integer grid of `bits` bits, in training; the gradient goes straight through where nothing was
     clipped and is zero elsewhere.  x (B, S, D), scale (B, S, 1) -> (B, S, D).
@@ -39,14 +44,24 @@ def fake_quant(x: Any, scale: Array, *, bits: int = 8) -> Any:
     return _fake_quant(x, scale, bits=bits)
 
 
-@stage("int8.scale", eq="Jacob et al. 2018, section 3 (arXiv 1712.05877)", shape="B S 1")
+@stage(
+    "int8.scale",
+    what="INT8 scale of a row (described in articles, not in V3)",
+    eq="Jacob et al. 2018, section 3 (arXiv 1712.05877)",
+    shape="B S 1",
+)
 def amax_scale(x: Array, *, bits: int = 8) -> Array:
     """max |x| / (2^(bits-1) - 1) per row; a row of zeros gets 1.  x (B, S, D) -> (B, S, 1)."""
     amax = np.abs(x).max(axis=-1, keepdims=True)
     return np.where(amax == 0, 1, amax / (2 ** (bits - 1) - 1)).astype(x.dtype)
 
 
-@stage("int8.mixed_linear", eq="Dettmers et al. 2022, section 3 (arXiv 2208.07339)", shape="B S F")
+@stage(
+    "int8.mixed_linear",
+    what="LLM.int8()'s product (described in articles, not in V3)",
+    eq="Dettmers et al. 2022, section 3 (arXiv 2208.07339)",
+    shape="B S F",
+)
 def mixed_linear(x: Any, w: Any, *, threshold: float = 6.0) -> Any:
     """y = x wT: input channels that anywhere exceed `threshold` in full precision, the others as INT8 with one scale per row of
     x and per row of w.  x (B, S, D), w (F, D) -> (B, S, F).

@@ -101,7 +101,12 @@ def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
     return freq / yarn.factor * ramp + freq * (1 - ramp)
 
 
-@stage("mla.rope_tables", eq="R 2.1.1 (RoPE), 4.3 (YaRN)", shape="2 B S Dr/2")
+@stage(
+    "mla.rope_tables",
+    what="cos, then sin, of every position and frequency",
+    eq="R 2.1.1 (RoPE), 4.3 (YaRN)",
+    shape="2 B S Dr/2",
+)
 def rope_tables(positions: Array, *, dim: int, theta: float, yarn: RopeScaling | None, dtype: Any) -> Array:
     """cos and sin of position times frequency.  positions (B, S) int -> (2, B, S, Dr/2).
 

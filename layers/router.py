@@ -23,25 +23,27 @@ def top_k(x: Array, k: int) -> Array:
     return np.argsort(-x, axis=-1, kind="stable")[..., :k]
 
 
-@stage("router.logits", eq="R eq 15, inside the sigmoid", shape="B S E")
+@stage("router.logits", what="affinities before the sigmoid", eq="R eq 15, inside the sigmoid", shape="B S E")
 def logits(x: Any, w: Any) -> Any:
     """u e_i for every expert.  x (B, S, D), w (E, D) -> (B, S, E)."""
     return nn_ops.linear(x, w)
 
 
-@stage("router.scores", eq="R eq 15", shape="B S E")
+@stage("router.scores", what="affinities s", eq="R eq 15", shape="B S E")
 def scores(z: Any, *, func: Literal["sigmoid", "softmax"]) -> Any:
     """s = sigmoid(z) (V3), or softmax over all experts (V2).  z (B, S, E) -> (B, S, E)."""
     return nn_ops.sigmoid(z) if func == "sigmoid" else nn_ops.softmax(z)
 
 
-@stage("router.choice", eq="R eq 16: s + b", shape="B S E")
+@stage("router.choice", what="affinities plus bias: what is chosen by", eq="R eq 16: s + b", shape="B S E")
 def choice(s: Array, b: Array) -> Array:
     """What the selection looks at, and nothing else does.  s (B, S, E), b (E,) -> (B, S, E); no gradient."""
     return data_of(s) + data_of(b)
 
 
-@stage("router.group_scores", eq="R 2.1.2 (node-limited routing)", shape="B S G")
+@stage(
+    "router.group_scores", what="score of every group of experts", eq="R 2.1.2 (node-limited routing)", shape="B S G"
+)
 def group_scores(a: Array, *, n_group: int, best: int) -> Array:
     """Sum of the `best` (V3: 2, V2: 1) highest affinities of each group of consecutive experts.  a (B, S, E) -> (B,
     S, G).
@@ -50,13 +52,13 @@ def group_scores(a: Array, *, n_group: int, best: int) -> Array:
     return grouped[..., -best:].sum(axis=-1)
 
 
-@stage("router.groups", eq="R 2.1.2 (at most M nodes)", shape="B S M", compare="set")
+@stage("router.groups", what="groups that are kept", eq="R 2.1.2 (at most M nodes)", shape="B S M", compare="set")
 def groups(a: Array, *, topk_group: int) -> Array:
     """The groups with the highest scores.  a (B, S, G) -> (B, S, topk_group) int."""
     return top_k(a, topk_group)
 
 
-@stage("router.ids", eq="R eq 16", shape="B S K", compare="set")
+@stage("router.ids", what="chosen experts", eq="R eq 16", shape="B S K", compare="set")
 def ids(a: Array, kept: Array | None, *, k: int, n_group: int, fill: float) -> Array:
     """The top-k experts among the kept groups, best first; others count as `fill`.  a (B, S, E), kept (B, S, M) or
     None -> (B, S, K) int.
@@ -69,7 +71,7 @@ def ids(a: Array, kept: Array | None, *, k: int, n_group: int, fill: float) -> A
     return top_k(a, k)
 
 
-@stage("router.weights", eq="R eqs 12-13", shape="B S K")
+@stage("router.weights", what="gating values g of the chosen experts", eq="R eqs 12-13", shape="B S K")
 def weights(s: Any, ids: Array, *, normalise: bool, eps: float, scale: float) -> Any:
     """g_k = scale s_k / sum over the selected s, from the unbiased scores.  s (B, S, E), ids (B, S, K) -> (B, S, K).
 
@@ -81,13 +83,19 @@ def weights(s: Any, ids: Array, *, normalise: bool, eps: float, scale: float) ->
     return g * scale
 
 
-@stage("router.counts", eq="R 2.1.2 (expert load)", shape="E", compare="exact")
+@stage("router.counts", what="tokens of every expert", eq="R 2.1.2 (expert load)", shape="E", compare="exact")
 def counts(ids: Array, *, n_experts: int) -> Array:
     """Tokens each expert received in the batch.  ids (B, S, K) -> (E,) int."""
     return np.bincount(ids.reshape(-1), minlength=n_experts)
 
 
-@stage("router.bias_update", eq="R 2.1.2 (auxiliary-loss-free)", shape="E", tap="router.bias")
+@stage(
+    "router.bias_update",
+    what="selection bias after the step",
+    eq="R 2.1.2 (auxiliary-loss-free)",
+    shape="E",
+    tap="router.bias",
+)
 def bias_update(b: Array, load: Array, *, gamma: float, zero_sum: bool) -> Array:
     """b + gamma for underloaded, b - gamma for overloaded experts, b at exactly the mean.  b (E,), load (E,) int ->
     (E,).
@@ -96,7 +104,7 @@ def bias_update(b: Array, load: Array, *, gamma: float, zero_sum: bool) -> Array
     return (b + (step - step.mean() if zero_sum else step)).astype(b.dtype)
 
 
-@stage("loss.seq_aux", eq="R eqs 17-20", shape="")
+@stage("loss.seq_aux", what="sequence-wise balance loss", eq="R eqs 17-20", shape="")
 def seq_aux(s: Any, routed: Array | None, *, k: int, alpha: float) -> Any:
     """alpha sum_i f_i P_i per sequence, averaged over the batch.  s (B, S, E), routed (B, S, K) or None -> ().
 

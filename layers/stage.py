@@ -24,10 +24,13 @@ STAGES: dict[str, Stage] = {}
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A named pure function: `fn(*arrays, **static) -> array`, its place in the report, how its output is compared."""
+    """A named pure function: `fn(*arrays, **static) -> array`, what it gives, its place in the report, how its output is
+    compared.
+    """
 
     name: str
     fn: Callable[..., Any]
+    what: str
     eq: str
     compare: Compare
     shape: str
@@ -57,16 +60,16 @@ _at: ContextVar[str] = ContextVar("at", default="fwd")
 
 
 def stage(
-    name: str, *, eq: str, shape: str, compare: Compare = "value", tap: str | None = None
+    name: str, *, what: str, eq: str, shape: str, compare: Compare = "value", tap: str | None = None
 ) -> Callable[[Callable[..., Any]], Stage]:
-    """Give a pure function its place: name, equation or section of R, output shape in letters, comparison class.
+    """Give a pure function its place: name, output in words, equation or section of R, shape in letters, comparison class.
 
     `tap` is for a second form of a quantity (absorbed attention's scores): another stage, the same tap.
     """
 
     def define(fn: Callable[..., Any]) -> Stage:
         assert name not in STAGES, f"stage {name} is defined twice"
-        STAGES[name] = Stage(name, fn, eq, compare, shape, tap or name)
+        STAGES[name] = Stage(name, fn, what, eq, compare, shape, tap or name)
         return STAGES[name]
 
     return define

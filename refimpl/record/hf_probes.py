@@ -6,6 +6,7 @@ longer calls, is noticed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,15 @@ def _minus_inf(x: Any) -> Any:
     return x.masked_fill(x <= torch.finfo(x.dtype).min / 2, -torch.inf)
 
 
+_SIDE: dict[Pick, str] = {
+    _in: "input",
+    _mask: "attention_mask",
+    _q_rope: "last Dr channels of the first factor",
+    _k_rope: "last Dr channels of the second factor",
+}
+"""What of a call is taken, where it is not what the call gives."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """Where a tap is seen: at a module, or (`function`) at the nth call of a function while that module runs."""
@@ -80,6 +90,13 @@ class Probe:
     pick: Pick
     function: str | None = None
     nth: int = 0
+
+    @property
+    def where(self) -> str:
+        """The same in words, without the layer: `input of matmul 2 in self_attn`."""
+        module = re.sub(r"(model\.)?layers\.\d+\.?", "", self.module) or "layers.i"
+        call = f"{self.function} {self.nth + 1} in {module}" if self.function else module
+        return f"{_SIDE[self.pick]} of {call}" if self.pick in _SIDE else call
 
 
 _ENDS = (

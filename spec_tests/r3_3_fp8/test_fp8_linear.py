@@ -5,7 +5,7 @@ import pytest
 
 from refimpl import Impl
 from refimpl.autograd import Parameter, Tensor, backward, expert_ops, nn_ops
-from refimpl.cli.main import main
+from refimpl.cli import main
 from refimpl.layers import STAGES
 from refimpl.layers.fp8 import BLOCK, EXACT, POWER_OF_TWO, Fp8
 from refimpl.layers.numerics.formats import E5M6

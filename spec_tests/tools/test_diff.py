@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.autograd import SpecError, nn_ops, ops
-from refimpl.cli.main import main
+from refimpl.cli import main
 from refimpl.diff import Case, Header, Trace, render, summary, to_json
 from refimpl.diff.judge import judge
 from refimpl.layers import PRESETS, STAGES

@@ -18,6 +18,9 @@ from refimpl.record import hf, hf_load, hf_probes, hf_taps
 from refimpl.record.hf_bugs import BUGS, injected
 from refimpl.record.torch_arrays import one_thread
 
+from .test_taps import example
+from .tree import in_repository
+
 TINY = pathlib.Path(refimpl.__file__).parent / "cases" / "tiny"
 COMMITTED = {
     "hf-float32": {},
@@ -233,3 +236,17 @@ def test_unknown_options_are_refused(options, complaint, tmp_path):
     with pytest.raises(SpecError, match=complaint):
         hf.record(TINY, tmp_path / "t.safetensors", **options)
     assert not list(tmp_path.iterdir())
+
+
+@in_repository
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_torch_example_of_the_page_of_taps_writes_a_sound_trace(dtype, tmp_path):
+    """Catches a page that nobody could have followed: the code as printed, run on the model that it speaks of."""
+    case = Case.read(TINY)
+    with one_thread():
+        net = hf_load.load_model(case.raw_config, case.weights(), dtype)
+        example("torch")["record"](net, TINY, str(tmp_path / "t.safetensors"), dtype)
+    trace = Trace.read(tmp_path / "t.safetensors")
+    assert len(trace.taps) == 4 * case.config.num_hidden_layers + 1 and trace.taps["fwd/logits"].dtype.name == dtype
+    if dtype == "float32":
+        assert judge(case, trace).verdict == "CONFORMS"
