@@ -2,8 +2,8 @@
 
 A rank program is plain blocking code, `f(comm, ...)`, the same source on the simulator (`simulator.spmd`) and on MPI
 (`python -m refimpl.parallel_emulation`); its one claim is always the same: W ranks give what one rank gives, bitwise where
-the order of summation is fixed. Reading order: comm, simulator, collectives, duals; tensor_parallel, expert_parallel,
-data_parallel; schedule, dualpipe, schedule_check, timeline, pipeline_executor; eplb; scale. The single-rank model in
+the order of summation is fixed. Reading order: comm (communicator, simulator), collectives (collectives, duals), axes (tensor,
+expert, data, mesh), pipeline (schedule, dualpipe, checker, timeline, executor), eplb, cost. The single-rank model in
 `refimpl.layers` never imports this package.
 """
 

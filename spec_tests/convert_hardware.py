@@ -1,4 +1,4 @@
-"""Make the file of measured GPU outputs that test_3_3_tensor_core_hardware.py reads.
+"""Make the file of measured GPU outputs that r3_3_fp8/test_tensor_core_hardware.py reads.
 
     python -m refimpl.spec_tests.convert_hardware MODEL_VALIDATION OUT.npz
 

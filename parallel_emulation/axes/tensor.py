@@ -1,9 +1,9 @@
 """Tensor parallelism: attention heads and feed-forward channels split over the ranks of `tp`.
 
-V3 was trained without it (R 3.2); its attention is served with it (R 3.4: TP4, with `sequence_parallel`). The first
+V3 was trained without it (R 3.2); its attention is served with it (R 3.4: TP4, with `sequence`). The first
 matrix by columns, the second by rows, one all-reduce behind them; each function reads as the serial layer plus its
 communication lines. F_tp is my share of F, `partial over tp` a sum that is not yet taken over the ranks. A module to be
-run here is my slice of a whole one: `shard_attention`, `shard_mlp`. The vocabulary is in `vocabulary_parallel`.
+run here is my slice of a whole one: `shard_attention`, `shard_mlp`. The vocabulary is in `vocabulary`.
 
 Replicated tensors (x, the latents, weights that are not split) are whole on every rank, and so are their gradients.
 Results equal the serial layer's up to the order of sums: over K channels there is one sum of K terms there, and here one

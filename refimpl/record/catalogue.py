@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from refimpl.autograd.tensor import Array, data_of
+from refimpl.autograd.tensor import data_of
 from refimpl.diff import Case
 from refimpl.diff.dims import shape_of
 from refimpl.layers import PRESETS, STAGES, Config, Recorder, observing
 from refimpl.layers.mla import Attend
+from refimpl.layers.router import bias_update, counts
 from refimpl.layers.stage import Call, Stage, phase
 from refimpl.model import Cache, ForCausalLM, introduce
 
@@ -120,12 +121,13 @@ def _model(c: Config, n_mtp: int) -> ForCausalLM:
 
 
 def _forward(
-    c: Config, *, n_mtp: int, attend: Attend, cache: Cache | None = None, **given: Array
+    c: Config, *, n_mtp: int, attend: Attend, cache: Cache | None = None, packed: bool = False
 ) -> tuple[list[Call], dict[str, Kind]]:
-    """A run under a recorder -> its program, and the dtype class of every tap."""
+    """A run under a recorder -> its program, and the dtype class of every tap. `packed`: padding and documents are given."""
     model, recorder = _model(c, n_mtp), Recorder()
     tokens = np.zeros((1, n_mtp + 2), np.int64)
-    inputs = model.inputs(tokens, cache=cache, **dict.fromkeys(given, tokens + 1))
+    ones = np.ones_like(tokens) if packed else None
+    inputs = model.inputs(tokens, valid=ones, documents=ones, cache=cache)
     introduce(recorder, model, inputs, cache)
     with observing(recorder):
         model(inputs, cache, with_mtp=bool(n_mtp), attend=attend)
@@ -143,20 +145,15 @@ def _kinds(recorder: Recorder) -> dict[str, Kind]:
 
 def _runs() -> Iterator[tuple[list[Call], dict[str, Kind]]]:
     """Runs that between them call every stage of the model: both attentions, padding and documents, cache, MTP, losses, update."""
-    c, both = (
-        smallest(PRESETS["tiny"].replace(num_nextn_predict_layers=1)),
-        {"valid": np.ones(0), "documents": np.ones(0)},
-    )
-    yield _forward(c, n_mtp=1, attend="expanded", **both)
+    c, ones = smallest(PRESETS["tiny"].replace(num_nextn_predict_layers=1)), np.ones((1, 2), np.int64)
+    yield _forward(c, n_mtp=1, attend="expanded", packed=True)
     model = _model(c, 0)
-    first = model(model.inputs(np.zeros((1, 2), np.int64), valid=np.ones((1, 2), int), documents=np.ones((1, 2), int)))
-    yield _forward(c, n_mtp=0, attend="absorbed", cache=first.cache, **both)
+    first = model(model.inputs(ones, valid=ones, documents=ones))
+    yield _forward(c, n_mtp=0, attend="absorbed", cache=first.cache, packed=True)
     yield _losses(c)
 
 
 def _losses(c: Config) -> tuple[list[Call], dict[str, Kind]]:
-    from refimpl.layers.router import bias_update, counts
-
     model, recorder, tokens = _model(c, 1), Recorder(), np.zeros((1, 4), np.int64)
     inputs = model.inputs(tokens, labels=tokens)
     introduce(recorder, model, inputs)
@@ -164,5 +161,6 @@ def _losses(c: Config) -> tuple[list[Call], dict[str, Kind]]:
         out = model.forward_and_loss(inputs, mtp_weight=1.0, aux_weight=1.0)
         with phase("upd"):
             load = counts(out.routing["L1"].ids, n_experts=c.n_routed_experts)
-            bias_update(model.model.layers[1].mlp.gate.e_score_correction_bias, load, gamma=1.0, zero_sum=False)
+            bias = dict(model.named_weights())["model.layers.1.mlp.gate.e_score_correction_bias"]
+            bias_update(bias, load, gamma=1.0, zero_sum=False)
     return recorder.program, _kinds(recorder)

@@ -1,4 +1,4 @@
-"""Rank programs that run unchanged on the simulator and under mpiexec; test_3_2_mpi.py compares the two bit for bit.
+"""Rank programs that run unchanged on the simulator and under mpiexec; test_mpi.py compares the two bit for bit.
 
 Each takes the communicator and returns everything it computed. They use all dtypes, uneven and empty pieces, groups in
 odd orders, and arithmetic whose result depends on the order of summation.

@@ -1,4 +1,4 @@
-"""The engine on arrays that are not NumPy's: the same code runs on CuPy. See duck.py.
+"""The engine on arrays that are not NumPy's: the same code runs on CuPy. See cases/duck.py.
 
 Catches `np.asarray` and its kin, index arrays made on the wrong side, and scalars where CuPy has
 0-d arrays. What it cannot show is a NumPy function that CuPy lacks.

@@ -1,4 +1,4 @@
-"""The checker of test_autograd_ops.py is checked: a wrong vjp must not pass."""
+"""The checker of test_ops.py is checked: a wrong vjp must not pass."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The whole model on arrays that are not NumPy's (duck.py): weights and tokens decide where it runs."""
+"""The whole model on arrays that are not NumPy's (cases/duck.py): weights and tokens decide where it runs."""
 
 import numpy as np
 import pytest

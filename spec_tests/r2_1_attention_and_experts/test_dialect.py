@@ -54,7 +54,7 @@ def latent_norm_eps(value):
 
 
 def topk_denominator_eps(value):
-    """Only if the selected scores vanish; 0/0 in test_stages_router.py, 1e-30 here."""
+    """Only if the selected scores vanish; 0/0 in test_router.py, 1e-30 here."""
     gate = gate_of(dialect=Dialect(topk_denominator_eps=value))
     return gate(np.full((1, 1, 12), -60.0)).weights
 

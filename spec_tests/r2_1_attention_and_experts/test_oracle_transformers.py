@@ -1,7 +1,7 @@
 """The oracle against transformers itself on random models (needs torch and transformers; slow).
 
 The recordings in golden/ fix a handful of settings; this draws them. `pip install .[interop]`, then
-`pytest -m slow spec_tests/test_oracle_transformers.py`.
+`pytest -m slow spec_tests/r2_1_attention_and_experts/test_oracle_transformers.py`.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The codecs and quantisers on arrays that are not NumPy's: the same lines serve CuPy. See duck.py."""
+"""The codecs and quantisers on arrays that are not NumPy's: the same lines serve CuPy. See cases/duck.py."""
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ from refimpl.spec_tests.strategies.models import make_weights
 from refimpl.spec_tests.strategies.primitives import CASES, primitives
 
 OPS = primitives()
-UNSHAPED = {  # their values are compared with loops, shape and all, in test_autograd_ops.py
+UNSHAPED = {  # their values are compared with loops, shape and all, in engine/test_ops.py
     "sum": "the result's shape is the setting's",
     "reshape": "the result's shape is the setting's",
     "broadcast": "the result's shape is the setting's",

@@ -24,6 +24,29 @@ def test_ci_runs_exactly_the_commands_of_the_readme():
     assert list(in_readme) == in_ci == ["main", "tests"]
 
 
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/*.md",
+    "benchmarks/README.md",
+    "spec_tests/golden/README.md",
+    "refimpl/cases/*/README.md",
+]
+
+
+def test_every_file_that_a_page_names_exists():
+    """Catches a page that still sends the reader to where a file was before it moved."""
+    folders = "autograd|layers|parallel_emulation|refimpl|spec_tests|benchmarks|docs"
+    gone = {
+        f"{page.relative_to(ROOT)}: {name}"
+        for pattern in PAGES
+        for page in ROOT.glob(pattern)
+        for name in re.findall(rf"\b(?:{folders})/[\w./*-]*\w", page.read_text(encoding="utf-8"))
+        if not list(ROOT.glob(name))
+    }
+    assert not gone
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,8 +1,8 @@
 """Block-scaled tensor cores (Blackwell tcgen05 and RTX Blackwell), in integers: mxf8f6f4, mxf4, nvf4.
 
-The rule is tensor_core.py's, with the scales inside, before the addends are aligned; the accumulator is never scaled.
+The rule is text.py's, with the scales inside, before the addends are aligned; the accumulator is never scaled.
 mxf8f6f4 only adds the scales' exponents to each product's. The FP4 instructions first sum groups of 16 products
-exactly; a group is one addend, and its exponent is that of its two scales alone. `tensor_core_fast.mxf8f6f4` gives the
+exactly; a group is one addend, and its exponent is that of its two scales alone. `fast.mxf8f6f4` gives the
 same bits faster. Source: MMA-Sim (arXiv 2511.10909); measured outputs of these three instructions are not at hand.
 """
 

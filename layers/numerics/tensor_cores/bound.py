@@ -5,7 +5,7 @@
 A_g and B_g are the largest magnitudes of the two tiles of group g (not below the quantiser's clamp), n_g its length. The
 first term carries every rounding that is relative to a number, the second what is lost below the smallest normal code
 of a tile. Nothing statistical: errors of random data add up like sqrt(K) and stay far below; constructed data come
-within a factor of two (spec_tests/test_3_3_error_bound.py has both).
+within a factor of two (spec_tests/r3_3_fp8/test_error_bound.py has both).
 
 Where the coefficients come from, with u = r / (1 + r), r = 2^-(fraction bits + 1) of the format, and v = 2^-24:
 

@@ -1,4 +1,4 @@
-"""The fast form of tensor_core.py: the same bits from BLAS and whole-array operations, proven equal by the tests.
+"""The fast form of text.py: the same bits from BLAS and whole-array operations, proven equal by the tests.
 
 Ideas, in order of effect:
 
@@ -6,8 +6,8 @@ Ideas, in order of effect:
   2^(B (e_a + e_b)) has the exponent B max(e_a + e_b) + r with 0 <= r < B as long as there are at most 2^(B-1) products,
   so one small GEMM gives E for all outputs, whatever the order in which the BLAS adds.
 * Then every product is scaled by 2^(F - E), truncated and summed. For F = 13 the integers and their sums fit in float32
-  (tensor_core_narrow.py), where any order of summation gives the same bits; for F >= 23 they fit in float64, where
-  moreover many outputs lose nothing, and one GEMM gives their sum (tensor_core_wide.py).
+  (narrow.py), where any order of summation gives the same bits; for F >= 23 they fit in float64, where
+  moreover many outputs lose nothing, and one GEMM gives their sum (wide.py).
 * np.setbufsize(16): the buffer of NumPy's ufunc iterator would otherwise be used to copy broadcast operands (2 x).
 
 Memory is bounded by blocks: some ten megabytes beside operands and result, and a copy of the result if it is tall or holds
@@ -45,7 +45,7 @@ def tensor_core_matmul(a: Codes, b: Codes, c: NDArray[Any], *, arch: str, fmt: s
     for "bf16" and "f16"; uint32 for "tf32"; or arrays of the dtype itself. c and d are float32, or float16 where the
     machine has float16 accumulators. `arch` is "hopper", "ada", "ampere", "blackwell", "volta" or "turing". Leading
     axes broadcast, and c broadcasts to (M, N). Raises SpecError naming the operand whose dtype, shape or codes are
-    wrong, and for a pair (arch, fmt) that does not exist. `tensor_core.tensor_core_matmul` says what the bits are.
+    wrong, and for a pair (arch, fmt) that does not exist. `text.tensor_core_matmul` says what the bits are.
     """
     m, a, b, d = integer.operands(a, b, c, arch, fmt)
     if d.shape[-2] * d.shape[-1] <= TINY:

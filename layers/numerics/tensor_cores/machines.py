@@ -1,4 +1,4 @@
-"""Tensor cores as data: the bit fields of a code, and four numbers per machine. The rule is in tensor_core.py.
+"""Tensor cores as data: the bit fields of a code, and four numbers per machine. The rule is in text.py.
 
 Sources: MMA-Sim (arXiv 2511.10909); Khattak and Mikaitis, arXiv 2512.07004; measured H100, L40S, Ada and B200 outputs
 (docs/tensor_core.md says which row was held against which hardware).

@@ -11,7 +11,7 @@ A tensor core computes d = c + sum_k a_k b_k in steps of L products. One step:
 7. specials   infinities and NaN as IEEE has them, the NaN being 0x7fffffff; a zero is always +0
 
 and a longer K is a chain of steps in the order of k. `step` is the text of it, each rule a function above it.
-`tensor_core_fast` computes the same bits, faster. Sources: machines.py; the report's "14 bits" (R 3.3.2) are 1 + F.
+`fast` computes the same bits, faster. Sources: machines.py; the report's "14 bits" (R 3.3.2) are 1 + F.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def chain(a: Codes, b: Codes, c: Codes, m: Machine, shift: Ints | None = None) -
 def tensor_core_matmul(a: Codes, b: Codes, c: NDArray[Any], *, arch: str, fmt: str) -> NDArray[Any]:
     """d = c + a bᵀ as the tensor core computes it.  a (..., M, K), b (..., N, K), c (..., M, N) -> d (..., M, N).
 
-    Arguments, errors and bits are those of `tensor_core_fast.tensor_core_matmul`; this is the text that it is held to.
+    Arguments, errors and bits are those of `fast.tensor_core_matmul`; this is the text that it is held to.
     """
     return matmul_codes(*operands(a, b, c, arch, fmt))
 
