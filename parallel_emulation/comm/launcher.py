@@ -29,6 +29,7 @@ from .report import source_line
 from .simulator import spmd
 from .wire import digest
 
+_COMMAND = "refimpl.parallel_emulation"  # the command line that `run` starts once per rank
 _MARK, _WIDTH = "refimpl-rank ", 160
 _LATE = "time is up: rank "
 _START, _GRACE = 30.0, 2.0  # seconds for n Pythons to start; for the last words of all ranks
@@ -74,7 +75,7 @@ def launch(
     """
     for name in names:
         load(name)  # a misspelt name is an error here, not n tracebacks
-    program = [sys.executable, "-m", "mpi4py", "-m", __package__, "rank", f"--timeout={timeout}"]
+    program = [sys.executable, "-m", "mpi4py", "-m", _COMMAND, "rank", f"--timeout={timeout}"]
     command = [*mpiexec_command(n, mpiexec), *program, ",".join(names), *args]
     code, out, err = _run(command, timeout)
     lines = [line.removeprefix(_MARK) for line in out.splitlines() if line.startswith(_MARK)]
