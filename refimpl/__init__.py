@@ -6,13 +6,12 @@ import importlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from refimpl.version import __version__ as __version__
-
 if TYPE_CHECKING:
     from refimpl.autograd import Parameter, SpecError, Tensor, backward
     from refimpl.checkpoint import Checkpoint
     from refimpl.layers import PRESETS, STAGES, Config, Dialect, Recorder, observing
     from refimpl.model import Cache, ForCausalLM, Impl
+    from refimpl.version import __version__ as __version__
 
 _here = pathlib.Path(__file__).resolve().parent
 if not (_here / "layers").is_dir():  # a bare clone: the sub-packages are this folder's siblings (see pyproject.toml)
@@ -31,6 +30,7 @@ _HOME = {
     "STAGES": "refimpl.layers",
     "SpecError": "refimpl.autograd",
     "Tensor": "refimpl.autograd",
+    "__version__": "refimpl.version",
     "backward": "refimpl.autograd",
     "observing": "refimpl.layers",
 }
