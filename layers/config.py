@@ -46,6 +46,13 @@ class Dialect:
     bias_update: Literal["sign", "zero_sum"] = "sign"
     """b += gamma*sign(mean load - load) (MG; R 2.1.2), or the same with its mean subtracted (TT)."""
 
+    @staticmethod
+    def choices() -> dict[str, tuple[Any, ...]]:
+        """Point -> the values that implementations use."""
+        hints = get_type_hints(Dialect)
+        numbers = {"latent_norm_eps": (1e-6, None), "topk_denominator_eps": (1e-20, 0.0)}
+        return {name: numbers.get(name) or get_args(hint) for name, hint in hints.items()}
+
 
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import STAGES
 
 from . import tolerance
+from .replay import Step
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the
-    distance to our own run, drift and all.
+    """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the distance to
+    our own run, drift and all; `region` the stages that were computed for it, its own last; `open` says that rounding alone
+    could have changed the experts of every token, so that nothing was compared.
     """
 
     tap: str
@@ -26,15 +28,23 @@ class Finding:
     allowed: float = 0.0
     note: str = ""
     chained: float = float("nan")
+    region: tuple[str, ...] = ()
+    open: bool = False
 
 
-def unusable(x: Array, ours: Array, limit: int | None) -> str:
-    """What keeps a recorded tap from being an input of a replay, or "": another shape, another kind of numbers, ids that name
-    nothing (`limit` of them exist).
+@dataclass(frozen=True)
+class Units:
+    """Roundoff of what a tap is kept in, the stages that were computed for it, and the coarsest roundoff among them."""
+
+    own: float
+    region: float
+    stages: tuple[str, ...]
+
+
+def unusable(x: Array, integers: bool, limit: int | None) -> str:
+    """What keeps a recorded tap from being an input of a replay, or "": another kind of numbers, ids that name nothing
+    (`limit` of them exist).
     """
-    if x.shape != ours.shape:
-        return f"shape {x.shape}, expected {ours.shape}"
-    integers = ours.dtype.kind in "iu"
     if integers != (x.dtype.kind in "iu") or x.dtype.kind == "b":
         return f"dtype {x.dtype}, expected {'integers' if integers else 'floating-point numbers'}"
     if limit is not None and x.size and (int(x.min()) < 0 or int(x.max()) >= limit):
@@ -42,27 +52,74 @@ def unusable(x: Array, ours: Array, limit: int | None) -> str:
     return ""
 
 
-def compare(call: Call, x: Array, exact: Array, twins: list[Array], chained: Array) -> Finding:
-    """x is the candidate's tap, `exact` its stage in float64 on the same inputs, `twins` the same at its precision."""
-    kind = STAGES[call.stage].compare
+def compare(step: Step, x: Array, units: Units, rows: slice | None = None) -> Finding:
+    """x is the candidate's tap; `rows` the positions that x holds, None for all."""
+    call, kind = step.call, STAGES[step.call.stage].compare
+    exact, chained = (a if rows is None else a[:, rows] for a in (step.exact, step.chained))
+    settled = _settled(step, exact, rows)
+    if settled is not None and not settled.any():
+        return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "set":
-        return _sets(call, x, exact, chained)
+        return _sets(step, x, exact, chained, settled)
     if kind == "exact":
         wrong = int((x != exact).sum())
         note = f"{wrong} of {x.size} elements differ" if wrong else ""
         return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
-    y = x.astype(np.float64)
-    family = max(tolerance.worst(t, exact) for t in twins)
-    limit = tolerance.allowed(call.stage, x.dtype.name, family)
-    error, drift = tolerance.worst(y, exact), tolerance.worst(y, chained)
-    note = "" if error <= limit else _describe(y, exact, limit)
-    return Finding(call.tap, call.stage, error <= limit, error, family, limit, note, drift)
+    return _values(step, x, exact, chained, settled, units, rows)
 
 
-def _sets(call: Call, x: Array, exact: Array, chained: Array) -> Finding:
-    """Unordered along the last axis; the error is the share of tokens that chose others."""
+def _settled(step: Step, like: Array, rows: slice | None) -> Array | None:
+    """Which rows (all axes but the last) are beyond doubt, None if all are."""
+    if step.unsettled is None:
+        return None
+    doubt = step.unsettled if rows is None else step.unsettled[:, rows]
+    lead = like.shape[:-1] or (1,)
+    axes = STAGES[step.call.stage].shape.split()[:-1]
+    if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
+        doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
+    elif axes == ["B", "H", "S"]:
+        doubt = doubt[:, None]
+    else:  # dispatched rows belong to tokens that the choice itself decides
+        doubt = np.array(doubt.any())
+    return ~np.broadcast_to(doubt, lead)
+
+
+def _values(
+    step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, rows: slice | None
+) -> Finding:
+    """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
+    call, family, leans = step.call, 0.0, 0.0
+    found = tolerance.distance(call.stage, x, e, settled)
+    limit = tolerance.allowed(call.stage, units.own, 0.0)
+    upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
+    twins = step.twins()
+    while not (ok := found.worst <= limit and found.lean <= upright):  # only now is a twin worth its cost
+        twin = next(twins, None)
+        if twin is None:
+            break
+        its = tolerance.distance(call.stage, twin if rows is None else twin[:, rows], e, settled)
+        family, leans = max(family, its.worst), max(leans, its.lean)
+        limit = tolerance.allowed(call.stage, units.own, family)
+        upright = tolerance.allowed_lean(units.stages, units.region, leans)
+    note = "" if ok else _describe(call.stage, x, e, limit)
+    return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, _drift(x, chained))
+
+
+def _drift(x: Array, ours: Array) -> float:
+    """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
+    x, ours = (
+        np.where(np.isfinite(a) & (a > tolerance.MASKED), a, 0).astype(np.float32, copy=False) for a in (x, ours)
+    )
+    return float(np.linalg.norm(x - ours)) / max(float(np.linalg.norm(ours)), 1e-300)
+
+
+def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | None) -> Finding:
+    """Unordered along the last axis; the error is the share of tokens that chose others where rounding leaves no choice."""
+    call = step.call
     x, exact, chained = (np.sort(a, axis=-1) for a in (x, exact, chained))
     wrong = (x != exact).any(axis=-1)
+    if settled is not None:
+        wrong &= settled
     n, note = int(wrong.sum()), ""
     if n:
         first = tuple(np.argwhere(wrong)[0].tolist())
@@ -72,15 +129,15 @@ def _sets(call: Call, x: Array, exact: Array, chained: Array) -> Finding:
     return Finding(call.tap, call.stage, not n, n / max(wrong.size, 1), note=note, chained=flips)
 
 
-def _describe(x: Array, e: Array, limit: float) -> str:
+def _describe(stage: str, x: Array, e: Array, limit: float) -> str:
     """Where it is worst, how much of it is off, and whether a plain factor explains it."""
     holes = int((~np.isfinite(x) & np.isfinite(e)).sum())
     if holes:
         return f"{holes} elements are NaN or infinite"
-    error = tolerance.row_errors(x, e)
+    error = tolerance.row_errors(stage, x, e)
     at = [int(i) for i in np.unravel_index(int(np.argmax(error)), error.shape)]
     finite = np.isfinite(e) & np.isfinite(x)
-    a, b = x[finite], e[finite]
+    a, b = x[finite].astype(np.float64), e[finite]
     ratio = float(a @ b) / max(float(b @ b), 1e-300)
     residual = float(np.linalg.norm(a - ratio * b)) / max(float(np.linalg.norm(b)), 1e-300)
     fit = f"; the candidate is {ratio:.4f} x ours" if abs(ratio - 1) > 1e-3 and residual < 1e-3 else ""

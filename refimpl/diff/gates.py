@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from refimpl.autograd.errors import SpecError, where
+from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.precision import BF16, Plan, plan
+from refimpl.layers.precision import BF16
 from refimpl.layers.stage import Call
 
 from .case import Case
@@ -59,7 +59,7 @@ def _positions(run: Case | Header) -> list[list[int]]:
     return [[sum(row[: i + 1]) - 1 if one else 0 for i, one in enumerate(row)] for row in real]
 
 
-def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bool]:
+def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> tuple[Gate, bool]:
     """Compare digests with the case's weights as they are, or rounded to bfloat16 if that is how the candidate holds
     them.
 
@@ -75,7 +75,7 @@ def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bo
         theirs = header.weights.get(name)
         if theirs in (None, digest(w)):
             continue
-        if header.precision.get("storage") == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):
+        if storage == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):
             rounded = True
         else:
             wrong.append(name)
@@ -93,13 +93,13 @@ def weights_gate(weights: Mapping[str, Array], header: Header) -> tuple[Gate, bo
     ), rounded
 
 
-def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Array]) -> Gate:
+def coverage_gate(program: list[Call], trace: Trace) -> Gate:
     """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it
     undecided.
     """
     ours = [c.tap for c in program]
     seen = [t for t in ours if t in trace.taps]
-    unknown = sorted(set(trace.taps) - set(reference))
+    unknown = sorted(set(trace.taps) - set(ours))
     absent = sorted(set(trace.header.expected) - set(trace.taps))
     text = f"{len(seen)} of {len(ours)} taps recorded"
     details = tuple(t for t in ours if t not in trace.taps)
@@ -114,13 +114,6 @@ def coverage_gate(program: list[Call], trace: Trace, reference: Mapping[str, Arr
     if unknown:
         return Gate("coverage", "?", f"{text}; unknown taps: {', '.join(unknown[:3])}", tuple(unknown))
     return Gate("coverage", "ok", text, details)
-
-
-def declared_plan(header: Header) -> Plan:
-    """The precision plan that the header declares: storage "float32", "bfloat16", "float64" or a plan's name."""
-    storage = header.precision.get("storage", "float32")
-    with where("in the trace header's precision"):
-        return plan({"bfloat16": "bf16"}.get(str(storage), str(storage)))
 
 
 def self_check_gate(header: Header) -> Gate:

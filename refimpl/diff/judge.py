@@ -1,4 +1,4 @@
-"""The verdict on a trace: gates (weights, inputs, coverage), then each recorded tap against replays of its stage.
+"""The verdict on a trace: gates (inputs, weights, coverage, recording), then each recorded tap against replays of its stage.
 
 On the same recorded inputs: E, the stage in float64; P, a family of our own twins at the precision in which the
 candidate keeps the tap; X, the candidate. X may be about as far from E as the P are (`tolerance.py`).
@@ -6,36 +6,47 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from refimpl.autograd.tensor import Array
-from refimpl.layers.precision import BF16, FLOAT64, Plan
-from refimpl.layers.stage import Call
-from refimpl.model import ForCausalLM, effective
+from refimpl.autograd.errors import where
+from refimpl.checkpoint import Checkpoint
+from refimpl.layers.config import Config, Dialect
+from refimpl.layers.mla import Attend
+from refimpl.model import ForCausalLM, Inputs, read_inputs
 
+from .admission import Admitted, admit, check_layouts
 from .case import Case
-from .compare import Finding, compare, unusable
-from .gates import Gate, coverage_gate, declared_plan, inputs_gate, self_check_gate, weights_gate
-from .layouts import canonical
-from .replay import Given, program_of, replay
-from .tolerance import TWINS, nudge
+from .compare import Finding
+from .comparison import Comparison, Track
+from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
+from .lanes import LayerWeights, Recorded
+from .precision import Precision, precision_of
+from .program import program_of
+from .tolerance import Noise
 from .trace import Trace
 
-Verdict = Literal["CONFORMS", "DIVERGES", "INCONCLUSIVE"]
-EXIT = {"CONFORMS": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
+Verdict = Literal["CONFORMS", "CONFORMS_IN_GAUGE", "CONTESTED", "DIVERGES", "INCONCLUSIVE"]
+EXIT = {"CONFORMS": 0, "CONFORMS_IN_GAUGE": 0, "CONTESTED": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
+_NOT_CONTESTED = ("masked_group_fill", "mtp_concat")
+"""Points of `Dialect` that released code has had both ways, but of which one way is a known bug today."""
 
 
 @dataclass
 class Judgement:
-    """Gates, findings in model order, verdict."""
+    """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
+    for readings), the dialect that had to be assumed, verdict.
+    """
 
     gates: list[Gate] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     layouts: dict[str, str] = field(default_factory=dict)
+    gauges: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    contested: dict[str, str] = field(default_factory=dict)
 
     @property
     def culprits(self) -> list[Finding]:
@@ -48,7 +59,11 @@ class Judgement:
         states = {g.state for g in self.gates}
         if self.culprits or "FAIL" in states:
             return "DIVERGES"
-        return "INCONCLUSIVE" if "?" in states else "CONFORMS"
+        if "?" in states:
+            return "INCONCLUSIVE"
+        if self.contested:
+            return "CONTESTED"
+        return "CONFORMS_IN_GAUGE" if self.gauges else "CONFORMS"
 
     @property
     def exit_code(self) -> int:
@@ -56,85 +71,82 @@ class Judgement:
         return EXIT[self.verdict]
 
 
-Track = Callable[[list[Call]], Iterable[Call]]
-"""Shows progress through the program: returns an iterable of the same calls."""
-
-
 def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
     """Judge a candidate's trace of a case. SpecError if the two cannot be brought together at all."""
-    result = Judgement(layouts=trace.header.layouts)
-    result.gates.append(inputs_gate(case, trace))
-    weights = case.weights()
-    gate, rounded = weights_gate(weights, trace.header)
-    result.gates.append(gate)
-    if rounded:
-        weights = effective(weights, BF16)
-    model = ForCausalLM.from_weights(case.config, effective(weights, FLOAT64))
-    inputs = model.inputs(case.tokens, case.positions, case.valid)
-    attend = trace.header.layouts.get("mla", "expanded")
-    program, reference = program_of(model, inputs, with_mtp=bool(model.n_mtp), attend=attend)
-    result.gates += [coverage_gate(program, trace, reference), self_check_gate(trace.header)]
-    plan = declared_plan(trace.header)
-    taps, flawed = _admit(program, reference, trace, case)
-    given = _Given(taps, weights, dict(inputs.named()))
-    stored = {t: "bf16" if a.dtype.name == "bfloat16" else "fp32" for t, a in taps.items()}
-    exact = replay(program, given.to(FLOAT64), FLOAT64, {})
-    twins = [replay(program, given.to(plan, seed), plan, stored) for seed in range(TWINS)]
-    for call, (_, e), *ours in zip(track(program), exact, *twins, strict=True):
-        if call.tap in flawed:
-            result.findings.append(Finding(call.tap, call.stage, False, np.inf, note=flawed[call.tap]))
-        if call.tap in taps:
-            chained = _aligned(call, taps, reference)
-            result.findings.append(compare(call, taps[call.tap], e, [p for _, p in ours], chained))
+    gates = [inputs_gate(case, trace)]
+    precision = precision_of(trace.header, trace.taps)
+    gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
+    gates.append(gate)
+    run = _Run(case, trace, precision, rounded)
+    result = run.judge(case.config.replace(dialect=trace.config.dialect), track)
+    result.gates[:0] = gates
+    return _contested(run, result) if result.culprits else result
+
+
+def _contested(run: _Run, result: Judgement) -> Judgement:
+    """The judgement under the dialect points that leave the fewest culprits, if any leaves fewer."""
+    dialect = run.trace.config.dialect
+    for name, value in _others(dialect):
+        changed: dict[str, Any] = {name: value}
+        config = run.case.config.replace(dialect=replace(dialect, **changed))
+        other = run.judge(config, iter)
+        if {f.tap for f in other.culprits} < {f.tap for f in result.culprits}:
+            other.gates[:0] = result.gates[: len(result.gates) - len(other.gates)]
+            other.contested = result.contested | {name: str(value)}
+            result, dialect = other, config.dialect
     return result
 
 
-def _admit(
-    program: list[Call], reference: dict[str, Array], trace: Trace, case: Case
-) -> tuple[dict[str, Array], dict[str, str]]:
-    """The taps that a stage can be replayed on, in our layout; and for each of the others what is wrong with it."""
-    taps, flawed, c = {}, {}, case.config
-    limits = {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
-    for call in program:
-        if call.tap in trace.taps:
-            x, ours = np.asarray(trace.taps[call.tap]), reference[call.tap]
-            note = unusable(x, ours, limits.get(call.stage))
-            if note:
-                flawed[call.tap] = note
-                continue
-            x = x.astype(np.int64) if ours.dtype.kind in "iu" else x
-            taps[call.tap] = canonical(call.tap, x, trace.header.layouts, c)
-    return taps, flawed
+def _others(dialect: Dialect) -> Iterable[tuple[str, object]]:
+    """Every other value of every contested point."""
+    for name, values in Dialect.choices().items():
+        if name not in _NOT_CONTESTED:
+            yield from ((name, value) for value in values if value != getattr(dialect, name))
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What the candidate ran on: its recorded taps, the weights, the inputs."""
+@dataclass
+class _Run:
+    """What does not change between judgements of the same trace."""
 
-    taps: dict[str, Array]
-    weights: dict[str, Array]
-    inputs: dict[str, Array]
+    case: Case
+    trace: Trace
+    precision: Precision
+    rounded: bool
 
-    def to(self, plan: Plan, seed: int = 0) -> Given:
-        """Look-up by name in a plan's dtype, taps nudged by `seed`."""
+    def judge(self, config: Config, track: Track) -> Judgement:
+        """Replay everything under a config (its dialect) and compare."""
+        case, header = self.case, self.trace.header
+        with where(f"in {case.path / 'tokens.json'}"):
+            inputs = read_inputs(config, case.tokens, case.positions, case.valid)
+        check_layouts(header.layouts)
+        program = program_of(config, inputs, n_mtp=_n_mtp(config, case.checkpoint), attend=self._attend)
+        admitted = admit(program, self.trace, config, inputs.tokens.shape)
+        comparison = Comparison(config, self.precision, admitted, self._recorded(admitted, inputs))
+        comparison.run(program, track)
+        gates = [coverage_gate(program, self.trace), self_check_gate(header)]
+        notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
+        return Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes)
 
-        def find(name: str) -> Array | None:
-            if name.startswith("w/"):
-                return plan.weight(name, np.asarray(self.weights[name[2:]]))
-            a = self.inputs.get(name, self.taps.get(name))
-            return a if a is None or a.dtype.kind in "iub" else nudge(a.astype(plan.dtype), seed)
+    @property
+    def _attend(self) -> Attend:
+        """The form of attention: declared, or betrayed by taps that only the absorbed form has."""
+        told = self.trace.header.layouts.get("mla")
+        absorbed = any(tap.endswith(("mla.q_absorbed", "mla.ctx_latent")) for tap in self.trace.taps)
+        if told is None:
+            return "absorbed" if absorbed else "expanded"
+        return "absorbed" if told == "absorbed" else "auto" if told == "auto" else "expanded"
 
-        return find
-
-
-def _aligned(call: Call, taps: dict[str, Array], reference: dict[str, Array]) -> Array:
-    """Our own run's tap for the chained view; routing weights go into the candidate's slots by expert id."""
-    ours = reference[call.tap]
-    ids = call.args[1] if call.stage == "router.weights" else None
-    if ids not in taps:
-        return ours
-    slot = np.argsort(np.argsort(taps[ids], axis=-1), axis=-1)
-    return np.take_along_axis(np.take_along_axis(ours, np.argsort(reference[ids], axis=-1), -1), slot, -1)
+    def _recorded(self, a: Admitted, inputs: Inputs) -> Recorded:
+        p = self.precision
+        whole = {t: x for t, x in a.taps.items() if t not in a.rows}
+        weights = LayerWeights(self.case.checkpoint, self.rounded)
+        return Recorded(whole, dict(inputs.named()), weights, p.plan, Noise(p.unit, p.format), frozenset(a.rows))
 
 
-__all__ = ["EXIT", "Finding", "Judgement", "Verdict", "judge"]
+def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
+    """How many MTP modules the weights have; SpecError where names or shapes are not the model's."""
+    shapes = {n: np.broadcast_to(np.zeros((), np.float32), checkpoint.shape(n)) for n in checkpoint}
+    return ForCausalLM.from_weights(config, shapes).n_mtp
+
+
+__all__ = ["EXIT", "Finding", "Judgement", "Track", "Verdict", "judge"]

@@ -1,53 +1,66 @@
 """Replay: every stage of a program re-run on the candidate's own recorded inputs, so that no wrong stage hides another.
 
-An input that was not recorded is computed from those that were: then the replayed region spans several stages.
+An input that was not recorded is computed from those that were: then the replayed region spans several stages. Three kinds of
+lanes run side by side, one stage at a time, and forget what no later stage reads:
+
+* exact: float64, nothing rounded;
+* twins: the specification at the candidate's precision, each with other admissible roundings (`tolerance.Noise`); run inside
+  regions, and for a recorded tap only when its error asks for them;
+* chained: our own run from the tokens on, which sees nothing of the candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import numpy as np
+from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT32, FLOAT64
+from refimpl.layers.stage import Call
 
-from refimpl.autograd.tensor import Array, data_of
-from refimpl.layers.gemm import using
-from refimpl.layers.precision import Plan, rounded
-from refimpl.layers.stage import STAGES, Call, Recorder, observing
-from refimpl.model import ForCausalLM, Inputs, introduce
-
-Given = Callable[[str], Array | None]
-"""Name of a weight, an input or a recorded tap -> its array, or None if it was not recorded."""
+from .lanes import Lane, Recorded
+from .program import last_use, needed
+from .settled import Unsettled
+from .tolerance import TWINS
 
 
-def program_of(
-    model: ForCausalLM, inputs: Inputs, *, with_mtp: bool, attend: Any
-) -> tuple[list[Call], dict[str, Array]]:
-    """Run the specification once under a recorder -> its stage calls in model order, and what every tap held."""
-    recorder = introduce(Recorder(), model, inputs)
-    with observing(recorder):
-        model(inputs, with_mtp=with_mtp, attend=attend, name="fwd")
-    return recorder.program, {tap: data_of(a) for tap, a in recorder.taps.items()}
-
-
-def replay(program: list[Call], given: Given, plan: Plan, stored: Mapping[str, str]) -> Iterator[tuple[Call, Array]]:
-    """(call, our output) for each call: its stage alone on `given` inputs, in `plan`; `stored` names the format in
-    which the candidate keeps a tap, to which ours is rounded instead of the plan's.
+@dataclass(frozen=True)
+class Step:
+    """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, and the tokens (B, S) that
+    rounding alone may send to other experts, or None.
     """
-    computed: dict[str, Array] = {}
 
-    def value(arg: Any) -> Any:
-        if isinstance(arg, tuple):
-            return tuple([value(a) for a in arg])
-        if not isinstance(arg, str):
-            return arg
-        recorded = given(arg)
-        return computed[arg] if recorded is None else recorded
+    call: Call
+    exact: Array
+    chained: Array
+    twins: Callable[[], Iterator[Array]]
+    unsettled: Array | None
 
-    for call in program:
-        static = call.static | ({"dtype": plan.dtype} if "dtype" in call.static else {})
-        # a candidate may hold NaN; that is reported, not warned of
-        with np.errstate(all="ignore"), using(plan.kernel(call.stage)):
-            out = STAGES[call.stage].fn(*[value(a) for a in call.args], **static)
-        computed[call.tap] = out = rounded(out, stored.get(call.tap) or plan.format(call.stage))
-        yield call, out
+
+def replay(program: list[Call], r: Recorded) -> Iterator[Step]:
+    """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on."""
+    recorded = {c.tap for c in program} & (set(r.taps) | r.outputs)
+    wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
+    exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
+    twins = [Lane(r.plan, k) for k in range(TWINS)]
+    lanes, unsettled = (exact, chained, *twins), Unsettled()
+    end = max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
+    for i, call in enumerate(program[: end + 1]):
+        chained.values[call.tap] = chained.run(call, r)
+        if call.tap in wanted:
+            exact.values[call.tap] = exact.run(call, r)
+            if call.tap not in r.taps:
+                for lane in twins:
+                    lane.values[call.tap] = r.noise.inner(call, lane.run(call, r), lane.twin)
+            unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
+        if call.tap in recorded:
+            yield Step(
+                call, exact.values[call.tap], chained.values[call.tap], _lazy(call, twins, r), unsettled.of(call)
+            )
+        for lane in lanes:
+            for tap in [t for t in lane.values if last[t] <= i]:
+                del lane.values[tap]
+
+
+def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array]]:
+    return lambda: (r.noise.outer(call, lane.run(call, r)) for lane in twins)

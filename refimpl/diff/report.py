@@ -26,14 +26,41 @@ def render(j: Judgement, *, everything: bool = False) -> str:
         if bad
         else f"{len(j.findings)} taps replayed"
     )
-    lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}"]
+    lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}", *_recognised(j)]
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     for f in bad[:8]:
-        lines += ["", f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e}{_why(f)}", f"    {f.note}"]
+        lines += [
+            "",
+            f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e}{_why(f)}",
+            f"    {f.note}",
+            *_region(f),
+        ]
     if len(bad) > 8:
         lines += ["", f"  ... and {len(bad) - 8} more (--all lists every tap)"]
     return "\n".join([*lines, "", _verdict(j)])
+
+
+def _recognised(j: Judgement) -> Iterator[str]:
+    """What was recognised and not blamed, a line each: readings, gauges, the dialect that had to be assumed."""
+    for kind, found in (("reading", j.notes), ("gauge", j.gauges)):
+        yield from (f"{kind:<10}{'':<5} {what}{_where(taps)}" for what, taps in found.items())
+    yield from (
+        f"{'dialect':<10}{'':<5} {name}={value} reproduces the candidate" for name, value in j.contested.items()
+    )
+
+
+def _where(taps: list[str]) -> str:
+    return f": {', '.join(taps[:3])}{f' and {len(taps) - 3} more' if len(taps) > 3 else ''}" if taps else ""
+
+
+def _region(f: Finding) -> Iterator[str]:
+    """Which stages a difference may lie in, where more than one was computed for the tap."""
+    inner = [t for t in f.region if t != f.tap]
+    if inner:
+        names = ", ".join(t.removeprefix("fwd/") for t in inner[-6:])
+        more = "..., " if len(inner) > 6 else ""
+        yield f"    in one of {len(f.region)} stages that were not recorded apart: {more}{names}, itself"
 
 
 def _row(f: Finding) -> str:

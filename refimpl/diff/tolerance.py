@@ -8,18 +8,37 @@ cancels (a score near zero, a norm of a small vector) magnifies any other order 
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import rounded
+from refimpl.layers.stage import STAGES, Call
 
 TWINS = 4
 """Members of the family; more change the largest error by little and cost a replay each."""
-FACTOR = 2.0
+FACTOR = 3.0
 """A candidate is one more draw from the family: sums in another order may exceed the largest of four draws."""
 ROUNDINGS = 4.0
 """No stage is asked to be better than this many units of roundoff: twins that happen to round well prove nothing."""
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Unit roundoff by the dtype that a tap is stored in."""
+LEAN = 1.0
+"""Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
+CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.rope_tables", "router.weights", "moe.routed")
+"""Stages that multiply by a constant, which is itself rounded once: their taps may lean twice as far."""
+FLOOR = {
+    "mla.scores": (0.1, "a softmax looks at differences, and a score near zero is a sum that cancels"),
+    "mla.scores_absorbed": (0.1, "as mla.scores"),
+}
+"""stage -> (share of the largest row that a row counts as at least, its reason); a thousandth for all others."""
+INNER = 2.0
+"""Units of roundoff by which a value that was not recorded is moved: up to one unit in the last place."""
+MASKED = -9e3
+"""An additive mask may hold any number that no score comes near instead of -inf: float16's lowest, -1e4, -1e9."""
 EXTRA = {
     "mla.rope_tables": (
         4.0,
@@ -29,39 +48,100 @@ EXTRA = {
 """stage -> (further factor, its reason)."""
 
 
-def nudge(x: Array, seed: int) -> Array:
-    """x moved by at most one unit in its last place, at random; seed 0 leaves it alone."""
-    if not seed:
-        return x
-    rng = np.random.default_rng([seed, x.size])
-    return (x * (1 + np.finfo(x.dtype).eps * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
+@dataclass(frozen=True)
+class Noise:
+    """The roundings a correct candidate may make: `unit(tap)` is that of the dtype in which it keeps a tap, or would.
 
-
-def row_errors(x: Array, e: Array) -> Array:
-    """|x - e| / |e| per row (last axis); a row counts at least a thousandth of the largest; NaN counts as infinite.
-
-    Where e is -inf (a masked score) x must be -inf too. Where e is NaN or infinite because the stage's inputs are, nothing is
-    asked of x: that is the fault of an earlier stage.
+    Twin 0 rounds what was not recorded as the declared plan does, and nothing else. The others move every operand of a stage
+    and every value that was not recorded at random, by up to a unit in the last place of the output's storage: rounded or
+    not, fused or not, in another order, scale on one factor or the other, all of it lies in such a ball.
     """
-    x, e = np.atleast_1d(x).astype(np.float64), np.atleast_1d(e).astype(np.float64)
+
+    unit: Callable[[str], float]
+    format: Callable[[Call], str]
+
+    def given(self, call: Call, a: Array, twin: int | None) -> Array:
+        """A recorded operand of a call, as a twin may see it."""
+        return a if not twin else _moved(a, self.unit(call.tap), twin, call.tap)
+
+    def inner(self, call: Call, out: Array, twin: int | None) -> Array:
+        """An output that was not recorded, as a twin may hold it."""
+        if STAGES[call.stage].compare in ("exact", "set") or twin is None:
+            return out
+        return _moved(out, INNER * self.unit(call.tap), twin, call.tap) if twin else rounded(out, self.format(call))
+
+    def outer(self, call: Call, out: Array) -> Array:
+        """An output in the format in which the candidate keeps it."""
+        return rounded(out, self.format(call))
+
+
+def _moved(x: Array, by: float, *seed: int | str) -> Array:
+    """x moved at random by at most `by` of itself."""
+    rng = np.random.default_rng([s if isinstance(s, int) else zlib.crc32(s.encode()) for s in (*seed, x.size)])
+    return x * (1 + by * (2 * rng.random(x.shape, np.float32) - 1)).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a tap is from another: the worst row's |x - e| / |e|, and by how much all of it leans, a - 1 in x = a e."""
+
+    worst: float
+    lean: float
+
+
+def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Distance:
+    """Of a stage's output x from e, rows along the last axis, only the settled rows if they are told.
+
+    A row counts as at least a share of the largest (`FLOOR`).
+    """
+    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    difference = x - e
+    far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
+    if settled is not None:
+        far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
+    floor = FLOOR.get(stage, (1e-3, ""))[0]
+    errors = _relative(far, size, floor)
+    total = float(size.sum())
+    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if total > 0 else 0.0)
+
+
+def row_errors(stage: str, x: Array, e: Array) -> Array:
+    """|x - e| / |e| of every row."""
+    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
+    return _relative(far, size, FLOOR.get(stage, (1e-3, ""))[0])
+
+
+def _relative(far: Array, size: Array, floor: float) -> Array:
+    """Square roots of the quotient; NaN counts as infinite."""
+    far = np.where(np.isfinite(far), far, np.inf)
+    least = max(floor**2 * float(size.max(initial=0)), np.finfo(np.float64).tiny)
+    return np.sqrt(far / np.maximum(size, least))
+
+
+def _comparable(x: Array, e: Array) -> tuple[Array, Array]:
+    """Both in float64, with what cannot be subtracted made to agree or to be infinitely far.
+
+    Where e is -inf (a masked score) x must be -inf too, or lower than any score. Where e is NaN or infinite because the stage's
+    inputs are, nothing is asked of x: that is the fault of an earlier stage.
+    """
+    x, e = x.astype(np.float64), e.astype(np.float64, copy=False)
+    if np.isfinite(e.sum()) and np.isfinite(x.sum()):
+        return x, e
     masked, unknown = np.isneginf(e), ~np.isfinite(e) & ~np.isneginf(e)
-    x = np.where(unknown, 0, np.where(masked, np.where(np.isneginf(x), 0, np.inf), x))
-    e = np.where(unknown | masked, 0, e)
-    with np.errstate(invalid="ignore"):
-        distance, size = np.linalg.norm(x - e, axis=-1), np.linalg.norm(e, axis=-1)
-    distance = np.where(np.isfinite(distance), distance, np.inf)
-    return distance / np.maximum(np.maximum(size, 1e-3 * size.max(initial=0)), np.finfo(np.float64).tiny)
+    x = np.where(unknown, 0, np.where(masked, np.where(x < MASKED, 0, np.inf), x))
+    return np.where(np.isfinite(x), x, 1e300), np.where(unknown | masked, 0, e)
 
 
-def worst(x: Array, e: Array) -> float:
-    """The largest row error."""
-    return float(row_errors(x, e).max(initial=0))
+def allowed_lean(stages: Iterable[str], unit: float, family: float) -> float:
+    """How far the ratio may be from 1 after these stages, of which the coarsest is kept with that roundoff."""
+    return max(FACTOR * family, LEAN * unit * (2 if any(s in CONSTANTS for s in stages) else 1))
 
 
-def allowed(stage: str, dtype: str, family: float) -> float:
-    """The limit for a tap stored in `dtype` whose worst twin errs by `family`."""
+def allowed(stage: str, unit: float, family: float) -> float:
+    """The limit for a tap kept in a dtype of that roundoff whose worst twin errs by `family`."""
     extra, _ = EXTRA.get(stage, (1.0, ""))
-    return max(FACTOR * family, ROUNDINGS * UNIT.get(dtype, 0.0)) * extra
+    return max(FACTOR * family, ROUNDINGS * unit) * extra
 
 
 def reason(stage: str, family: float) -> str:

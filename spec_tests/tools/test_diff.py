@@ -132,8 +132,8 @@ def test_missing_taps_widen_the_region(case, trace):
     assert {f.tap for f in found} == {"fwd/L1/resid", "fwd/L2/resid"}
 
 
-def test_half_layout_is_a_layout_when_declared(case, trace):
-    """Catches a legal permutation called a bug, and an undeclared one passed over."""
+def test_half_layout_is_a_layout(case, trace):
+    """Catches a legal permutation called a bug, one that is passed over without a word, and half of one called legal."""
 
     def half(a):
         return np.concatenate([a[..., 0::2], a[..., 1::2]], axis=-1)
@@ -141,7 +141,15 @@ def test_half_layout_is_a_layout_when_declared(case, trace):
     taps = {t: half(a) if t.endswith(("q_rope", "k_rope")) else a for t, a in trace.taps.items()}
     declared = changed(trace, taps, layouts=trace.header.layouts | {"rope": "half"})
     assert judge(case, declared).verdict == "CONFORMS"
-    assert {"mla.q_rope", "mla.k_rope"} <= culprits(case, changed(trace, taps))
+    undeclared = judge(case, changed(trace, taps))
+    assert (undeclared.verdict, undeclared.exit_code) == ("CONFORMS_IN_GAUGE", 0)
+    assert sorted({t.rpartition("/")[2] for t in undeclared.gauges["rotated channels in the other order"]}) == [
+        "mla.k_rope",
+        "mla.q_rope",
+    ]
+    only_q = {t: half(a) if t.endswith("q_rope") else a for t, a in trace.taps.items()}
+    assert judge(case, changed(trace, only_q)).exit_code == 1
+    assert "mla.q_rope" in culprits(case, changed(trace, only_q))
 
 
 def test_expert_order_within_a_token_is_free(case, trace):
@@ -174,8 +182,7 @@ def test_nan_is_blamed_on_the_stage_that_made_it(case, bad):
 
 
 UNUSABLE = {
-    "sequence first": ("fwd/L0/resid", lambda a: a.swapaxes(0, 1)),
-    "tokens flattened": ("fwd/L0/resid", lambda a: a.reshape(-1, a.shape[-1])),
+    "another hidden size": ("fwd/L0/resid", lambda a: a[..., :-1]),
     "a missing axis": ("fwd/L0/attn_out", lambda a: a[..., :1]),
     "a scalar": ("fwd/embed", lambda a: a[0, 0, 0]),
     "no tables": ("fwd/mla.rope_tables", lambda a: a[:1]),

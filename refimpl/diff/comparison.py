@@ -1,0 +1,78 @@
+"""One pass of a trace's taps along their replays: the findings, and what had to be read in another arrangement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from refimpl.layers.config import Config
+from refimpl.layers.stage import STAGES, Call
+
+from . import gauges
+from .admission import Admitted
+from .compare import Finding, Units, compare
+from .lanes import Recorded
+from .precision import Precision
+from .program import regions
+from .replay import Step, replay
+
+Track = Callable[[list[Call]], Iterable[Call]]
+"""Shows progress through the program: returns an iterable of the same calls."""
+
+
+@dataclass
+class Comparison:
+    """What the candidate gave, and what is found while the replay walks along: findings in model order; `accepted`, tap -> the
+    gauge in which it fits; `plain`, the same taps' findings without it.
+    """
+
+    config: Config
+    precision: Precision
+    admitted: Admitted
+    recorded: Recorded
+    findings: list[Finding] = field(default_factory=list)
+    accepted: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, Finding] = field(default_factory=dict)
+
+    def run(self, program: list[Call], track: Track) -> None:
+        """Compare every tap of the program that was admitted; say of the others why they were not."""
+        a, walk = self.admitted, replay(program, self.recorded)
+        inside, stage_of = regions(program, self.recorded.taps, a.rows), {c.tap: c.stage for c in program}
+        for call in track(program):
+            if call.tap in a.flawed:
+                self.findings.append(Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap]))
+            if call.tap in a.taps:
+                region = inside[call.tap]
+                coarsest = max(map(self.precision.unit, region))
+                units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
+                self.findings.append(replace(self._find(next(walk), units), region=region))
+        for tap in gauges.broken(self.accepted, list(a.taps)):
+            self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
+            del self.accepted[tap]
+
+    def _find(self, step: Step, units: Units) -> Finding:
+        """The finding on a tap as it is, or in the first gauge in which it fits; then that is what later stages are run on."""
+        call, tap = step.call, step.call.tap
+        x, rows = self.admitted.taps[tap], self.admitted.rows.get(tap)
+        if call.stage == "router.weights" and call.args[1] not in self.admitted.taps:
+            x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
+            self.recorded.taps[tap] = x
+        found = compare(step, x, units, rows)
+        if found.ok or STAGES[call.stage].compare in ("exact", "set") or rows is not None:
+            return found
+        for what, other in gauges.alternatives(call, x, step.exact, self.config):
+            better = compare(step, other, units)
+            if better.ok:
+                self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
+                return better
+        return found
+
+    @property
+    def gauges(self) -> dict[str, list[str]]:
+        """What to declare -> the taps that fit so."""
+        found: dict[str, list[str]] = {}
+        for tap, what in self.accepted.items():
+            found.setdefault(what, []).append(tap)
+        return found

@@ -1,0 +1,87 @@
+"""What a replay runs on, and one way of running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.checkpoint import Checkpoint
+from refimpl.layers.gemm import using
+from refimpl.layers.precision import BF16, Plan
+from refimpl.layers.stage import STAGES, Call
+from refimpl.model import effective
+
+from .tolerance import Noise
+
+Weights = Callable[[str, Plan], Array]
+"""Checkpoint name and plan -> the weight as that plan holds it."""
+
+
+@dataclass
+class Recorded:
+    """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected while the
+    replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible roundings.
+    """
+
+    taps: dict[str, Array]
+    inputs: Mapping[str, Array]
+    weights: Weights
+    plan: Plan
+    noise: Noise
+    outputs: frozenset[str] = frozenset()
+
+
+@dataclass
+class Lane:
+    """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use."""
+
+    plan: Plan
+    twin: int | None = None
+    given: bool = True
+    values: dict[str, Array] = field(default_factory=dict)
+
+    def run(self, call: Call, r: Recorded) -> Array:
+        """The call's stage in this lane."""
+        static = call.static | ({"dtype": self.plan.dtype} if "dtype" in call.static else {})
+        # a candidate may hold NaN; that is reported, not warned of
+        with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
+            out: Array = STAGES[call.stage].fn(*[self._value(a, call, r) for a in call.args], **static)
+            return out
+
+    def _value(self, arg: Any, call: Call, r: Recorded) -> Any:
+        if isinstance(arg, tuple):
+            return tuple([self._value(a, call, r) for a in arg])
+        if not isinstance(arg, str):
+            return arg
+        if arg.startswith("w/"):
+            return r.weights(arg[2:], self.plan)
+        if arg in r.inputs:
+            return r.inputs[arg]
+        if not self.given or arg not in r.taps:
+            return self.values[arg]
+        a = r.taps[arg]
+        return a if a.dtype.kind in "iub" else r.noise.given(call, a.astype(self.plan.dtype), self.twin)
+
+
+class LayerWeights:
+    """Weights by name in a plan's dtype, one layer at a time: what belongs to another layer is let go."""
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
+        self.checkpoint, self.rounded = checkpoint, rounded
+        self.held: dict[tuple[str, str], Array] = {}
+        self.place = ""
+
+    def __call__(self, name: str, plan: Plan) -> Array:
+        """The weight as a plan holds it."""
+        place = ".".join(name.split(".")[:3])
+        if place != self.place:
+            self.held, self.place = {}, place
+        key = (name, plan.name)
+        if key not in self.held:
+            w: Mapping[str, Array] = {name: self.checkpoint[name]}
+            self.held[key] = effective(effective(w, BF16) if self.rounded else w, plan)[name]
+        return self.held[key]

@@ -1,0 +1,84 @@
+"""In which dtype a candidate keeps each tap: what its header declares, what its arrays are, what their values betray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.autograd.errors import where
+from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT32, Plan, plan
+from refimpl.layers.stage import Call, tap_matches
+
+from .reading import is_bfloat16, is_float16
+from .tolerance import UNIT
+from .trace import Header
+
+MOST = 0.8
+"""Share of the float32 taps that must hold values of a narrower dtype for the trace to be one of that dtype."""
+_PLANS = {"bfloat16": "bf16"}
+_GENERAL = ("storage", "accumulate")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`storage` of the run as a whole, `parts` (pattern -> storage) where it is declared apart, `seen` the dtype by tap of what
+    was recorded; `note` says if the storage was found rather than declared.
+    """
+
+    storage: str
+    parts: Mapping[str, str]
+    seen: Mapping[str, str]
+    note: str = ""
+
+    @property
+    def plan(self) -> Plan:
+        """The precision plan of the twins: storage "float32", "bfloat16", "float64" or a plan's name; float16 runs as float32
+        whose values are moved as float16's would be.
+        """
+        with where("in the trace header's precision"):
+            return FLOAT32 if self.storage == "float16" else plan(_PLANS.get(self.storage, self.storage))
+
+    def declared(self, tap: str) -> str:
+        """The storage of a tap that was not recorded."""
+        part = next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
+        return part or {"bf16": "bfloat16", "fp8": "bfloat16"}.get(self.plan.name.partition("_")[0], self.storage)
+
+    def unit(self, tap: str) -> float:
+        """The roundoff of what a tap is kept in: as recorded, or coarser if declared so."""
+        return max(UNIT.get(name, UNIT["float32"]) for name in (self.seen.get(tap), self._coarse(tap)) if name)
+
+    def _coarse(self, tap: str) -> str | None:
+        """What counts beside the array's own dtype: a part that is declared apart, or, if not recorded, the declaration."""
+        if tap not in self.seen:
+            return self.declared(tap)
+        return next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
+
+    def format(self, call: Call) -> str:
+        """The format that a twin's output is rounded to."""
+        if call.tap in self.seen:
+            return "bf16" if self.seen[call.tap] == "bfloat16" else "fp32"
+        return self.plan.format(call.stage)
+
+
+def _ends(tap: str, pattern: str) -> bool:
+    """Whether a pattern of taps alone (`moe.*`) fits the last part of a name."""
+    return "/" not in pattern and tap_matches(tap.rpartition("/")[2], pattern)
+
+
+def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
+    """What the header declares, corrected where the values say otherwise: bfloat16 or float16 numbers in float32 arrays."""
+    parts = {k: v for k, v in header.precision.items() if k not in _GENERAL}
+    storage, note = str(header.precision.get("storage", "float32")), ""
+    floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
+    narrow = {"bfloat16": is_bfloat16, "float16": is_float16}
+    held = {name: {t for t, a in floats.items() if is_it(a)} for name, is_it in narrow.items()}
+    if storage == "float32":
+        for name, found in held.items():
+            if found and len(found) >= MOST * len(floats):
+                storage, note = name, f"every value of {len(found)} taps is a {name}: declare storage {name}"
+                break
+    seen = {t: storage if t in held.get(storage, ()) else np.asarray(a).dtype.name for t, a in taps.items()}
+    return Precision(storage, parts, seen, note)

@@ -1,0 +1,89 @@
+"""The program of a run: its stage calls in model order, what feeds what, found without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+from refimpl.layers.mla import Attend
+from refimpl.layers.stage import Call, Recorder, Stage, observing, tap_name
+from refimpl.model import Cache, ForCausalLM, Inputs, introduce
+
+from .dims import shape_of
+
+
+def program_of(
+    c: Config, inputs: Inputs, *, n_mtp: int, attend: Attend, past: Cache | None = None, name: str = "fwd"
+) -> list[Call]:
+    """The stage calls of a run of this config on these inputs: the model is called, its stages are not."""
+    model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape, np.float32))
+    recorder = introduce(Recorder(lambda tap: False), model, inputs, past)
+    batch, length = inputs.tokens.shape
+    with observing(_Dry(c, batch, length, length + (len(past) if past else 0)), recorder):
+        model(inputs, past, with_mtp=bool(n_mtp), attend=attend, name=name)
+    return recorder.program
+
+
+class _Dry:
+    """An observer that runs no stage: it hands on an array of the right shape that takes no memory."""
+
+    def __init__(self, c: Config, batch: int, length: int, keys: int) -> None:
+        self.config, self.sizes = c, {"batch": batch, "length": length, "keys": keys}
+
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Array:
+        shape = shape_of(Call(stage.name, tap_name(stage), (), static), self.config, **self.sizes)
+        return _placeholder(shape, np.int64 if integers(stage) else np.float32)
+
+
+def _placeholder(shape: tuple[int, ...], dtype: Any) -> Array:
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def integers(stage: Stage) -> bool:
+    """Whether a stage gives integers: ids, counts, positions."""
+    return stage.compare == "set" or (stage.compare == "exact" and stage.name != "mask")
+
+
+def names(args: Iterable[Any]) -> Iterator[str]:
+    """The names among a call's arguments, those in tuples too."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from names(arg)
+        elif isinstance(arg, str):
+            yield arg
+
+
+def needed(program: list[Call], given: Iterable[str], outputs: Iterable[str] = ()) -> set[str]:
+    """Taps that have to be computed: those given, those to be compared only, and what leads to them without passing a given
+    one.
+    """
+    given = set(given)
+    wanted = given | set(outputs)
+    for call in reversed(program):
+        if call.tap in wanted:
+            wanted |= {n for n in names(call.args) if n not in given and not n.startswith("w/")}
+    return wanted
+
+
+def last_use(program: list[Call]) -> dict[str, int]:
+    """Tap -> the index of the last call that reads it, its own where none does."""
+    last = {call.tap: i for i, call in enumerate(program)}
+    for i, call in enumerate(program):
+        last |= {n: i for n in names(call.args) if n in last}
+    return last
+
+
+def regions(program: list[Call], given: Iterable[str], outputs: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Tap that is compared -> the taps that were computed for it, itself last: the stages among which a difference at it lies."""
+    given = set(given)
+    shown = given | set(outputs)
+    inside: dict[str, set[str]] = {}
+    order = {call.tap: i for i, call in enumerate(program)}
+    for call in program:
+        inner = [inside[n] for n in names(call.args) if n in inside and n not in given]
+        inside[call.tap] = {call.tap}.union(*inner)
+    return {tap: tuple(sorted(found, key=order.__getitem__)) for tap, found in inside.items() if tap in shown}

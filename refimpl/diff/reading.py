@@ -1,0 +1,119 @@
+"""Bringing a recorded tap into our axes: what people record is often the right numbers in another arrangement.
+
+Each arrangement is recognised by its shape alone and said in a line that names what to declare. What shapes leave open (heads
+before tokens where there are as many heads as tokens) is settled by value later, in `gauges`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tap in our axes, or a part of it: `rows` picks, along the sequence, what the candidate recorded; `note` says what was
+    done, "" if nothing.
+    """
+
+    array: Array
+    note: str = ""
+    rows: slice | None = None
+
+
+def read(x: Array, shape: tuple[int, ...], axes: list[str], dims: str | None = None) -> Reading | None:
+    """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
+    word on its axes: letters as in ours, "N" for B S flattened.
+    """
+    if dims is not None and (told := _declared(x, shape, axes, dims)) is not None:
+        return told
+    if x.shape == shape:
+        return Reading(x)
+    return next(_arrangements(x, shape, axes), None)
+
+
+def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> Reading | None:
+    """x by the letters that its producer gives: they are split where they stand for two of ours, and put in our order."""
+    theirs = dims.replace("N", "B S", 1).split() if "N" in dims.split() and "N" not in axes else dims.split()
+    if sorted(theirs) != sorted(axes) or len(set(axes)) != len(axes):
+        return None
+    size = dict(zip(axes, shape, strict=True))
+    full = tuple([size[a] for a in theirs])
+    if x.size != int(np.prod(shape)) or not _coarser(x.shape, full):
+        return None
+    return Reading(x.reshape(full).transpose([theirs.index(a) for a in axes]))
+
+
+def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    if x.size == int(np.prod(shape)):
+        if _coarser(x.shape, shape):
+            yield Reading(x.reshape(shape), _merged(x.shape, shape, axes))
+        for order in permutations(range(len(shape))):
+            turned = tuple([shape[i] for i in order])
+            if order != tuple(range(len(shape))) and _coarser(x.shape, turned):
+                named = " ".join([axes[i] for i in order])
+                yield Reading(
+                    x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"'
+                )
+    if len(shape) > 1 and "S" in axes[:2]:
+        yield from _part(x, shape, axes)
+
+
+def _part(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    """The last position only, or more positions than there are: padding."""
+    s = axes.index("S")
+    last = tuple([1 if i == s else n for i, n in enumerate(shape)])
+    if shape[s] > 1 and x.size == int(np.prod(last)) and _coarser(_squeezed(x.shape), _squeezed(last)):
+        yield Reading(x.reshape(last), "only the last position was recorded: compared there", slice(-1, None))
+    if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
+        longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
+        if longer <= {"S", "T"}:
+            cut = x[tuple([slice(0, n) for n in shape])]
+            yield Reading(cut, f"padded along {' and '.join(sorted(longer))}: cut to {'x'.join(map(str, shape))}")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([n for n in shape if n != 1])
+
+
+def _coarser(given: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether `given` is `full` with neighbouring axes merged, axes of length 1 apart."""
+    given, rest = _squeezed(given), list(_squeezed(full))
+    for n in given:
+        product = 1
+        while rest and product < n:
+            product *= rest.pop(0)
+        if product != n:
+            return False
+    return not rest
+
+
+def _merged(given: tuple[int, ...], full: tuple[int, ...], axes: list[str]) -> str:
+    if _squeezed(given) == _squeezed(full):
+        return ""
+    if len(full) > 1 and axes[:2] == ["B", "S"] and given and given[0] == full[0] * full[1]:
+        return "tokens are flattened to (N, ...): declare dims with N for B S"
+    return f"axes are merged to {'x'.join(map(str, given))}, ours are {'x'.join(map(str, full))}"
+
+
+def is_bfloat16(x: Array) -> bool:
+    """Whether a float32 array holds bfloat16 values and enough of them for that to be no accident."""
+    return _low_bits_are_zero(x, 16)
+
+
+def is_float16(x: Array) -> bool:
+    """Whether a float32 array holds values that float16 has, and enough of them for that to be no accident."""
+    return _low_bits_are_zero(x, 13) and bool(np.abs(x[np.isfinite(x)]).max(initial=0) <= 65504)
+
+
+def _low_bits_are_zero(x: Array, bits: int) -> bool:
+    if x.dtype != np.float32:
+        return False
+    word: Any = np.ascontiguousarray(x).view(np.uint32)
+    return bool(((word & np.uint32(2**bits - 1)) == 0).all()) and np.unique(word).size > 16

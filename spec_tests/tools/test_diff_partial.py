@@ -1,0 +1,245 @@
+"""The diff on the traces that people really have: some taps, in bfloat16, in another arrangement, with a finite mask."""
+
+import dataclasses
+import functools
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refimpl
+from refimpl.diff import Case, Trace, render
+from refimpl.diff.judge import judge
+from refimpl.diff.program import last_use, program_of, regions
+from refimpl.layers.stage import STAGES, Patch
+from refimpl.model.inputs import read_inputs
+from refimpl.record import trace_case
+
+from .test_diff import MUTANTS
+
+TINY = pathlib.Path(refimpl.__file__).parent / "cases" / "tiny"
+CLEAN = ["hf-float32", "hf-bfloat16"]
+
+
+@functools.cache
+def case():
+    return Case.read(TINY)
+
+
+@functools.cache
+def recording(name):
+    trace = Trace.read(TINY / f"{name}.safetensors")
+    return Trace(trace.header, {t: np.asarray(a) for t, a in trace.taps.items()})
+
+
+def only(trace, keep):
+    """The trace with the taps that `keep` wants."""
+    return Trace(dataclasses.replace(trace.header, expected=[]), {t: a for t, a in trace.taps.items() if keep(t)})
+
+
+def drawn(trace, seed, share):
+    """A random share of a trace's taps."""
+    rng = np.random.default_rng(seed)
+    return only(trace, lambda t: rng.random() < share)
+
+
+# ---- Any subset of a clean recording
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(CLEAN), st.integers(0, 10**6), st.sampled_from([0.95, 0.7, 0.5, 0.3, 0.1, 0.03]))
+def test_no_subset_of_a_clean_recording_is_called_wrong(name, seed, share):
+    """Catches a tolerance that knows only where our own run rounds: real recordings of transformers, in part."""
+    judgement = judge(case(), drawn(recording(name), seed, share))
+    assert not judgement.culprits, render(judgement)
+
+
+SETS = {
+    "logits": lambda t: t.endswith("/logits") and "router" not in t,
+    "residual stream": lambda t: t.rpartition("/")[2] in ("embed", "resid", "logits"),
+    "one layer": lambda t: t.startswith("fwd/L1/"),
+    "router without ids": lambda t: "router" in t and not t.endswith("ids"),
+    "everything but the ids": lambda t: not t.endswith("router.ids"),
+    "weights of the experts alone": lambda t: t.endswith(("router.weights", "moe.routed")),
+}
+
+
+@pytest.mark.parametrize("keep", SETS)
+@pytest.mark.parametrize("name", CLEAN)
+def test_usual_parts_of_a_clean_recording_are_not_called_wrong(name, keep):
+    """Catches slots whose order nobody can know, regions through the router, a whole model as one region."""
+    judgement = judge(case(), only(recording(name), SETS[keep]))
+    assert judgement.exit_code in (0, 2) and not judgement.culprits, render(judgement)
+
+
+# ---- Any subset of a recording with a known mistake
+
+
+@functools.cache
+def mistaken(name, precision):
+    with np.errstate(all="ignore"):
+        return trace_case(case(), precision=precision, patches=[Patch(*MUTANTS[name])])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([m for m in MUTANTS if "A12" not in m]),
+    st.sampled_from(["float32", "bf16"]),
+    st.integers(0, 10**6),
+    st.sampled_from([0.9, 0.6, 0.3, 0.1]),
+)
+def test_a_region_that_is_blamed_holds_the_mistake(name, precision, seed, share):
+    """Catches blame on stages behind the one that is wrong, when what lies between was not recorded."""
+    judgement = judge(case(), drawn(mistaken(name, precision), seed, share))
+    stage = MUTANTS[name][0]
+    tap = {"moe.out": "ffn_out"}.get(stage, stage)
+    for f in judgement.culprits:
+        assert any(t.endswith(f"/{tap}") for t in f.region), (f, render(judgement))
+
+
+def test_with_two_taps_around_it_a_mistake_is_found():
+    """Catches tolerances so wide that a region hides what one stage would show."""
+    around = {
+        "R09 scaling twice": ("ffn_norm", "ffn_out"),
+        "R07 weights not renormalised": ("ffn_norm", "moe.routed"),
+        "A04 missing mscale squared": ("attn_norm", "attn_out"),
+        "R16 shared expert missing": ("ffn_norm", "resid", "resid_mid"),
+    }
+    for name, taps in around.items():
+        for precision in ("float32", "bf16"):
+            part = only(mistaken(name, precision), lambda t, taps=taps: t.rpartition("/")[2] in taps)
+            assert judge(case(), part).exit_code == 1, (name, precision)
+
+
+# ---- Right numbers in another arrangement
+
+
+def turned(trace, change):
+    """The trace with each tap replaced by change(name, array), or left out for None."""
+    taps = {t: change(t.rpartition("/")[2], a) for t, a in trace.taps.items()}
+    header = dataclasses.replace(trace.header, expected=[], dims={})
+    return Trace(header, {t: np.ascontiguousarray(a) for t, a in taps.items() if a is not None})
+
+
+HEADS = ("mla.q", "mla.q_rope", "mla.kv_b", "mla.ctx")
+ARRANGEMENTS = {
+    "tokens flattened": lambda t, a: a.reshape(-1, *a.shape[2:]) if a.ndim > 2 and a.shape[:2] == (2, 24) else a,
+    "heads before tokens": lambda t, a: a.swapaxes(1, 2) if t in HEADS else a,
+    "heads merged": lambda t, a: a.reshape(2, 24, -1) if t in HEADS else a,
+    "sequence first": lambda t, a: a.swapaxes(0, 1) if a.shape[:2] == (2, 24) else a,
+    "a finite mask": lambda t, a: np.maximum(a, a.dtype.type(-1e9)) if t in ("mask", "mla.scores") else a,
+    "a small finite mask": lambda t, a: np.maximum(a, a.dtype.type(-1e4)) if t in ("mask", "mla.scores") else a,
+    "ids in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.ids" else a,
+    "weights in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.weights" else a,
+    "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
+    "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
+    "ids as uint32": lambda t, a: a.astype(np.uint32) if a.dtype.kind == "i" else a,
+}
+
+
+def halves(a):
+    """From the recordings' order, two halves, to interleaved pairs."""
+    half = a.shape[-1] // 2
+    return np.stack([a[..., :half], a[..., half:]], axis=-1).reshape(a.shape)
+
+
+def padded(a):
+    return np.pad(a, [(0, 0), (0, 8), (0, 0)])
+
+
+@pytest.mark.parametrize("name", CLEAN)
+@pytest.mark.parametrize("how", ARRANGEMENTS)
+def test_another_arrangement_is_recognised_not_blamed(how, name):
+    """Catches a recording mistake that reads as a bug of the port: 75 of 93 taps were blamed for flattened tokens."""
+    trace = recording(name)
+    judgement = judge(case(), turned(trace, ARRANGEMENTS[how]))
+    assert judgement.verdict in ("CONFORMS", "CONFORMS_IN_GAUGE"), render(judgement)
+    said = {*judgement.notes, *judgement.gauges}
+    silent = ("a finite mask", "a small finite mask", "ids as uint32")
+    if how == "half pairs":  # declared as half, found interleaved
+        assert judgement.gauges
+    elif how not in silent:
+        assert said, how
+
+
+def test_the_last_positions_logits_are_compared_there():
+    """Catches (B, V) or (B, 1, V) logits, which is what every serving engine has, called another shape."""
+    trace = recording("hf-float32")
+    for cut in (lambda a: a[:, -1], lambda a: a[:, -1:]):
+        part = turned(trace, lambda t, a, cut=cut: cut(a) if t == "logits" else a)
+        good = judge(case(), part)
+        assert good.verdict == "CONFORMS" and any("last position" in n for n in good.notes), render(good)
+        part.taps["fwd/logits"][..., 3] += 0.01
+        assert [f.tap for f in judge(case(), part).culprits] == ["fwd/logits"]
+
+
+def test_bfloat16_values_in_float32_arrays_are_bfloat16():
+    """Catches 75 taps blamed because a script saved `.float()`; and a single rounded tap of a float32 run passed over."""
+    trace = recording("hf-bfloat16")
+    header = dataclasses.replace(trace.header, precision={"storage": "float32", "accumulate": "float32"})
+    wide = {t: a.astype(np.float32) if a.dtype == ml_dtypes.bfloat16 else a for t, a in trace.taps.items()}
+    judgement = judge(case(), Trace(header, wide))
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    assert any("declare storage bfloat16" in n for n in judgement.notes)
+    exact = recording("hf-float32")
+    rounded = exact.taps["fwd/mla.rope_tables"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    judgement = judge(case(), Trace(exact.header, exact.taps | {"fwd/mla.rope_tables": rounded}))
+    assert [f.tap for f in judgement.culprits if f.stage == "mla.rope_tables"] == ["fwd/mla.rope_tables"]
+
+
+def test_declared_axes_are_believed():
+    """Catches a header whose dims say how a tap lies, read and not used: heads and tokens of the same number."""
+    trace = recording("hf-float32")
+    taps = dict(trace.taps) | {
+        "fwd/L1/mla.ctx": np.ascontiguousarray(trace.taps["fwd/L1/mla.ctx"].transpose(2, 0, 1, 3))
+    }
+    header = dataclasses.replace(trace.header, dims=trace.header.dims | {"fwd/L1/mla.ctx": "H B S Dv"})
+    judgement = judge(case(), Trace(header, taps))
+    assert judgement.verdict == "CONFORMS" and not judgement.notes
+
+
+def test_a_part_may_be_declared_coarser_than_the_run():
+    """Catches routed experts that compute in bfloat16 in a float32 model, declared so and blamed all the same."""
+
+    def coarse(down, ids, weights):
+        y = STAGES["moe.routed"].fn(down, ids, weights)
+        return y.astype(ml_dtypes.bfloat16).astype(y.dtype)
+
+    trace = trace_case(case(), patches=[Patch("moe.routed", coarse)])
+    assert {f.stage for f in judge(case(), trace).culprits} == {"moe.routed"}
+    header = dataclasses.replace(trace.header, precision=trace.header.precision | {"moe.*": "bfloat16"})
+    assert judge(case(), Trace(header, trace.taps)).verdict == "CONFORMS"
+
+
+def test_a_dialect_is_contested_not_wrong():
+    """Catches a legitimate choice called a bug: routing weights on the activation, undeclared, then declared."""
+    folder = case()
+    raw = folder.raw_config | {"dialect": {"routing_weight_on": "activation"}}
+    other = trace_case(dataclasses.replace(folder, raw_config=raw))
+    assert judge(folder, other).verdict == "CONFORMS"
+    silent = Trace(dataclasses.replace(other.header, config=folder.raw_config), other.taps)
+    judgement = judge(folder, silent)
+    assert judgement.verdict == "CONTESTED" and judgement.contested == {"routing_weight_on": "activation"}
+    assert judgement.exit_code == 0
+
+
+# ---- The program
+
+
+def test_regions_end_at_what_was_recorded():
+    """Catches a region that reaches through a recorded tap, or leaves out a stage between two of them."""
+    c = case().config
+    program = program_of(c, read_inputs(c, case().tokens), n_mtp=0, attend="expanded")
+    found = regions(program, ["fwd/L1/attn_norm", "fwd/L1/mla.kv_a", "fwd/L1/mla.ctx"])
+    assert found["fwd/L1/mla.kv_a"] == ("fwd/L1/mla.kv_a",)
+    assert [t.rpartition("/")[2] for t in found["fwd/L1/mla.ctx"]] == [
+        *("mla.rope_tables", "mask", "mla.q_a", "mla.q_a_norm", "mla.c_kv", "mla.k_rope", "mla.q", "mla.q_rope"),
+        *("mla.kv_b", "mla.scores", "mla.probs", "mla.ctx"),
+    ]
+    last = last_use(program)
+    assert (
+        program[last["fwd/L1/ffn_norm"]].stage == "moe.rows" and program[last["fwd/L0/resid"]].tap == "fwd/L1/resid_mid"
+    )
