@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.stage import STAGES, Call
@@ -16,43 +17,83 @@ from .compare import unusable
 from .dims import shape_of
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
-from .reading import read
+from .reading import Pick, read
 from .tolerance import MASKED
-from .trace import Trace
+from .trace import Header, Trace
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
 
 
 @dataclass
 class Admitted:
-    """taps in our axes; `rows` of those that hold a part of the sequence; flawed: tap -> why; notes: what was done -> taps."""
+    """taps in our axes; `picks`, of those that are a part, which; flawed: tap -> why; notes: what was done -> taps."""
 
     taps: dict[str, Array] = field(default_factory=dict)
-    rows: dict[str, slice] = field(default_factory=dict)
+    picks: dict[str, Pick] = field(default_factory=dict)
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def admit(program: list[Call], trace: Trace, c: Config, run: tuple[int, ...]) -> Admitted:
-    """Read every tap of the program that the trace holds. run: (B, S)."""
+def admit(program: list[Call], trace: Trace, c: Config, embedded: Array) -> Admitted:
+    """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads."""
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
+    batch, length = embedded.shape[:2]
+    part, recorded = parts(trace.header, c, length), _unshifted(trace.taps, c, embedded, found)
     for call in program:
-        if call.tap not in trace.taps:
+        if call.tap not in recorded:
             continue
-        x, stage = np.asarray(trace.taps[call.tap]), STAGES[call.stage]
-        shape = shape_of(call, c, batch=run[0], length=run[1])
+        x, stage = np.asarray(recorded[call.tap]), STAGES[call.stage]
+        shape = shape_of(call, c, batch=batch, length=length)
         note = unusable(x, integers(stage), limits.get(call.stage))
-        reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap))
+        reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), part)
         if reading is None:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
         if reading.note:
             found.notes.setdefault(reading.note, []).append(call.tap)
-        if reading.rows is not None:
-            found.rows[call.tap] = reading.rows
+        if reading.pick:
+            found.picks[call.tap] = reading.pick
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     return found
+
+
+def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
+    """Axis letter -> the entries that the header's `slices` say were recorded: tokens, heads. SpecError for what is none."""
+    known = {"tokens": ("S", length), "heads": ("H", c.num_attention_heads), "layers": ("", c.num_hidden_layers)}
+    found = {}
+    for key, told in header.slices.items():
+        require(key in known, f"slices of {key!r}; known: {', '.join(known)}")
+        letter, limit = known[key]
+        whole = (
+            isinstance(told, list)
+            and all(type(i) is int and 0 <= i < limit for i in told)
+            and len(set(told)) == len(told)
+        )
+        require(whole and told, f"slices {key} is {told!r}; expected a list of different numbers from 0 to {limit - 1}")
+        if letter:
+            found[letter] = list(told)
+    return found
+
+
+def _unshifted(taps: Mapping[str, Array], c: Config, embedded: Array, found: Admitted) -> Mapping[str, Array]:
+    """The taps, with residuals that are named by the layer that reads them named by the one that gives them.
+
+    Lists of hidden states begin with the embedding; their entry i is the input of layer i, not its output.
+    """
+    first = taps.get("fwd/L0/resid")
+    if first is None or first.size != embedded.size or first.dtype.kind in "iub":
+        return taps
+    a, b = np.asarray(first, np.float64).reshape(embedded.shape), embedded.astype(np.float64)
+    if not np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
+        return taps
+    late = [f"fwd/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
+    renamed = {t: x for t, x in taps.items() if t not in late}
+    moved = {before: taps[after] for before, after in pairwise(late) if after in taps}
+    found.notes["residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"] = list(
+        moved
+    )
+    return renamed | moved
 
 
 def check_layouts(layouts: Mapping[str, str]) -> None:

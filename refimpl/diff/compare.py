@@ -10,6 +10,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES
 
 from . import tolerance
+from .reading import Pick, cut
 from .replay import Step
 
 
@@ -52,11 +53,11 @@ def unusable(x: Array, integers: bool, limit: int | None) -> str:
     return ""
 
 
-def compare(step: Step, x: Array, units: Units, rows: slice | None = None) -> Finding:
-    """x is the candidate's tap; `rows` the positions that x holds, None for all."""
+def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
+    """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, STAGES[step.call.stage].compare
-    exact, chained = (a if rows is None else a[:, rows] for a in (step.exact, step.chained))
-    settled = _settled(step, exact, rows)
+    exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
+    settled = _settled(step, pick)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "set":
@@ -65,15 +66,14 @@ def compare(step: Step, x: Array, units: Units, rows: slice | None = None) -> Fi
         wrong = int((x != exact).sum())
         note = f"{wrong} of {x.size} elements differ" if wrong else ""
         return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
-    return _values(step, x, exact, chained, settled, units, rows)
+    return _values(step, x, exact, chained, settled, units, pick)
 
 
-def _settled(step: Step, like: Array, rows: slice | None) -> Array | None:
+def _settled(step: Step, pick: Pick) -> Array | None:
     """Which rows (all axes but the last) are beyond doubt, None if all are."""
     if step.unsettled is None:
         return None
-    doubt = step.unsettled if rows is None else step.unsettled[:, rows]
-    lead = like.shape[:-1] or (1,)
+    doubt, lead = step.unsettled, step.exact.shape[:-1] or (1,)
     axes = STAGES[step.call.stage].shape.split()[:-1]
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
@@ -81,12 +81,11 @@ def _settled(step: Step, like: Array, rows: slice | None) -> Array | None:
         doubt = doubt[:, None]
     else:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
-    return ~np.broadcast_to(doubt, lead)
+    rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}
+    return cut(~np.broadcast_to(doubt, lead), rows)
 
 
-def _values(
-    step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, rows: slice | None
-) -> Finding:
+def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
     found = tolerance.distance(call.stage, x, e, settled)
@@ -97,7 +96,7 @@ def _values(
         twin = next(twins, None)
         if twin is None:
             break
-        its = tolerance.distance(call.stage, twin if rows is None else twin[:, rows], e, settled)
+        its = tolerance.distance(call.stage, cut(twin, pick), e, settled)
         family, leans = max(family, its.worst), max(leans, its.lean)
         limit = tolerance.allowed(call.stage, units.own, family)
         upright = tolerance.allowed_lean(units.stages, units.region, leans)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.stage import STAGES, Call
 
@@ -14,18 +15,31 @@ from . import gauges
 from .admission import Admitted
 from .compare import Finding, Units, compare
 from .lanes import Recorded
+from .names import by_value
 from .precision import Precision
 from .program import regions
+from .reading import cut
 from .replay import Step, replay
+from .tolerance import Distance, distance
 
 Track = Callable[[list[Call]], Iterable[Call]]
 """Shows progress through the program: returns an iterable of the same calls."""
 
 
+@dataclass(frozen=True)
+class Shown:
+    """How one tap's tolerance came about: the finding, the roundoffs, every twin's distance from float64."""
+
+    finding: Finding
+    units: Units
+    twins: tuple[Distance, ...]
+
+
 @dataclass
 class Comparison:
     """What the candidate gave, and what is found while the replay walks along: findings in model order; `accepted`, tap -> the
-    gauge in which it fits; `plain`, the same taps' findings without it.
+    gauge in which it fits; `plain`, the same taps' findings without it; `unknown`, arrays under names that are no taps, and
+    `alike`, how near which tap of our own run is; `show`, a tap whose tolerance is to be explained, and `shown`, how it came about.
     """
 
     config: Config
@@ -33,13 +47,17 @@ class Comparison:
     admitted: Admitted
     recorded: Recorded
     findings: list[Finding] = field(default_factory=list)
+    show: str = ""
+    shown: Shown | None = None
+    unknown: dict[str, Array] = field(default_factory=dict)
+    alike: dict[str, tuple[float, str]] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
     plain: dict[str, Finding] = field(default_factory=dict)
 
     def run(self, program: list[Call], track: Track) -> None:
         """Compare every tap of the program that was admitted; say of the others why they were not."""
-        a, walk = self.admitted, replay(program, self.recorded)
-        inside, stage_of = regions(program, self.recorded.taps, a.rows), {c.tap: c.stage for c in program}
+        a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None)
+        inside, stage_of = regions(program, self.recorded.taps, a.picks), {c.tap: c.stage for c in program}
         for call in track(program):
             if call.tap in a.flawed:
                 self.findings.append(Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap]))
@@ -48,6 +66,8 @@ class Comparison:
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
                 self.findings.append(replace(self._find(next(walk), units), region=region))
+        for _ in walk:  # our own run to its end, for the arrays of unknown names
+            raise AssertionError("a step that nobody asked for")
         for tap in gauges.broken(self.accepted, list(a.taps)):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
@@ -55,19 +75,27 @@ class Comparison:
     def _find(self, step: Step, units: Units) -> Finding:
         """The finding on a tap as it is, or in the first gauge in which it fits; then that is what later stages are run on."""
         call, tap = step.call, step.call.tap
-        x, rows = self.admitted.taps[tap], self.admitted.rows.get(tap)
+        x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
         if call.stage == "router.weights" and call.args[1] not in self.admitted.taps:
             x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
             self.recorded.taps[tap] = x
-        found = compare(step, x, units, rows)
-        if found.ok or STAGES[call.stage].compare in ("exact", "set") or rows is not None:
+        found = compare(step, x, units, pick)
+        if tap == self.show:
+            twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
+            self.shown = Shown(found, units, tuple(twins))
+        if found.ok or STAGES[call.stage].compare in ("exact", "set") or pick:
             return found
         for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = compare(step, other, units)
+            better = compare(step, other, units, {})
             if better.ok:
                 self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
                 return better
         return found
+
+    def _watch(self, tap: str, ours: Array) -> None:
+        if tap not in self.admitted.taps:
+            for name, away in by_value(self.unknown, ours):
+                self.alike[name] = min(self.alike.get(name, (away, tap)), (away, tap))
 
     @property
     def gauges(self) -> dict[str, list[str]]:

@@ -105,8 +105,11 @@ def coverage_gate(program: list[Call], trace: Trace) -> Gate:
     details = tuple(t for t in ours if t not in trace.taps)
     if not seen:
         return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
-    units = {t.rpartition("/")[0] for t in ours}
-    unseen = sorted(units - {t.rpartition("/")[0] for t in seen}) + [t for t in ("fwd/logits",) if t not in seen]
+    units, told = {t.rpartition("/")[0] for t in ours}, trace.header.slices.get("layers")
+    ends = ["fwd/logits"] if "fwd/logits" in ours else []
+    if told is not None:  # only these were meant to be recorded
+        units, ends = {f"fwd/L{i}" for i in told}, []
+    unseen = sorted(units - {t.rpartition("/")[0] for t in seen}) + [t for t in ends if t not in seen]
     if unseen:
         return Gate("coverage", "?", f"{text}; nothing of {', '.join(unseen[:4])}", details)
     if absent:

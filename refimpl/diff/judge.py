@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from refimpl.autograd.errors import where
+from refimpl.autograd.errors import require, where
+from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config, Dialect
 from refimpl.layers.mla import Attend
@@ -21,9 +22,11 @@ from refimpl.model import ForCausalLM, Inputs, read_inputs
 from .admission import Admitted, admit, check_layouts
 from .case import Case
 from .compare import Finding
-from .comparison import Comparison, Track
+from .comparison import Comparison, Shown, Track
+from .explained import explained
 from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
 from .lanes import LayerWeights, Recorded
+from .names import by_name
 from .precision import Precision, precision_of
 from .program import program_of
 from .tolerance import Noise
@@ -38,7 +41,7 @@ _NOT_CONTESTED = ("masked_group_fill", "mtp_concat")
 @dataclass
 class Judgement:
     """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
-    for readings), the dialect that had to be assumed, verdict.
+    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, verdict.
     """
 
     gates: list[Gate] = field(default_factory=list)
@@ -46,6 +49,7 @@ class Judgement:
     layouts: dict[str, str] = field(default_factory=dict)
     gauges: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -83,6 +87,17 @@ def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
     return _contested(run, result) if result.culprits else result
 
 
+def explain(case: Case, trace: Trace, tap: str) -> list[str]:
+    """Lines that say how far a tap may be off, and why. SpecError for a tap that the trace does not hold."""
+    precision = precision_of(trace.header, trace.taps)
+    _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
+    run = _Run(case, trace, precision, rounded, tap)
+    run.judge(case.config.replace(dialect=trace.config.dialect), iter)
+    require(run.shown is not None, f"{tap!r} was not compared: the trace does not hold it, or it is unusable")
+    assert run.shown is not None
+    return explained(run.shown, precision.storage)
+
+
 def _contested(run: _Run, result: Judgement) -> Judgement:
     """The judgement under the dialect points that leave the fewest culprits, if any leaves fewer."""
     dialect = run.trace.config.dialect
@@ -112,6 +127,8 @@ class _Run:
     trace: Trace
     precision: Precision
     rounded: bool
+    show: str = ""
+    shown: Shown | None = None
 
     def judge(self, config: Config, track: Track) -> Judgement:
         """Replay everything under a config (its dialect) and compare."""
@@ -120,12 +137,22 @@ class _Run:
             inputs = read_inputs(config, case.tokens, case.positions, case.valid)
         check_layouts(header.layouts)
         program = program_of(config, inputs, n_mtp=_n_mtp(config, case.checkpoint), attend=self._attend)
-        admitted = admit(program, self.trace, config, inputs.tokens.shape)
-        comparison = Comparison(config, self.precision, admitted, self._recorded(admitted, inputs))
+        admitted = admit(program, self.trace, config, self._embedded(config, inputs))
+        ours = [c.tap for c in program]
+        unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
+        recorded = self._recorded(admitted, inputs)
+        comparison = Comparison(config, self.precision, admitted, recorded, show=self.show, unknown=unknown)
         comparison.run(program, track)
+        self.shown = comparison.shown
+        means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
         gates = [coverage_gate(program, self.trace), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
-        return Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes)
+        return Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
+
+    def _embedded(self, config: Config, inputs: Inputs) -> Array:
+        """What the first layer reads (B, S, D)."""
+        table: Array = self.case.checkpoint["model.embed_tokens.weight"]
+        return table[inputs.tokens]
 
     @property
     def _attend(self) -> Attend:
@@ -138,9 +165,9 @@ class _Run:
 
     def _recorded(self, a: Admitted, inputs: Inputs) -> Recorded:
         p = self.precision
-        whole = {t: x for t, x in a.taps.items() if t not in a.rows}
+        whole = {t: x for t, x in a.taps.items() if t not in a.picks}
         weights = LayerWeights(self.case.checkpoint, self.rounded)
-        return Recorded(whole, dict(inputs.named()), weights, p.plan, Noise(p.unit, p.format), frozenset(a.rows))
+        return Recorded(whole, dict(inputs.named()), weights, p.plan, Noise(p.unit, p.format), frozenset(a.picks))
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
@@ -149,4 +176,4 @@ def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
     return ForCausalLM.from_weights(config, shapes).n_mtp
 
 
-__all__ = ["EXIT", "Finding", "Judgement", "Track", "Verdict", "judge"]
+__all__ = ["EXIT", "Finding", "Judgement", "Track", "Verdict", "explain", "judge"]

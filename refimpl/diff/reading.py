@@ -6,8 +6,8 @@ before tokens where there are as many heads as tokens) is settled by value later
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
@@ -15,22 +15,44 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
+Pick = Mapping[int, slice | list[int]]
+"""Axis -> which of its entries; axes that are whole are left out."""
+
+
+def cut(a: Array, pick: Pick) -> Array:
+    """The picked part of an array."""
+    for axis, entries in pick.items():
+        a = a[(slice(None),) * axis + (entries,)]
+    return a
+
 
 @dataclass(frozen=True)
 class Reading:
-    """A tap in our axes, or a part of it: `rows` picks, along the sequence, what the candidate recorded; `note` says what was
+    """A tap in our axes, or a part of it: `pick` says, axis by axis, which entries the candidate recorded; `note` says what was
     done, "" if nothing.
     """
 
     array: Array
     note: str = ""
-    rows: slice | None = None
+    pick: Pick = field(default_factory=dict)
 
 
-def read(x: Array, shape: tuple[int, ...], axes: list[str], dims: str | None = None) -> Reading | None:
+def read(
+    x: Array,
+    shape: tuple[int, ...],
+    axes: list[str],
+    dims: str | None = None,
+    part: Mapping[str, list[int]] | None = None,
+) -> Reading | None:
     """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
-    word on its axes: letters as in ours, "N" for B S flattened.
+    word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded.
     """
+    pick = {axes.index(a): entries for a, entries in (part or {}).items() if a in axes}
+    if pick:
+        some = tuple([len(pick[i]) if i in pick else n for i, n in enumerate(shape)])
+        told = read(x, some, axes, dims)
+        if told is not None and not told.pick:
+            return Reading(told.array, told.note, pick)
     if dims is not None and (told := _declared(x, shape, axes, dims)) is not None:
         return told
     if x.shape == shape:
@@ -70,7 +92,7 @@ def _part(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading
     s = axes.index("S")
     last = tuple([1 if i == s else n for i, n in enumerate(shape)])
     if shape[s] > 1 and x.size == int(np.prod(last)) and _coarser(_squeezed(x.shape), _squeezed(last)):
-        yield Reading(x.reshape(last), "only the last position was recorded: compared there", slice(-1, None))
+        yield Reading(x.reshape(last), "only the last position was recorded: compared there", {s: slice(-1, None)})
     if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
         longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
         if longer <= {"S", "T"}:

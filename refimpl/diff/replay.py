@@ -37,16 +37,22 @@ class Step:
     unsettled: Array | None
 
 
-def replay(program: list[Call], r: Recorded) -> Iterator[Step]:
+Watch = Callable[[str, Array], None]
+"""Is shown every tap of our own run."""
+
+
+def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iterator[Step]:
     """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on."""
     recorded = {c.tap for c in program} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
     exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
     twins = [Lane(r.plan, k) for k in range(TWINS)]
     lanes, unsettled = (exact, chained, *twins), Unsettled()
-    end = max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
+    end = len(program) if watch else max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[: end + 1]):
         chained.values[call.tap] = chained.run(call, r)
+        if watch:
+            watch(call.tap, chained.values[call.tap])
         if call.tap in wanted:
             exact.values[call.tap] = exact.run(call, r)
             if call.tap not in r.taps:

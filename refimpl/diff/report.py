@@ -26,7 +26,7 @@ def render(j: Judgement, *, everything: bool = False) -> str:
         if bad
         else f"{len(j.findings)} taps replayed"
     )
-    lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}", *_recognised(j)]
+    lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}", *_recognised(j), *_renamed(j)]
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     for f in bad[:8]:
@@ -38,7 +38,25 @@ def render(j: Judgement, *, everything: bool = False) -> str:
         ]
     if len(bad) > 8:
         lines += ["", f"  ... and {len(bad) - 8} more (--all lists every tap)"]
-    return "\n".join([*lines, "", _verdict(j)])
+    return "\n".join([*lines, *_next(j), "", _verdict(j)])
+
+
+def _next(j: Judgement) -> Iterator[str]:
+    """The one tap to record next: what halves the widest region that is blamed, or shows a part that nothing showed."""
+    if tap := next_tap(j):
+        yield from ("", f"next      record {tap}")
+
+
+def next_tap(j: Judgement) -> str:
+    """The tap whose recording would tell most, "" if nothing is open."""
+    recorded = {f.tap for f in j.findings}
+    widest = max((f.region for f in j.culprits), key=len, default=())
+    inner = [t for t in widest if t not in recorded and not t.endswith(("/mask", "/mla.rope_tables"))]
+    if inner:
+        return inner[len(inner) // 2]
+    coverage = next((g for g in j.gates if g.name == "coverage" and g.state == "?"), None)
+    ends = ("/resid", "/logits")
+    return next((t for t in coverage.details if t.endswith(ends)), "") if coverage else ""
 
 
 def _recognised(j: Judgement) -> Iterator[str]:
@@ -48,6 +66,14 @@ def _recognised(j: Judgement) -> Iterator[str]:
     yield from (
         f"{'dialect':<10}{'':<5} {name}={value} reproduces the candidate" for name, value in j.contested.items()
     )
+
+
+def _renamed(j: Judgement) -> Iterator[str]:
+    """What names that are no taps seem to mean."""
+    known = {n: tap for n, tap in j.unknown.items() if tap}
+    yield from (f"{'unknown':<10}{'':<5} {n}: is it {tap}?" for n, tap in list(known.items())[:6])
+    if len(known) > 6:
+        yield f"{'unknown':<10}{'':<5} and {len(known) - 6} more"
 
 
 def _where(taps: list[str]) -> str:

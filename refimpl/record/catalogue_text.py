@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from refimpl.autograd.errors import require
+from refimpl.diff.names import Framework
+from refimpl.diff.names import frameworks as others
 from refimpl.layers import PRESETS
 
 from .catalogue import Entry, everything
@@ -39,21 +38,9 @@ _HOME = {"attn_out": "mla", "shared": "moe"}
 """Taps, or first words of taps, that belong to another group than their own first word."""
 
 
-@dataclass(frozen=True)
-class Framework:
-    """Where an implementation shows which tap."""
-
-    name: str
-    version: str
-    note: str
-    taps: dict[str, str]
-
-
 def frameworks() -> list[Framework]:
-    """transformers, from the probes that record it; the others from elsewhere/*.toml, in the order of their names."""
-    files = [f for f in (resources.files(__package__) / "elsewhere").iterdir() if f.name.endswith(".toml")]
-    others = [Framework(**tomllib.loads(f.read_text(encoding="utf-8"))) for f in files]
-    return [_transformers(), *sorted(others, key=lambda f: f.name.lower())]
+    """transformers, from the probes that record it, then the others, in the order of their names."""
+    return [_transformers(), *others()]
 
 
 def _transformers() -> Framework:

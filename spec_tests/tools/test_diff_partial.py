@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refimpl
+from refimpl.autograd import SpecError
+from refimpl.cli import main
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
 from refimpl.diff.program import last_use, program_of, regions
+from refimpl.diff.report import next_tap
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model.inputs import read_inputs
 from refimpl.record import trace_case
@@ -224,6 +228,91 @@ def test_a_dialect_is_contested_not_wrong():
     judgement = judge(folder, silent)
     assert judgement.verdict == "CONTESTED" and judgement.contested == {"routing_weight_on": "activation"}
     assert judgement.exit_code == 0
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_residuals_named_one_layer_late_are_read_so(name):
+    """Catches a list of hidden states, whose entry i is the input of layer i, blamed on four stages."""
+    trace = recording(name)
+    stream = [trace.taps["fwd/embed"], *[trace.taps[f"fwd/L{i}/resid"] for i in range(3)]]
+    taps = {t: a for t, a in trace.taps.items() if not t.endswith("/resid")}
+    judgement = judge(case(), Trace(trace.header, taps | {f"fwd/L{i}/resid": stream[i] for i in range(3)}))
+    assert not judgement.culprits and any("one layer late" in n for n in judgement.notes), render(judgement)
+
+
+def test_a_declared_part_gets_a_verdict_for_what_was_declared():
+    """Catches slices that are accepted and ignored: some layers, some tokens, some heads; and a wrong number among them."""
+    trace = recording("hf-float32")
+    layer = only(trace, lambda t: t.startswith(("fwd/L1/", "fwd/L2/")))
+    assert judge(case(), layer).exit_code == 2
+    declared = Trace(dataclasses.replace(layer.header, slices={"layers": [1, 2]}), layer.taps)
+    assert judge(case(), declared).verdict == "CONFORMS"
+    some = {"tokens": [0, 7, 23], "heads": [1, 3]}
+
+    def part(tap, a):
+        if tap in HEADS and tap != "mla.kv_b":
+            return a[:, [0, 7, 23]][:, :, [1, 3]]
+        return a[:, [0, 7, 23]] if tap in ("attn_norm", "resid", "ffn_out", "embed", "logits") else None
+
+    good = turned(trace, part)
+    good = Trace(dataclasses.replace(good.header, slices=some), good.taps)
+    judgement = judge(case(), good)
+    assert not judgement.culprits and len(judgement.findings) == len(good.taps), render(judgement)
+    good.taps["fwd/L1/mla.q"][1, 2, 1, 5] += 0.1
+    assert {f.tap for f in judge(case(), good).culprits} == {"fwd/L1/mla.q"}
+
+
+@pytest.mark.parametrize(
+    ("slices", "says"),
+    [
+        ({"layers": [7]}, "from 0 to 2"),
+        ({"tokens": "all"}, "a list"),
+        ({"heads": []}, "a list"),
+        ({"experts": [1]}, "known: tokens"),
+    ],
+)
+def test_slices_that_mean_nothing_are_refused(slices, says):
+    """Catches a declaration that is misspelt and silently not used."""
+    trace = recording("hf-float32")
+    with pytest.raises(SpecError, match=says):
+        judge(case(), Trace(dataclasses.replace(trace.header, slices=slices), trace.taps))
+
+
+def test_unknown_names_are_told_what_they_are():
+    """Catches "nothing to compare" for somebody who used the names of another framework, or no names at all."""
+    trace = recording("hf-bfloat16")
+    names = {
+        "fwd/L1/attn_out": "layers.1.o",
+        "fwd/L2/mla.ctx": "dump_0017",
+        "fwd/L1/router.ids": "ffn_moe_topk-1",
+        "fwd/L2/mla.q": "model.layers.2.self_attn.q_b_proj",
+    }
+    judgement = judge(case(), Trace(trace.header, {names.get(t, t): a for t, a in trace.taps.items()}))
+    assert judgement.exit_code == 2
+    assert {n: t.partition(" ")[0] for n, t in judgement.unknown.items()} == {n: t for t, n in names.items()}
+    assert "dump_0017: is it fwd/L2/mla.ctx?" in render(judgement)
+
+
+def test_the_next_tap_to_record_is_named():
+    """Catches an INCONCLUSIVE, or a wide region, that leaves the reader to guess what would help."""
+    around = only(mistaken("R09 scaling twice", "float32"), lambda t: t.rpartition("/")[2] in ("ffn_norm", "ffn_out"))
+    judgement = judge(case(), around)
+    (tap,) = re.findall(r"next +record (\S+)", render(judgement))
+    assert tap in judgement.culprits[0].region[:-1] and tap not in around.taps
+    assert next_tap(judge(case(), only(recording("hf-float32"), lambda t: "L1" not in t))) == "fwd/L1/resid"
+    assert next_tap(judge(case(), recording("hf-float32"))) == ""
+
+
+def test_a_tolerance_is_explained(capsys):
+    """Catches a limit that nobody can check: the numbers of the derivation are those of the finding."""
+    files = [str(TINY), str(TINY / "hf-bug.safetensors")]
+    assert main(["diff", *files, "--explain-tolerance", "fwd/L1/router.weights"]) == 0
+    text = capsys.readouterr().out
+    assert "every input was recorded" in text and text.count("    twin ") == 4 and "beyond" in text
+    found = next(f for f in judge(case(), recording("hf-bug")).findings if f.tap == "fwd/L1/router.weights")
+    assert f"= {found.allowed:.2e}" in text
+    assert main(["diff", *files, "--explain-tolerance", "fwd/L7/resid"]) == 3
+    assert "was not compared" in capsys.readouterr().err
 
 
 # ---- The program

@@ -1,0 +1,72 @@
+"""What other implementations call our taps, and what a tap of an unknown name may be."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+
+_LAYER = re.compile(r"(?:^|[./_-])(?:layers?|blk|h|block|L)?[./_-]?(\d+)(?=$|[./_-])")
+_AGREE = 0.2
+"""Two taps that differ by less than this share are the same quantity: bfloat16 drifts less through a few layers, others differ
+by their whole size."""
+
+
+@dataclass(frozen=True)
+class Framework:
+    """Where an implementation shows which tap."""
+
+    name: str
+    version: str
+    note: str
+    taps: dict[str, str]
+
+
+@cache
+def frameworks() -> tuple[Framework, ...]:
+    """Those of elsewhere/*.toml, in the order of their names."""
+    files = [f for f in (resources.files(__package__) / "elsewhere").iterdir() if f.name.endswith(".toml")]
+    found = [Framework(**tomllib.loads(f.read_text(encoding="utf-8"))) for f in files]
+    return tuple(sorted(found, key=lambda f: f.name.lower()))
+
+
+def by_name(name: str, ours: list[str]) -> str:
+    """The tap that a name means, with whose name it is, or the nearest of our own names; "" if nothing is near.
+
+    `model.layers.3.self_attn.q_b_proj` -> `fwd/L3/mla.q (as mlx-lm calls it)`.
+    """
+    known = set(ours)
+    layer = _LAYER.search(name)
+    unit = f"fwd/L{layer[1]}/" if layer else "fwd/"
+    whole = name.removesuffix(".weight") if layer is None else name[: layer.start(1)] + "i" + name[layer.end(1) :]
+    spellings = {whole, re.sub(r"^(model|decoder|transformer)\.", "", whole)}
+    spellings |= {re.sub(r"^(layers|blk|h)\.i\.", "", s) for s in spellings}
+    for framework in frameworks():
+        for tap, place in framework.taps.items():
+            first = re.split(r"[ ;(,]", place)[0]
+            said = {first, re.sub(r"^(model|decoder)\.", "", first)} & spellings
+            if said and not place.startswith("input") and unit + tap in known:
+                return f"{unit}{tap} (as {framework.name} calls it)"
+    near = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
+    return near[0] if near else ""
+
+
+def by_value(unknown: Mapping[str, Array], ours: Array) -> Iterator[tuple[str, float]]:
+    """(name, relative distance) of the arrays that hold what our own run has at a tap, as far as a recording in bfloat16 can."""
+    if ours.dtype.kind != "f" or ours.ndim < 2:
+        return
+    size = float(np.linalg.norm(np.where(np.isfinite(ours), ours, 0)))
+    for name, x in unknown.items():
+        if x.size == ours.size and x.dtype.kind not in "iub" and size > 0:
+            difference = x.astype(np.float32).reshape(ours.shape) - ours
+            away = float(np.linalg.norm(np.where(np.isfinite(difference), difference, 0))) / size
+            if away < _AGREE:
+                yield name, away
