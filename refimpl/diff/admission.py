@@ -55,7 +55,25 @@ def admit(program: list[Call], trace: Trace, c: Config, embedded: Array) -> Admi
             found.picks[call.tap] = reading.pick
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
+    _follow(found, program, recorded, c.num_experts_per_tok)
     return found
+
+
+def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array], k: int) -> None:
+    """Where a token has another number of experts, every array of slots or dispatched rows has another size: that is the fault
+    of the ids alone.
+    """
+    for call in program:
+        if call.stage == "router.ids" and call.tap in found.flawed:
+            unit, slots = call.tap.rpartition("/")[0], np.asarray(recorded[call.tap]).shape[-1:]
+            for other in [
+                c for c in program if c.tap in found.flawed and c.tap.startswith(f"{unit}/") and c is not call
+            ]:
+                shape, axes = np.asarray(recorded[other.tap]).shape, STAGES[other.stage].shape.split()
+                if (axes[-1] == "K" and shape[-1:] == slots) or axes[0] == "M":
+                    del found.flawed[other.tap]
+                    what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
+                    found.notes.setdefault(what, []).append(other.tap)
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:

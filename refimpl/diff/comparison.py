@@ -37,9 +37,11 @@ class Shown:
 
 @dataclass
 class Comparison:
-    """What the candidate gave, and what is found while the replay walks along: findings in model order; `accepted`, tap -> the
-    gauge in which it fits; `plain`, the same taps' findings without it; `unknown`, arrays under names that are no taps, and
-    `alike`, how near which tap of our own run is; `show`, a tap whose tolerance is to be explained, and `shown`, how it came about.
+    """What the candidate gave, and what is found while the replay walks along.
+
+    findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
+    that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
+    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Comparison:
     admitted: Admitted
     recorded: Recorded
     findings: list[Finding] = field(default_factory=list)
+    without: frozenset[str] = frozenset()
     show: str = ""
     shown: Shown | None = None
     unknown: dict[str, Array] = field(default_factory=dict)
@@ -60,7 +63,9 @@ class Comparison:
         inside, stage_of = regions(program, self.recorded.taps, a.picks), {c.tap: c.stage for c in program}
         for call in track(program):
             if call.tap in a.flawed:
-                self.findings.append(Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap]))
+                self.findings.append(
+                    Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap], region=(call.tap,))
+                )
             if call.tap in a.taps:
                 region = inside[call.tap]
                 coarsest = max(map(self.precision.unit, region))
@@ -86,7 +91,7 @@ class Comparison:
         if found.ok or STAGES[call.stage].compare in ("exact", "set") or pick:
             return found
         for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = compare(step, other, units, {})
+            better = compare(step, other, units, {}) if what not in self.without else found
             if better.ok:
                 self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
                 return better

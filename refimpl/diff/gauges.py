@@ -23,8 +23,11 @@ ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
 def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alternative]:
     """Other readings of a tap, in our arrangement."""
     tap = call.tap.rpartition("/")[2]
+    x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)  # what is undone must not round again
     if call.stage == "router.weights":
         yield "routing weights in another order than the ids: matched by value", by_rank(x, exact)
+        if c.routed_scaling_factor != 1:
+            yield "the routed scaling factor is applied after the experts", x * x.dtype.type(c.routed_scaling_factor)
     if tap in ROPE_TAPS:
         for to_interleaved in (True, False):
             yield "rotated channels in the other order", swap_pairs(x, to_interleaved=to_interleaved)

@@ -17,6 +17,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config, Dialect
 from refimpl.layers.mla import Attend
+from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
 
 from .admission import Admitted, admit, check_layouts
@@ -82,7 +83,7 @@ def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
     run = _Run(case, trace, precision, rounded)
-    result = run.judge(case.config.replace(dialect=trace.config.dialect), track)
+    result = run.settle(case.config.replace(dialect=trace.config.dialect), track)
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
 
@@ -103,8 +104,11 @@ def _contested(run: _Run, result: Judgement) -> Judgement:
     dialect = run.trace.config.dialect
     for name, value in _others(dialect):
         changed: dict[str, Any] = {name: value}
-        config = run.case.config.replace(dialect=replace(dialect, **changed))
-        other = run.judge(config, iter)
+        before, config = (run.case.config.replace(dialect=d) for d in (dialect, replace(dialect, **changed)))
+        blamed = {t for f in result.culprits for t in f.region}
+        if not blamed & run.differing(before, config):
+            continue
+        other = run.settle(config, iter)
         if {f.tap for f in other.culprits} < {f.tap for f in result.culprits}:
             other.gates[:0] = result.gates[: len(result.gates) - len(other.gates)]
             other.contested = result.contested | {name: str(value)}
@@ -130,18 +134,41 @@ class _Run:
     show: str = ""
     shown: Shown | None = None
 
-    def judge(self, config: Config, track: Track) -> Judgement:
-        """Replay everything under a config (its dialect) and compare."""
-        case, header = self.case, self.trace.header
+    def settle(self, config: Config, track: Track) -> Judgement:
+        """The judgement under a config with the gauges that explain something: one whose absence blames no more taps is none."""
+        result, without = self.judge(config, track), frozenset[str]()
+        if result.culprits:
+            for gauge in list(result.gauges):
+                other = self.judge(config, iter, without | {gauge})
+                if len(other.culprits) <= len(result.culprits):
+                    result, without = other, without | {gauge}
+        return result
+
+    def program(self, config: Config) -> tuple[list[Call], Inputs]:
+        """The stage calls of the run under a config, and its inputs."""
+        case = self.case
         with where(f"in {case.path / 'tokens.json'}"):
             inputs = read_inputs(config, case.tokens, case.positions, case.valid)
+        return program_of(config, inputs, n_mtp=_n_mtp(config, case.checkpoint), attend=self._attend), inputs
+
+    def differing(self, a: Config, b: Config) -> set[str]:
+        """Taps that two configs compute by other calls."""
+        (first, _), (second, _) = self.program(a), self.program(b)
+        theirs = {c.tap: c for c in second}
+        return {c.tap for c in first if theirs.get(c.tap) != c}
+
+    def judge(self, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
+        """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
+        header = self.trace.header
         check_layouts(header.layouts)
-        program = program_of(config, inputs, n_mtp=_n_mtp(config, case.checkpoint), attend=self._attend)
+        program, inputs = self.program(config)
         admitted = admit(program, self.trace, config, self._embedded(config, inputs))
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
         recorded = self._recorded(admitted, inputs)
-        comparison = Comparison(config, self.precision, admitted, recorded, show=self.show, unknown=unknown)
+        comparison = Comparison(
+            config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
+        )
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}

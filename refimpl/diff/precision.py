@@ -43,23 +43,25 @@ class Precision:
 
     def declared(self, tap: str) -> str:
         """The storage of a tap that was not recorded."""
-        part = next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
-        return part or {"bf16": "bfloat16", "fp8": "bfloat16"}.get(self.plan.name.partition("_")[0], self.storage)
+        return self._part(tap) or {"bf16": "bfloat16", "fp8": "bfloat16"}.get(
+            self.plan.name.partition("_")[0], self.storage
+        )
 
     def unit(self, tap: str) -> float:
-        """The roundoff of what a tap is kept in: as recorded, or coarser if declared so."""
-        return max(UNIT.get(name, UNIT["float32"]) for name in (self.seen.get(tap), self._coarse(tap)) if name)
+        """The roundoff of what a tap is kept in: as recorded, but not coarser than the run is declared to be, unless the tap
+        itself is declared apart.
+        """
+        own, part = UNIT.get(self.seen.get(tap, ""), 0.0), self._part(tap)
+        declared = UNIT.get(self.declared(tap), UNIT["float32"])
+        return declared if part or not own else min(own, declared)
 
-    def _coarse(self, tap: str) -> str | None:
-        """What counts beside the array's own dtype: a part that is declared apart, or, if not recorded, the declaration."""
-        if tap not in self.seen:
-            return self.declared(tap)
+    def _part(self, tap: str) -> str | None:
         return next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
 
     def format(self, call: Call) -> str:
         """The format that a twin's output is rounded to."""
         if call.tap in self.seen:
-            return "bf16" if self.seen[call.tap] == "bfloat16" else "fp32"
+            return "bf16" if self.unit(call.tap) == UNIT["bfloat16"] else "fp32"
         return self.plan.format(call.stage)
 
 
@@ -75,6 +77,9 @@ def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
     narrow = {"bfloat16": is_bfloat16, "float16": is_float16}
     held = {name: {t for t, a in floats.items() if is_it(a)} for name, is_it in narrow.items()}
+    kept = [t for t, a in taps.items() if a.dtype.name == "bfloat16"]
+    if storage == "float32" and len(kept) >= MOST * (len(floats) + len(kept)) and kept:
+        storage, note = "bfloat16", f"{len(kept)} taps are bfloat16 arrays: declare storage bfloat16"
     if storage == "float32":
         for name, found in held.items():
             if found and len(found) >= MOST * len(floats):
