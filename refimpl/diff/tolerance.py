@@ -20,7 +20,7 @@ from refimpl.layers.stage import STAGES, Call
 
 TWINS = 4
 """Members of the family; more change the largest error by little and cost a replay each."""
-FACTOR = 3.0
+FACTOR = 4.0
 """A candidate is one more draw from the family: sums in another order may exceed the largest of four draws."""
 ROUNDINGS = 4.0
 """No stage is asked to be better than this many units of roundoff: twins that happen to round well prove nothing."""
@@ -96,7 +96,8 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
     """
     x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
     difference = x - e
-    far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
+    with np.errstate(over="ignore"):  # infinitely far is far enough
+        far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
     floor = FLOOR.get(stage, (1e-3, ""))[0]
@@ -108,7 +109,8 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
     x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
-    far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
+    with np.errstate(over="ignore"):
+        far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
     return _relative(far, size, FLOOR.get(stage, (1e-3, ""))[0])
 
 
@@ -116,7 +118,8 @@ def _relative(far: Array, size: Array, floor: float) -> Array:
     """Square roots of the quotient; NaN counts as infinite."""
     far = np.where(np.isfinite(far), far, np.inf)
     least = max(floor**2 * float(size.max(initial=0)), np.finfo(np.float64).tiny)
-    return np.sqrt(far / np.maximum(size, least))
+    with np.errstate(over="ignore"):
+        return np.sqrt(far / np.maximum(size, least))
 
 
 def _comparable(x: Array, e: Array) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from refimpl.diff import Case, Header, Trace, digest
 from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
 from .hf_probes import dims
-from .hf_taps import observe, run
+from .hf_taps import Sighting, look, run
 from .torch_arrays import libraries, one_thread, to_numpy
 
 DTYPES = ("float32", "bfloat16")
@@ -34,58 +34,64 @@ def record(
     """Run a case through transformers and write the trace `out`; -> its path.
 
     taps: "all", or names and patterns, with or without the phase ("fwd/logits", "L*/router.*"). `patch` puts in a bug
-    of `hf_bugs.BUGS`. Nothing of it, nor any hook, outlives the call. Raises SpecError for an unknown bug, a case that
-    transformers cannot run, and a tap that was to be recorded and was not.
+    of `hf_bugs.BUGS`. Nothing of it, nor any hook, outlives the call. A tap that was to be recorded and was not stays in
+    the header's `expected`, and its notes say so. Raises SpecError for an unknown bug and a case that transformers
+    cannot run.
     """
     require(dtype in DTYPES, f"dtype {dtype!r}; known: {', '.join(DTYPES)}")
     case, out = Case.read(case_dir), Path(out)
-    positions = _positions(case)
+    positions_of(case)
     with one_thread():
         model = load_model(case.raw_config, case.weights(), dtype, experts=experts)
         with injected(model, patch):
-            found, self_check = _run(model, case, positions, taps)
-            held = checkpoint_names(model, model.state_dict())
-    notes = f"eager attention, {experts} experts" + (f"; injected bug {patch}" if patch else "")
-    precision = {"storage": dtype, "accumulate": "float32"}
-    more = {"positions": positions, "precision": precision, "self_check": self_check, "notes": notes}
-    Trace(_header(case, found, held, **more), found).write(out)
+            trace = trace_of(model, case, dtype=dtype, taps=taps, notes=f"injected bug {patch}" if patch else "")
+    trace.write(out)
     return out
 
 
-def _header(case: Case, taps: dict[str, Array], weights: dict[str, Array], **more: Any) -> Header:
-    return Header(
+def trace_of(
+    model: Any, case: Case, *, dtype: str = "float32", taps: str | Iterable[str] = "all", notes: str = ""
+) -> Trace:
+    """The trace of a loaded model, whatever was done to it: three runs, of which two are watched."""
+    positions = positions_of(case)
+    plain = to_numpy(run(model, case.tokens, positions))
+    seen, again = (look(model, case.config, case.tokens, positions, taps) for _ in range(2))
+    kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation()['']} experts"
+    header = Header(
         config=case.raw_config,
         tokens=case.tokens,
+        positions=positions,
         producer=_producer(),
-        weights={n: digest(w) for n, w in weights.items()},
+        weights={n: digest(w) for n, w in checkpoint_names(model, model.state_dict()).items()},
         layouts={"rope": "half", "mla": "expanded"},
-        dims={tap: dims(tap) for tap in taps},
-        expected=list(taps),
-        **more,
+        dims={tap: dims(tap) for tap in seen.taps},
+        expected=seen.expected,
+        precision={"storage": dtype, "accumulate": "float32"},
+        self_check=_self_check(plain, seen, again),
+        notes="; ".join([kinds, *([notes] if notes else []), *seen.notes]),
     )
+    return Trace(header, seen.taps)
 
 
-def _run(
-    model: Any, case: Case, positions: list[list[int]], taps: str | Iterable[str]
-) -> tuple[dict[str, Array], dict[str, float]]:
-    """The taps, how far recording them moved the logits (must be 0), and how far a second run differs in any tap."""
-    plain = to_numpy(run(model, case.tokens, positions))
-    logits, first = observe(model, case.config, case.tokens, positions, taps)
-    _, again = observe(model, case.config, case.tokens, positions, taps)
-    return first, {
-        "logits_taps_off_vs_on": _difference(plain, to_numpy(logits)),
-        "repeat": max(_difference(first[t], again[t]) for t in first),
+def _self_check(plain: Array, seen: Sighting, again: Sighting) -> dict[str, float]:
+    """How far watching moved the logits (must be 0), and how far a second run differs in any tap."""
+    repeat = [_difference(seen.taps[t], again.taps[t]) if t in again.taps else np.inf for t in seen.taps]
+    return {
+        "logits_taps_off_vs_on": _difference(plain, to_numpy(seen.logits)),
+        "repeat": max(repeat, default=0.0),
     }
 
 
 def _difference(a: Array, b: Array) -> float:
     """0 for the same bits (NaN and infinity included), else the largest difference."""
+    if a.shape != b.shape:
+        return float("inf")
     if a.tobytes() == b.tobytes():
         return 0.0
     return float(np.nan_to_num(np.abs(a.astype(np.float64) - b.astype(np.float64)), nan=np.inf).max())
 
 
-def _positions(case: Case) -> list[list[int]]:
+def positions_of(case: Case) -> list[list[int]]:
     """The case's positions. SpecError for what transformers' mask, which goes by place, would treat otherwise."""
     require(case.valid is None, "the case has padding; what transformers attends to from a padded token is not defined")
     if case.positions is None:

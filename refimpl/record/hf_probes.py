@@ -1,14 +1,15 @@
 """Where transformers' DeepSeek-V3 shows each tap: at the call of a module, or of a torch function while a module runs.
 
 The tables are read with the config alone, so that a module which another version renames, or a function which it no
-longer calls, is noticed.
+longer calls, is noticed. A module's output is the model's own word, whatever its shape; that the nth matmul holds the
+scores is our guess, so what does not look like it counts as not seen.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refimpl.layers.config import Config
@@ -50,10 +51,14 @@ def _tables(seen: Seen, c: Config) -> Any:
 
 
 def _q_rope(seen: Seen, c: Config) -> Any:
+    if seen.args[0].shape[-1] != c.qk_nope_head_dim + c.qk_rope_head_dim:
+        return None  # a product of the two parts apart, or of something else
     return seen.args[0][..., -c.qk_rope_head_dim :].transpose(1, 2)  # (B, H, S, Dn+Dr) -> (B, S, H, Dr)
 
 
 def _k_rope(seen: Seen, c: Config) -> Any:
+    if seen.args[1].shape[-2] != c.qk_nope_head_dim + c.qk_rope_head_dim:
+        return None
     shared = seen.args[1][:, 0]  # (B, H, Dn+Dr, T): the rotated part is the same in every head
     return shared[:, -c.qk_rope_head_dim :].transpose(1, 2)
 
@@ -83,13 +88,16 @@ _SIDE: dict[Pick, str] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """Where a tap is seen: at a module, or (`function`) at the nth call of a function while that module runs."""
+    """Where a tap is seen: at a module, or (`function`) at the nth call of a function while that module runs, if function
+    `after` was called there before.
+    """
 
     module: str
     tap: str
     pick: Pick
     function: str | None = None
     nth: int = 0
+    after: str = ""
 
     @property
     def where(self) -> str:
@@ -114,7 +122,7 @@ _LAYER = (
     Probe("self_attn", "mla.q_rope", _q_rope, "matmul", 0),
     Probe("self_attn", "mla.k_rope", _k_rope, "matmul", 0),
     Probe("self_attn", "mla.scores", _scores, "softmax", 0),
-    Probe("self_attn", "mla.probs", _in, "matmul", 1),
+    Probe("self_attn", "mla.probs", _in, "matmul", 1, after="softmax"),
     Probe("self_attn.o_proj", "mla.ctx", _in),
     Probe("self_attn.o_proj", "attn_out", _out),
     Probe("post_attention_layernorm", "resid_mid", _in),
@@ -156,14 +164,14 @@ BUSY = ("self_attn", "mlp.gate", "mlp.experts")  # the modules within which func
 
 
 def expected_taps(c: Config, experts: str = "eager") -> dict[str, Probe | None]:
-    """Every tap that a run of this config must give -> its probe; None for what is seen of all experts together."""
+    """Every tap that a run of this config is meant to give -> its probe; None for what is seen of all experts together."""
     found: dict[str, Probe | None] = {f"fwd/{p.tap}": p for p in _ENDS}
     for i in range(c.num_hidden_layers):
         rows = _LAYER + (_FULL_RANK_Q if c.q_lora_rank is None else _LOW_RANK_Q)
         rows += _DENSE if not c.is_moe(i) else _MOE + _GROUPS if c.n_group > 1 else _MOE
         for p in rows:
             path = f"model.layers.{i}.{p.module}".rstrip(".")
-            found[f"fwd/L{i}/{p.tap}"] = Probe(path, p.tap, p.pick, p.function, p.nth)
+            found[f"fwd/L{i}/{p.tap}"] = replace(p, module=path)
         if c.is_moe(i) and experts == "eager":
             found |= {f"fwd/L{i}/{tap}": None for tap in EXPERTS}
     return found
