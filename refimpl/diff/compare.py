@@ -18,7 +18,8 @@ from .replay import Step
 class Finding:
     """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the distance to
     our own run, drift and all; `region` the stages that were computed for it, its own last; `open` says that rounding alone
-    could have changed the experts of every token, so that nothing was compared.
+    could have changed the experts of every token, so that nothing was compared; `lean` is how far all of it leans one way, and
+    `upright` how far it may.
     """
 
     tap: str
@@ -31,6 +32,8 @@ class Finding:
     chained: float = float("nan")
     region: tuple[str, ...] = ()
     open: bool = False
+    lean: float = 0.0
+    upright: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,12 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         limit = tolerance.allowed(call.stage, units.own, family)
         upright = tolerance.allowed_lean(units.stages, units.region, leans)
     note = "" if ok else _describe(call.stage, x, e, limit)
-    return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, _drift(x, chained))
+    if found.worst <= limit and not ok:
+        note = (
+            f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
+        )
+    drift = _drift(x, chained)
+    return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift, lean=found.lean, upright=upright)
 
 
 def _drift(x: Array, ours: Array) -> float:

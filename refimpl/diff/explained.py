@@ -27,5 +27,5 @@ def explained(shown: Shown, storage: str) -> list[str]:
         f"  allowed, worst row     max({FACTOR:g} x {worst:.2e}, {ROUNDINGS:g} u) x {extra:g} = {limit:.2e}"
         + (f" ({why})" if why else ""),
         f"  allowed, lean          max({FACTOR:g} x {lean:.2e}, {LEAN * (2 if constant else 1):g} u) = {upright:.2e}",
-        f"  the candidate          worst row {f.error:.2e}: {'within' if f.ok else 'beyond'}",
+        f"  the candidate          worst row {f.error:.2e}, lean {f.lean:.2e}: {'within' if f.ok else 'beyond'}",
     ]

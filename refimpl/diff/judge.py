@@ -6,8 +6,9 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from .admission import Admitted, admit, check_layouts
 from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Shown, Track
+from .diagnose import Diagnosis, diagnose
 from .explained import explained
 from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
 from .lanes import LayerWeights, Recorded
@@ -52,6 +54,12 @@ class Judgement:
     notes: dict[str, list[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
+    diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
+
+    @cached_property
+    def causes(self) -> list[Diagnosis]:
+        """Known mistakes that reproduce what is blamed, those that explain most first; searched for when first asked."""
+        return self.diagnosis()
 
     @property
     def culprits(self) -> list[Finding]:
@@ -174,7 +182,9 @@ class _Run:
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
         gates = [coverage_gate(program, self.trace), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
-        return Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
+        found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
+        found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
+        return found
 
     def _embedded(self, config: Config, inputs: Inputs) -> Array:
         """What the first layer reads (B, S, D)."""

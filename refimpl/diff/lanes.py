@@ -44,17 +44,18 @@ class Lane:
     given: bool = True
     values: dict[str, Array] = field(default_factory=dict)
 
-    def run(self, call: Call, r: Recorded) -> Array:
-        """The call's stage in this lane."""
+    def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
+        """The call's stage in this lane, or another function of the same arguments in its place."""
         static = call.static | ({"dtype": self.plan.dtype} if "dtype" in call.static else {})
         # a candidate may hold NaN; that is reported, not warned of
         with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
-            out: Array = STAGES[call.stage].fn(*[self._value(a, call, r) for a in call.args], **static)
+            out: Array = (fn or STAGES[call.stage].fn)(*[self.value(a, call, r) for a in call.args], **static)
             return out
 
-    def _value(self, arg: Any, call: Call, r: Recorded) -> Any:
+    def value(self, arg: Any, call: Call, r: Recorded) -> Any:
+        """What a call's argument is in this lane."""
         if isinstance(arg, tuple):
-            return tuple([self._value(a, call, r) for a in arg])
+            return tuple([self.value(a, call, r) for a in arg])
         if not isinstance(arg, str):
             return arg
         if arg.startswith("w/"):

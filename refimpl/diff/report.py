@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .compare import Finding
 from .judge import Judgement
@@ -27,6 +27,7 @@ def render(j: Judgement, *, everything: bool = False) -> str:
         else f"{len(j.findings)} taps replayed"
     )
     lines += [f"{'local':<10}{state:<5} {what}", f"{'chained':<10}{'':<5} {_chained(j)}", *_recognised(j), *_renamed(j)]
+    lines += _causes(j)
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     for f in bad[:8]:
@@ -57,6 +58,33 @@ def next_tap(j: Judgement) -> str:
     coverage = next((g for g in j.gates if g.name == "coverage" and g.state == "?"), None)
     ends = ("/resid", "/logits")
     return next((t for t in coverage.details if t.endswith(ends)), "") if coverage else ""
+
+
+def _causes(j: Judgement) -> Iterator[str]:
+    """Known mistakes that reproduce what is blamed, a common cause said once; and whether anything stays unexplained."""
+    if not j.culprits:
+        return
+    for d in j.causes[:5]:
+        known = ", ".join([x for x in (d.id, *d.threads[:3]) if x])
+        yield f"{'cause':<10}{'':<5} {d.title}{f' ({known})' if known else ''}: reproduces {_folded(d.taps)}"
+    named = {tap for d in j.causes for tap in d.taps}
+    rest = [f.tap for f in j.culprits if f.tap not in named]
+    if rest:
+        yield f"{'cause':<10}{'':<5} no known mistake reproduces {_folded(rest)}"
+
+
+def _folded(taps: Sequence[str]) -> str:
+    """Taps by name, their layers together: `router.weights in L1-L2`."""
+    units: dict[str, list[str]] = {}
+    for tap in taps:
+        _, _, rest = tap.partition("/")
+        unit, _, name = rest.rpartition("/")
+        units.setdefault(name, []).append(unit)
+    parts = []
+    for name, found in units.items():
+        layers = [u for u in found if u]
+        parts.append(name + (f" in {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "") if layers else ""))
+    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
 
 
 def _recognised(j: Judgement) -> Iterator[str]:
@@ -131,8 +159,11 @@ def to_json(j: Judgement) -> str:
     def rows() -> Iterator[dict[str, object]]:
         for f in j.findings:
             numbers = {k: number(getattr(f, k)) for k in ("error", "twin", "allowed", "chained")}
-            yield {"tap": f.tap, "stage": f.stage, "ok": f.ok, "note": f.note} | numbers
+            yield {"tap": f.tap, "stage": f.stage, "ok": f.ok, "note": f.note, "region": list(f.region)} | numbers
 
     gates = [{"name": g.name, "state": g.state, "text": g.text, "details": list(g.details)} for g in j.gates]
     body = {"schema": "refimpl-diff/1", "verdict": j.verdict, "exit_code": j.exit_code, "layouts": j.layouts}
-    return json.dumps(body | {"gates": gates, "findings": list(rows())}, indent=1)
+    causes = [{"id": d.id, "title": d.title, "threads": list(d.threads), "taps": list(d.taps)} for d in j.causes]
+    recognised = {"gauges": j.gauges, "notes": j.notes, "unknown": j.unknown, "contested": j.contested}
+    more = recognised | {"causes": causes, "next": next_tap(j)}
+    return json.dumps(body | more | {"gates": gates, "findings": list(rows())}, indent=1)

@@ -1,0 +1,33 @@
+"""Families of the corpus that no change of one stage of a forward pass can express, and where they show instead."""
+
+_WEIGHTS = "a wrong weight: the weights gate"
+_CACHE = "shows between prefill and decode, or between chunks: needs a decode phase in the trace"
+_FP8 = "a wrong scale or block of FP8 numbers: spec_tests/r3_3_fp8/test_fp8_bugs.py has it on the quantisers"
+_TRAINING = "shows in losses, gradients or counters: needs a training phase in the trace"
+NOT_STAGES: dict[str, str] = {
+    "R06": "router products in bfloat16: a dtype, named as such",
+    "R11": "compensates an overflow of float16 in layers that need none: a factor in resid, fitted as a number",
+    "R19": "ids of a dtype that cannot hold them: refused, or other ids",
+    "R21": _WEIGHTS + ", or a shape",
+    "R22": "a reference with the bug in it: no candidate",
+    "A03": "DeepSeek-V3.2's indexer, which V3 has not",
+    "A07": "a converter's factor: A04 or A05 where it shows",
+    "A08": "A04 in one kernel only",
+    "A15": "an odd rotary size: refused by the config",
+    "A16": "an output layout that the next operation does not expect: a gauge, or another tap's values",
+    "A18": _CACHE,
+    "A19": _CACHE,
+    "A20": _CACHE,
+    "A21": _CACHE,
+    "A22": _CACHE,
+    **{f"F{i:02d}": _FP8 for i in range(1, 15)},
+    "F15": _TRAINING,
+    "F16": _FP8,
+    "T02": "a contested point: Dialect.mtp_hidden",
+    "T04": "positions of MTP not cut: mtp.positions is compared exactly",
+    "T05": _TRAINING,
+    "T06": _TRAINING,
+    "T07": "the main output changes with MTP on: two traces",
+    **{f"L{i:02d}": _TRAINING for i in range(1, 9)},
+}
+"""id -> why, and where it shows."""

@@ -1,0 +1,177 @@
+"""Mistakes of RoPE and YaRN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+from refimpl.layers.numerics.formats import to_bf16
+from refimpl.layers.rope import RopeScaling, inv_freq, mscale
+
+from .mutant import Mutant, stage, threads
+
+_TABLES = "mla.rope_tables"
+Change = Callable[[Any], Any]
+"""What is made of a part of the tables."""
+_A02 = threads("Megatron-LM #3900")
+
+
+def yarn(c: Config) -> bool:
+    """Whether YaRN stretches anything."""
+    return c.yarn is not None and c.yarn.factor > 1
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _factor(scaling: RopeScaling | None) -> float:
+    return scaling.attention_factor if scaling else 1.0
+
+
+def _tables(
+    *, places: Change = _same, scaling: Change = _same, freq: Change = _same, factor: Change = _factor
+) -> Callable[..., Array]:
+    """Tables with changed positions, YaRN settings, frequencies or factor on cos and sin."""
+
+    def fn(positions: Array, *, dim: int, theta: float, yarn: RopeScaling | None, dtype: Any) -> Array:
+        changed = scaling(yarn)
+        angle = places(positions.astype(np.float64))[..., None] * freq(inv_freq(dim, theta, changed))
+        out: Array = (np.stack([np.cos(angle), np.sin(angle)]) * factor(changed)).astype(dtype)
+        return out
+
+    return fn
+
+
+def _narrow(x: Array) -> Array:
+    return to_bf16(x.astype(np.float32)).astype(np.float64)
+
+
+def _laid_out_for_halves(name: str) -> Callable[..., Array]:
+    """Pairs rotated element by element with cos and sin in the order of halves."""
+
+    def fn(x: Array, table: Array, *, interleaved: bool) -> Array:
+        x = x[..., -2 * table.shape[-1] :]
+        cos, sin = (np.concatenate([t, t], axis=-1) for t in (table if x.ndim == 3 else table[:, :, :, None]))
+        turned = np.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+        out: Array = x * cos + turned * sin
+        return out
+
+    return fn
+
+
+def _one_step_on(name: str) -> Callable[..., Array]:
+    """Rotation by one position more than the tables say."""
+
+    def fn(x: Array, table: Array, *, interleaved: bool) -> Array:
+        turn = table[0] + 1j * table[1]
+        on = turn * (turn[:, 1:2] / turn[:, :1] if turn.shape[1] > 1 else 1)
+        out: Array = stage(name)(x, np.stack([on.real, on.imag]), interleaved=interleaved)
+        return out
+
+    return fn
+
+
+def _backwards(name: str) -> Callable[..., Array]:
+    """Rotation by -theta."""
+    return lambda x, table, **k: stage(name)(x, np.stack([table[0], -table[1]]), **k)
+
+
+def _rope_first(q: Array, table: Array, *, interleaved: bool) -> Array:
+    out: Array = stage("mla.q_rope")(q[..., : 2 * table.shape[-1]], table, interleaved=interleaved)
+    return out
+
+
+MUTANTS = (
+    *[
+        Mutant(
+            f"A01{which}",
+            f"{which} is rotated in halves where pairs are meant, or the other way",
+            f"mla.{which}_rope",
+            lambda x, table, *, interleaved, which=which: stage(f"mla.{which}_rope")(
+                x, table, interleaved=not interleaved
+            ),
+            threads("DeepSeek-V3 #938; transformers #39687; vLLM #26995; Megatron-LM #1547; Megatron-LM #3900"),
+        )
+        for which in ("q", "k")
+    ],
+    *[
+        Mutant(
+            f"A02{which}",
+            f"{which}'s pairs are rotated by tables laid out for halves",
+            name,
+            _laid_out_for_halves(name),
+            _A02,
+        )
+        for which, name in (("q", "mla.q_rope"), ("k", "mla.k_rope"))
+    ],
+    Mutant(
+        "A06",
+        "cos and sin are multiplied by one mscale instead of the ratio of two",
+        _TABLES,
+        _tables(factor=lambda y: mscale(y.factor, y.mscale or 1.0)),
+        threads("imp #880; sglang #22711; exllamav3 #259"),
+        "YaRN",
+        yarn,
+    ),
+    Mutant(
+        "A11",
+        "the frequencies are those without YaRN",
+        _TABLES,
+        _tables(scaling=lambda y: None),
+        threads("deepseek.cpp #15"),
+        "long positions",
+        yarn,
+    ),
+    Mutant(
+        "A10",
+        "YaRN starts from max_position_embeddings instead of the original length",
+        _TABLES,
+        _tables(
+            scaling=lambda y: replace(
+                y, original_max_position_embeddings=int(y.original_max_position_embeddings * y.factor)
+            )
+        ),
+        threads("Megatron-LM #1418; Pai-Megatron #560"),
+        "long positions",
+        yarn,
+    ),
+    Mutant(
+        "A11b",
+        "positions are divided by the factor (linear scaling instead of YaRN)",
+        _TABLES,
+        lambda p, *, yarn, **k: _tables(scaling=lambda y: None, places=lambda x: x / yarn.factor)(p, yarn=yarn, **k),
+        regime="long positions",
+        applies=yarn,
+    ),
+    Mutant(
+        "A14",
+        "positions are rounded to bfloat16",
+        _TABLES,
+        _tables(places=_narrow),
+        threads("flashinfer #585; sglang #33117; prime-rl #3584"),
+        "positions from 256 on",
+    ),
+    Mutant(
+        "A14b",
+        "frequencies are rounded to bfloat16",
+        _TABLES,
+        _tables(freq=_narrow),
+        threads("flashinfer #585"),
+        "positions",
+    ),
+    Mutant("X22", "k is rotated one position too far", "mla.k_rope", _one_step_on("mla.k_rope")),
+    Mutant("X23", "q is rotated one position too far", "mla.q_rope", _one_step_on("mla.q_rope")),
+    Mutant("X10", "positions begin at 1", _TABLES, _tables(places=lambda p: p + 1)),
+    Mutant("X11", "RoPE's theta is 1e6", _TABLES, lambda p, *, theta, **k: stage(_TABLES)(p, theta=1e6, **k)),
+    Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),
+    Mutant("X13", "k is rotated the other way", "mla.k_rope", _backwards("mla.k_rope")),
+    Mutant("X14", "q is not rotated", "mla.q_rope", lambda q, t, **k: q[..., -2 * t.shape[-1] :]),
+    Mutant("X15", "k is not rotated", "mla.k_rope", lambda kv, t, **k: kv[..., -2 * t.shape[-1] :]),
+    Mutant("X16", "the rotated channels are taken from the front of q", "mla.q_rope", _rope_first),
+)

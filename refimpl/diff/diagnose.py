@@ -1,0 +1,121 @@
+"""Naming the mistake: known bugs, each a changed stage, re-run on the candidate's own inputs until one gives its output.
+
+A mutant is tried at every tap whose region holds its stage, and counts only if it reproduces all of them. What fits nowhere is
+said to fit nowhere: the catalogue is closed, the world is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+from refimpl.layers.precision import FLOAT64
+from refimpl.layers.stage import STAGES, Call
+
+from .compare import Finding
+from .corpus import MUTANTS, Mutant
+from .gauges import ROPE_TAPS, swap_pairs
+from .lanes import Lane, Recorded
+from .tolerance import UNIT, allowed, distance
+
+NARROW = ("bfloat16", "float16")
+"""Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One cause: `id` of the corpus ("" for a dtype), what it is in a sentence, threads, the taps it explains."""
+
+    id: str
+    title: str
+    threads: tuple[str, ...]
+    taps: tuple[str, ...]
+
+
+def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Config) -> list[Diagnosis]:
+    """Causes that reproduce blamed taps, those that explain most first; taps that nothing explains are in none."""
+    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps]
+    calls = {call.tap: call for call in program}
+    found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
+    named = {tap for d in found for tap in d.taps}
+    found += [d for dtype in NARROW if (d := _narrow(dtype, [f for f in blamed if f.tap not in named]))][:1]
+    return sorted(found, key=lambda d: -len(d.taps))
+
+
+def _joined(found: list[Diagnosis]) -> list[Diagnosis]:
+    """One diagnosis a title: a cause that is at work in several stages is said once."""
+    by_title: dict[str, Diagnosis] = {}
+    for d in found:
+        before = by_title.get(d.title)
+        taps = d.taps if before is None else tuple(dict.fromkeys([*before.taps, *d.taps]))
+        by_title[d.title] = replace(before or d, taps=taps)
+    return list(by_title.values())
+
+
+def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
+    """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
+    touched = [f for f in blamed if any(calls[t].stage == m.stage for t in f.region)]
+    if not touched or not all(_reproduces(m, f, calls, r) for f in touched):
+        return None
+    return Diagnosis(m.id, m.title, m.threads, tuple([f.tap for f in touched]))
+
+
+def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> bool:
+    """Whether the region, with the mutant in it, gives the candidate's tap within what the tap is allowed."""
+    try:
+        ours = rerun([calls[t] for t in f.region], r, m)
+    except (ValueError, TypeError, IndexError, KeyError, FloatingPointError):
+        return False  # the mutant does not take these inputs: it is not the mistake
+    x = r.taps[f.tap]
+    if ours.shape != x.shape:
+        return False
+    if STAGES[f.stage].compare == "set":
+        return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
+    if x.dtype.kind in "iub":
+        return bool((x == ours).all())
+    return any(_near(f, other, ours) for other in _readings(f, x))
+
+
+def _near(f: Finding, x: Array, ours: Array) -> bool:
+    same_holes = bool((np.isnan(x) == np.isnan(ours)).all())
+    found = distance(f.stage, x, ours)
+    return same_holes and found.worst <= f.allowed and found.lean <= f.upright
+
+
+def _readings(f: Finding, x: Array) -> Iterator[Array]:
+    """The candidate's tap, and, as a wrong rotation may leave its channels in either order, the other orders."""
+    yield x
+    if f.tap.rpartition("/")[2] in ROPE_TAPS:
+        yield from (swap_pairs(x, to_interleaved=way) for way in (True, False))
+
+
+def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
+    """The last tap of a region in float64, with a mutant in its stage's place."""
+    lane, out = Lane(FLOAT64), np.zeros(0)
+    for call in region:
+        lane.values[call.tap] = out = lane.run(call, r, _bound(m, call, lane, r) if call.stage == m.stage else None)
+    return out
+
+
+def _bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
+    """The mutant's function, given what it reads beside the stage's arguments."""
+    if not m.reads:
+        return m.fn
+    unit = call.tap.rpartition("/")[0]
+    layer = f"w/model.layers.{unit.rpartition('/L')[2]}."
+    names = [layer + n.removeprefix("w:") if n.startswith("w:") else f"{unit}/{n}" for n in m.reads]
+    return partial(m.fn, reads=tuple([lane.value(n, call, r) for n in names]))
+
+
+def _narrow(dtype: str, blamed: list[Finding]) -> Diagnosis | None:
+    """The blamed taps that would be right if they were kept in a narrower dtype: all that nothing else explains, or none."""
+    within = [f.tap for f in blamed if f.error <= allowed(f.stage, UNIT[dtype], 0.0)]
+    if not within or len(within) < len(blamed):
+        return None
+    return Diagnosis("", f"these taps conform if they are {dtype}: declare it if that is meant", (), tuple(within))

@@ -1,0 +1,175 @@
+"""The corpus of known bugs: every family has its mutant or its reason, every mutant does something, and the diff names it."""
+
+import functools
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+from refimpl.diff import Case, Trace, render
+from refimpl.diff.corpus import MUTANTS, NOT_STAGES
+from refimpl.diff.judge import judge
+from refimpl.layers import STAGES, Recorder, observing
+from refimpl.layers.precision import FLOAT64
+from refimpl.layers.stage import Patch, tap_name
+from refimpl.model import ForCausalLM, effective, introduce
+from refimpl.record import trace_case
+
+from .test_diff_partial import case, recording
+
+FAMILIES = {"R": 22, "A": 22, "F": 16, "T": 8, "L": 8}
+QUIET = {
+    "R02": "every biased score is above 0 here",
+    "R05": "the case's biases are bfloat16 numbers already",
+    "R12": "no chosen score underflows here",
+    "R12b": "no logit lies below -88 here",
+    "R13": "the sums are not small here",
+    "A14": "positions are short here: bfloat16 holds them",
+    "A12-q_a_norm-1e-06": "that is the case's eps",
+    "A12-c_kv-1e-06": "that is the case's eps",
+    **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm")},
+}
+"""Mutants that the committed case cannot show, and why."""
+LOUD = [
+    m for m in MUTANTS.values() if m.applies(case().config) and m.id not in QUIET and not m.stage.startswith("mtp.")
+]
+
+
+def test_every_family_has_its_mutant_or_its_reason():
+    """Catches a family of real bugs that nobody looks for, and one that is listed on both sides."""
+    families = [f"{letter}{i:02d}" for letter, n in FAMILIES.items() for i in range(1, n + 1)]
+    mutated = {re.match(r"[A-Z]\d\d", id)[0] for id in MUTANTS}
+    assert [f for f in families if f not in mutated and f not in NOT_STAGES] == []
+    assert mutated & set(NOT_STAGES) == set()
+    assert all(len(why) > 10 for why in NOT_STAGES.values()) and set(NOT_STAGES) <= set(families)
+
+
+def test_mutants_are_well_formed():
+    """Catches an id used twice, a stage that does not exist, a thread without its number."""
+    for id, m in MUTANTS.items():
+        assert id == m.id and m.stage in STAGES and m.title[0] != " " and not m.title.endswith("."), id
+        assert all(re.fullmatch(r"[\w/.-]+ #\d+", t) for t in m.threads), (id, m.threads)
+        assert re.fullmatch(r"[RAFTLNX]\d\d[a-z]?(-[\w.-]+)?|A0[12][qk]", id), id
+
+
+@functools.cache
+def calls():
+    """Every stage call of the case in float64: stage -> [(tap, args, static, output)], and what each tap held."""
+    model = ForCausalLM.from_weights(case().config, effective(case().weights(), FLOAT64))
+    inputs, seen = model.inputs(case().tokens), {}
+    recorder = introduce(Recorder(), model, inputs)
+
+    def note(stage, run, /, *args, **static):
+        out = run(*args, **static)
+        seen.setdefault(stage.name, []).append((tap_name(stage), args, static, out))
+        return out
+
+    with observing(note, recorder):
+        model(inputs, attend="expanded", name="fwd")
+    return seen, dict(recorder.taps), dict(model.named_weights())
+
+
+@pytest.mark.parametrize("m", LOUD, ids=lambda m: m.id)
+def test_a_mutant_changes_its_stage(m):
+    """Catches a mutant that is the specification: it would never be found, and would pass for a hypothesis."""
+    seen, taps, weights = calls()
+    if m.stage not in seen:
+        pytest.skip(f"this model has no stage {m.stage}")
+    changed = []
+    for tap, args, static, out in seen[m.stage]:
+        unit = tap.rpartition("/")[0]
+        layer = f"model.layers.{unit.rpartition('/L')[2]}."
+        reads = tuple(weights[layer + n[2:]] if n.startswith("w:") else taps[f"{unit}/{n}"] for n in m.reads)
+        with np.errstate(all="ignore"):
+            ours = m.fn(*args, **static, **({"reads": reads} if m.reads else {}))
+        assert ours.shape == out.shape and ours.dtype.kind == out.dtype.kind, m.id
+        changed.append(not np.allclose(ours, out, rtol=1e-9, atol=0, equal_nan=True))
+    assert any(changed), m.id
+
+
+@pytest.mark.parametrize("id", [id for id in QUIET if MUTANTS[id].applies(case().config)])
+def test_a_mutant_that_the_case_cannot_show_is_quiet_for_its_reason(id):
+    """Catches an excuse that is none: what is said to be invisible here is."""
+    m = MUTANTS[id]
+    with np.errstate(all="ignore"):
+        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+    assert judgement.exit_code == 0, render(judgement)
+
+
+NAMED = [m for m in LOUD if not m.reads and m.stage in calls()[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", NAMED, ids=lambda m: m.id)
+def test_the_diff_names_a_known_mistake(m):
+    """Catches a diagnosis that finds nothing, something else, or several things; and blame on another stage."""
+    with np.errstate(all="ignore"):
+        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+    if not judgement.culprits:
+        pytest.skip("below what float32 shows on this case")
+    assert {f.stage for f in judgement.culprits} == {m.stage}, render(judgement)
+    titles = [d.title for d in judgement.causes if set(d.taps) == {f.tap for f in judgement.culprits}]
+    assert titles == [m.title], render(judgement)
+
+
+@pytest.mark.parametrize("id", ["R03", "R07", "R09", "A04", "A13", "X20", "R17", "N01-attn_norm-1e-05"])
+def test_some_are_named_in_every_run(id):
+    """Catches, without the slow tests, a diagnosis that has stopped working; also in the report and its JSON."""
+    m = MUTANTS[id]
+    with np.errstate(all="ignore"):
+        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+    assert [d.title for d in judgement.causes] == [m.title]
+    assert m.title in render(judgement)
+
+
+def test_the_bundled_bug_is_named_with_its_threads():
+    """Catches a name without its precedent: the recording with the bias in the weights is R01, and where that happened."""
+    judgement = judge(case(), recording("hf-bug"))
+    (d,) = judgement.causes
+    assert d.id == "R01" and "vLLM #11971" in d.threads and len(d.taps) == 2
+
+
+def test_a_common_cause_is_said_once():
+    """Catches thirteen findings for one wrong constant: eps 1e-5 in every norm of the stream."""
+    names = ("attn_norm", "ffn_norm", "final_norm")
+    patches = [Patch(n, MUTANTS[f"N01-{n}-1e-05"].fn) for n in names]
+    judgement = judge(case(), trace_case(case(), patches=patches))
+    (d,) = judgement.causes
+    assert (
+        d.title == "the norms' eps is 1e-05" and set(d.taps) == {f.tap for f in judgement.culprits} and len(d.taps) >= 5
+    )
+
+
+def test_what_nobody_knows_is_said_to_be_unknown():
+    """Catches a tool that always has an answer."""
+    strange = Patch("moe.shared", lambda *a: STAGES["moe.shared"].fn(*a) + 0.01 * np.sin(np.arange(48)))
+    judgement = judge(case(), trace_case(case(), patches=[strange]))
+    assert judgement.exit_code == 1 and judgement.causes == []
+    assert "no known mistake reproduces moe.shared in L1-L2" in render(judgement)
+
+
+def test_a_part_in_a_narrower_dtype_is_named_as_such():
+    """Catches routed experts in bfloat16 reported as a mistake of unknown kind."""
+
+    def coarse(down, ids, weights):
+        y = STAGES["moe.routed"].fn(down, ids, weights)
+        return (y.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    judgement = judge(case(), trace_case(case(), patches=[Patch("moe.routed", coarse)]))
+    (d,) = judgement.causes
+    assert "bfloat16" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
+
+
+def test_mutants_of_mtp_are_named(tmp_path):
+    """Catches mutants that only the main model's stages can be found by."""
+    from refimpl.layers import PRESETS
+    from refimpl.record import new_case
+
+    mtp = Case.read(
+        new_case(tmp_path / "mtp", PRESETS["tiny"].replace(num_nextn_predict_layers=1), seed=1, length=12, mtp=True)
+    )
+    for id in ("T01", "T03", "T08"):
+        trace: Trace = trace_case(mtp, patches=[Patch(MUTANTS[id].stage, MUTANTS[id].fn)])
+        assert [d.id for d in judge(mtp, trace).causes] == [id]
+    assert inspect.signature(MUTANTS["T03"].fn).parameters.keys() >= {"depth"}
