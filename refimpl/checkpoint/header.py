@@ -73,7 +73,7 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], d
 def parse_json(text: bytes) -> Any:
     """JSON as RFC 8259 and no more: UTF-8, no NaN, no key twice. Raises SpecError."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
     except SpecError:
         raise
     except (
@@ -89,6 +89,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise SpecError(f"the key {twice!r} appears twice in one JSON object")
     return found
+
+
+def _integer(token: str) -> int | float:
+    """-0 is no integer: no natural number is written so, and the safetensors library refuses it as an offset."""
+    return -0.0 if token == "-0" else int(token)
 
 
 def _no_constant(token: str) -> None:

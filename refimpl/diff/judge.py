@@ -59,7 +59,8 @@ class Judgement:
     @cached_property
     def causes(self) -> list[Diagnosis]:
         """Known mistakes that reproduce what is blamed, those that explain most first; searched for when first asked."""
-        return self.diagnosis()
+        with np.errstate(all="ignore"):
+            return self.diagnosis()
 
     @property
     def culprits(self) -> list[Finding]:
@@ -87,6 +88,11 @@ class Judgement:
 def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
     """Judge a candidate's trace of a case. SpecError if the two cannot be brought together at all."""
     gates = [inputs_gate(case, trace)]
+    with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
+        return _judged(case, trace, gates, track)
+
+
+def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track) -> Judgement:
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)

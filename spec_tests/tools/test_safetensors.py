@@ -305,6 +305,10 @@ HOSTILE = {
     "shape too small for the data": (with_x(shape=[1]), "has 4 bytes, data_offsets span 8"),
     "scalar of two": (with_x(shape=[]), "has 4 bytes"),
     "end before begin": (with_x(data_offsets=[8, 0]), "must be [begin, end]"),
+    "minus zero as an offset": (
+        file_bytes(b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', DATA),
+        "must be [begin, end]",
+    ),
     "negative offset": (with_x(data_offsets=[-8, 0]), "must be [begin, end]"),
     "three offsets": (with_x(data_offsets=[0, 4, 8]), "must be [begin, end]"),
     "offsets are strings": (with_x(data_offsets=["0", "8"]), "must be [begin, end]"),
