@@ -73,7 +73,9 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], d
 def parse_json(text: bytes) -> Any:
     """JSON as RFC 8259 and no more: UTF-8, no NaN, no key twice. Raises SpecError."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer
+        )
     except SpecError:
         raise
     except (

@@ -43,8 +43,8 @@ def progress(what: str) -> Callable[[list[Any]], Iterable[Any]]:
     return track
 
 
-def deliver(text: str, out: Path | None) -> None:
-    """To standard output, or whole to a file."""
+def deliver(text: str, out: Path | None, *, quiet: bool = False) -> None:
+    """To standard output, or whole to a file, whose name is then printed unless `quiet`."""
     from refimpl.checkpoint import Transaction
 
     if out is None:
@@ -52,4 +52,5 @@ def deliver(text: str, out: Path | None) -> None:
         return
     with Transaction() as files, files.new(out) as f:
         f.write(text.encode() if text.endswith("\n") else text.encode() + b"\n")
-    print(out)
+    if not quiet:
+        print(out)

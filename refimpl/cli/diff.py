@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .common import Commands, progress
+from refimpl.autograd.errors import require
+
+from .common import Commands, deliver, progress
+
+if TYPE_CHECKING:
+    from refimpl.diff import Case, Trace
 
 _TEXT = """Judge a recorded run of another implementation, stage by stage.
 
 CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose
 tensors are named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the
-candidate's own recorded inputs, so a wrong stage shows up alone, wherever it is.
+candidate's own recorded inputs, so a wrong stage shows up alone, wherever it is. With a second trace, the two are refereed.
 
 exit code: 0 conforms (also in another gauge, or in a contested dialect, which is named), 1 diverges, 2 inconclusive
 (something needed was not recorded), 3 bad input"""
@@ -25,9 +31,11 @@ def add(commands: Commands) -> None:
     )
     diff.add_argument("case", type=Path)
     diff.add_argument("candidate", type=Path)
+    diff.add_argument("other", type=Path, nargs="?", help="a second trace: which of the two left the specification?")
     diff.add_argument("--all", action="store_true", help="list every tap in model order")
     diff.add_argument("--quiet", action="store_true", help="print the verdict only")
     diff.add_argument("--json", action="store_true", help="print JSON (schema refimpl-diff/1)")
+    diff.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML, a test case a tap")
     diff.add_argument("--explain-tolerance", metavar="TAP", help="say how far this tap may be off, and why, instead")
     diff.set_defaults(run=run)
 
@@ -36,17 +44,29 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from refimpl.diff import Case, Trace, render, summary, to_json
     from refimpl.diff.judge import explain, judge
+    from refimpl.diff.junit import to_junit
 
+    case, trace = Case.read(args.case), Trace.read(args.candidate)
     if args.explain_tolerance:
-        print("\n".join(explain(Case.read(args.case), Trace.read(args.candidate), args.explain_tolerance)))
+        print("\n".join(explain(case, trace, args.explain_tolerance)))
         return 0
-    judgement = judge(Case.read(args.case), Trace.read(args.candidate), track=progress("replaying"))
-    text = (
-        to_json(judgement)
-        if args.json
-        else summary(judgement)
-        if args.quiet
-        else render(judgement, everything=args.all)
-    )
-    print(text)
+    if args.other:
+        return _referee(case, trace, args)
+    judgement = judge(case, trace, track=progress("replaying"))
+    if args.junit:
+        deliver(to_junit(judgement), args.junit, quiet=True)
+    quiet = summary(judgement) if args.quiet else render(judgement, everything=args.all)
+    print(to_json(judgement) if args.json else quiet)
     return judgement.exit_code
+
+
+def _referee(case: Case, trace: Trace, args: argparse.Namespace) -> int:
+    from refimpl.diff import Trace
+    from refimpl.diff.referee import referee
+
+    one_only = ("all", "quiet", "json", "junit")
+    given = [f"--{name}" for name in one_only if getattr(args, name)]
+    require(not given, f"{', '.join(given)} with two traces; it is for one")
+    lines, code = referee(case, trace, Trace.read(args.other), (str(args.candidate), str(args.other)))
+    print("\n".join(lines))
+    return code

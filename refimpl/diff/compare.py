@@ -108,7 +108,9 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
         )
-    drift = _drift(x, chained)
+    drift = (
+        _drift(np.sort(x), np.sort(chained)) if call.stage == "router.weights" else _drift(x, chained)
+    )  # slots are free
     return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift, lean=found.lean, upright=upright)
 
 

@@ -22,7 +22,7 @@ from .compare import Finding
 from .corpus import MUTANTS, Mutant
 from .gauges import ROPE_TAPS, swap_pairs
 from .lanes import Lane, Recorded
-from .tolerance import UNIT, allowed, distance
+from .tolerance import TWINS, UNIT, Noise, allowed, distance
 
 NARROW = ("bfloat16", "float16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
@@ -44,7 +44,8 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
     calls = {call.tap: call for call in program}
     found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
     named = {tap for d in found for tap in d.taps}
-    found += [d for dtype in NARROW if (d := _narrow(dtype, [f for f in blamed if f.tap not in named]))][:1]
+    rest = [f for f in blamed if f.tap not in named]
+    found += [d for dtype in NARROW if (d := _narrow(dtype, rest, calls, r))][:1]
     return sorted(found, key=lambda d: -len(d.taps))
 
 
@@ -113,9 +114,25 @@ def _bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]
     return partial(m.fn, reads=tuple([lane.value(n, call, r) for n in names]))
 
 
-def _narrow(dtype: str, blamed: list[Finding]) -> Diagnosis | None:
-    """The blamed taps that would be right if they were kept in a narrower dtype: all that nothing else explains, or none."""
-    within = [f.tap for f in blamed if f.error <= allowed(f.stage, UNIT[dtype], 0.0)]
-    if not within or len(within) < len(blamed):
+def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
+    """The blamed taps that nothing else explains, if all would be right were they and their regions kept in a narrower dtype."""
+    if not blamed or not all(_fits(dtype, f, [calls[t] for t in f.region], r) for f in blamed):
         return None
-    return Diagnosis("", f"these taps conform if they are {dtype}: declare it if that is meant", (), tuple(within))
+    title = f"these taps conform if they are computed in {dtype}: declare it if that is meant"
+    return Diagnosis("", title, (), tuple([f.tap for f in blamed]))
+
+
+def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
+    """Whether twins of the region in that dtype err as far as the candidate does."""
+    if STAGES[f.stage].compare in ("exact", "set"):
+        return False
+    narrow = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32"))
+    exact, family = Lane(FLOAT64), 0.0
+    for call in region:
+        exact.values[call.tap] = exact.run(call, r)
+    for k in range(1, TWINS):
+        lane = Lane(r.plan, k)
+        for call in region:
+            lane.values[call.tap] = narrow.noise.inner(call, lane.run(call, narrow), k)
+        family = max(family, distance(f.stage, lane.values[f.tap], exact.values[f.tap]).worst)
+    return f.error <= allowed(f.stage, UNIT[dtype], family)

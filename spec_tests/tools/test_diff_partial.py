@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from refimpl.autograd import SpecError
 from refimpl.cli import main
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
+from refimpl.diff.junit import to_junit
 from refimpl.diff.program import last_use, program_of, regions
 from refimpl.diff.report import next_tap
 from refimpl.layers.stage import STAGES, Patch
@@ -313,6 +315,42 @@ def test_a_tolerance_is_explained(capsys):
     assert f"= {found.allowed:.2e}" in text
     assert main(["diff", *files, "--explain-tolerance", "fwd/L7/resid"]) == 3
     assert "was not compared" in capsys.readouterr().err
+
+
+def test_two_traces_are_refereed(capsys, tmp_path):
+    """Catches a referee who compares the two with each other only: the one with the bug is named, the other cleared."""
+    good, bad = (str(TINY / f"{n}.safetensors") for n in ("hf-float32", "hf-bug"))
+    for pair in ([good, bad], [bad, good]):
+        assert main(["diff", str(TINY), *pair]) == 1
+        out = capsys.readouterr().out
+        assert f"{bad} leaves the specification, the other does not" in out
+        assert "first visibly apart at fwd/L1/router.weights" in out and "the selection bias leaks" in out
+    assert main(["diff", str(TINY), good, str(TINY / "hf-bfloat16.safetensors")]) == 0
+    assert "neither leaves the specification" in capsys.readouterr().out
+    assert main(["diff", str(TINY), bad, bad]) == 1 and "both leave" in capsys.readouterr().out
+    assert main(["diff", str(TINY), good, bad, "--json"]) == 3 and "--json with two traces" in capsys.readouterr().err
+
+
+def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
+    """Catches XML that a CI server cannot read, or in which everything has passed."""
+    out = tmp_path / "r.xml"
+    assert main(["diff", str(TINY), str(TINY / "hf-bug.safetensors"), "--junit", str(out), "--quiet"]) == 1
+    assert capsys.readouterr().out.startswith("DIVERGES")
+    root = ElementTree.parse(out).getroot()
+    failed = [c for c in root.iter("testcase") if c.find("failure") is not None]
+    assert [(c.get("classname"), c.get("name")) for c in failed] == [
+        ("router.weights", f"fwd/L{i}/router.weights") for i in (1, 2)
+    ]
+    assert "the selection bias leaks" in failed[0].find("failure").get("message")
+    assert len(list(root.iter("testcase"))) == 93 + 4
+    part = only(recording("hf-float32"), SETS["logits"])
+    gates = ElementTree.fromstring(to_junit(judge(case(), part))).find("testsuite")
+    assert [c.get("name") for c in gates if c.find("skipped") is not None] == ["coverage"]
+
+
+def test_drift_of_a_bfloat16_run_is_no_first_difference():
+    """Catches "first visible at router.logits" said of every clean bfloat16 run, whose router is kept in float32."""
+    assert "never visibly away" in render(judge(case(), recording("hf-bfloat16")))
 
 
 # ---- The program
