@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.diff import Case, Trace, render, summary, to_json
     from refimpl.diff.judge import explain, judge
     from refimpl.diff.junit import to_junit
+    from refimpl.diff.report import wrapped
 
     case, trace = Case.read(args.case), Trace.read(args.candidate)
     if args.explain_tolerance:
@@ -55,8 +58,16 @@ def run(args: argparse.Namespace) -> int:
     judgement = judge(case, trace, track=progress("replaying"))
     if args.junit:
         deliver(to_junit(judgement), args.junit, quiet=True)
-    quiet = summary(judgement) if args.quiet else render(judgement, everything=args.all)
-    print(to_json(judgement) if args.json else quiet)
+    text = (
+        summary(judgement)
+        if args.quiet
+        else to_json(judgement)
+        if args.json
+        else render(judgement, everything=args.all)
+    )
+    if sys.stdout.isatty() and not (args.json or args.all):
+        text = wrapped(text, shutil.get_terminal_size().columns)
+    print(text)
     return judgement.exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from statistics import median
 
@@ -14,6 +15,10 @@ from .tolerance import reason
 DRIFT = 100.0
 """Rounding that accumulates through a few layers stays below this many times what one stage is allowed."""
 SETS = ("router.ids", "router.groups")
+MOST = 6
+"""Stages that are shown with their details."""
+LABEL = 16
+"""Width of the column of labels."""
 
 
 def render(j: Judgement, *, everything: bool = False) -> str:
@@ -31,16 +36,42 @@ def render(j: Judgement, *, everything: bool = False) -> str:
     lines += _causes(j)
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
-    for f in bad[:8]:
-        lines += [
-            "",
-            f"  {f.tap}   error {f.error:.1e}   allowed {f.allowed:.1e}{_why(f)}",
-            f"    {f.note}",
-            *_region(f),
-        ]
-    if len(bad) > 8:
-        lines += ["", f"  ... and {len(bad) - 8} more (--all lists every tap)"]
+    groups = _groups(bad)
+    lines += [line for group in groups[:MOST] for line in _group(group)]
+    if len(groups) > MOST:
+        lines += ["", f"  ... and {len(groups) - MOST} more stages (--all lists every tap)"]
     return "\n".join([*lines, *_next(j), "", _verdict(j)])
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text for a terminal of that width: long lines go on under their own text, words stay whole."""
+    lines = []
+    for line in text.split("\n"):
+        own = len(line) - len(line.lstrip())
+        under = " " * (own + 2 if own else LABEL)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines)
+
+
+def _groups(bad: list[Finding]) -> list[list[Finding]]:
+    """Blamed taps of the same stage together, in model order of their first."""
+    found: dict[str, list[Finding]] = {}
+    for f in bad:
+        found.setdefault(f.stage, []).append(f)
+    return list(found.values())
+
+
+def _group(group: list[Finding]) -> Iterator[str]:
+    """A stage, its layers, and its worst tap: how far off, how far it may be, where."""
+    worst = max(group, key=lambda f: f.error / f.allowed if f.allowed else f.error)
+    yield from (
+        "",
+        f"  {folded([f.tap for f in group])}   error {worst.error:.1e}   allowed {worst.allowed:.1e}{_why(worst)}",
+    )
+    at = f"{worst.tap}: " if len(group) > 1 else ""
+    yield from (f"    {at}{worst.note}", *_region(worst))
 
 
 def _next(j: Judgement) -> Iterator[str]:
@@ -67,25 +98,30 @@ def _causes(j: Judgement) -> Iterator[str]:
         return
     for d in j.causes[:5]:
         known = ", ".join([x for x in (d.id, *d.threads[:3]) if x])
-        yield f"{'cause':<10}{'':<5} {d.title}{f' ({known})' if known else ''}: reproduces {_folded(d.taps)}"
+        yield f"{'cause':<10}{'':<5} {d.title}{f' ({known})' if known else ''}: reproduces {folded(d.taps)}"
     named = {tap for d in j.causes for tap in d.taps}
     rest = [f.tap for f in j.culprits if f.tap not in named]
     if rest:
-        yield f"{'cause':<10}{'':<5} no known mistake reproduces {_folded(rest)}"
+        yield f"{'cause':<10}{'':<5} no known mistake reproduces {folded(rest)}"
 
 
-def _folded(taps: Sequence[str]) -> str:
+def folded(taps: Sequence[str]) -> str:
     """Taps by name, their layers together: `router.weights in L1-L2`."""
     units: dict[str, list[str]] = {}
     for tap in taps:
         _, _, rest = tap.partition("/")
         unit, _, name = rest.rpartition("/")
         units.setdefault(name, []).append(unit)
-    parts = []
-    for name, found in units.items():
-        layers = [u for u in found if u]
-        parts.append(name + (f" in {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "") if layers else ""))
+    parts = [name + (f" in {_span(found)}" if any(found) else "") for name, found in units.items()]
     return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def _span(units: list[str]) -> str:
+    """`L1-L3` where the layers follow each other, else each: `L0, L2, mtp1`."""
+    numbers = [int(u[1:]) for u in units if u[:1] == "L"]
+    if len(units) > 1 and len(numbers) == len(units) and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{units[0]}-{units[-1]}"
+    return ", ".join(u for u in units if u)
 
 
 def _recognised(j: Judgement) -> Iterator[str]:

@@ -19,7 +19,7 @@ from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
 from refimpl.diff.program import last_use, program_of, regions
-from refimpl.diff.report import next_tap
+from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model.inputs import read_inputs
 from refimpl.record import trace_case
@@ -346,6 +346,23 @@ def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
     part = only(recording("hf-float32"), SETS["logits"])
     gates = ElementTree.fromstring(to_junit(judge(case(), part))).find("testsuite")
     assert [c.get("name") for c in gates if c.find("skipped") is not None] == ["coverage"]
+
+
+def test_the_report_is_one_screen_and_wraps_at_words():
+    """Catches thirteen findings of one stage told one by one, words broken at 80 columns, a verdict that is not last."""
+    patches = [
+        Patch(n, lambda x, w, *, eps, n=n: STAGES[n].fn(x, w, eps=eps) * 1.01) for n in ("attn_norm", "ffn_norm")
+    ]
+    judgement = judge(case(), trace_case(case(), patches=patches))
+    text = render(judgement)
+    assert (
+        "  attn_norm in L0-L2   error" in text and "  ffn_norm in L0-L2   error" in text and len(text.splitlines()) < 24
+    )
+    assert text.splitlines()[-1].startswith("DIVERGES")
+    narrow = wrapped(text, 60)
+    assert max(map(len, narrow.splitlines())) <= 60 and narrow.split() == text.split()
+    scattered = [f"fwd/{u}/resid" for u in ("L0", "L2", "mtp1")]
+    assert folded(scattered) == "resid in L0, L2, mtp1" and folded(["fwd/logits"]) == "logits"
 
 
 def test_drift_of_a_bfloat16_run_is_no_first_difference():
