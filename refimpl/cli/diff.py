@@ -38,6 +38,9 @@ def add(commands: Commands) -> None:
     diff.add_argument("--quiet", action="store_true", help="print the verdict only")
     diff.add_argument("--json", action="store_true", help="print JSON (schema refimpl-diff/1)")
     diff.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML, a test case a tap")
+    diff.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page that needs nothing else: stages by layers"
+    )
     diff.add_argument("--explain-tolerance", metavar="TAP", help="say how far this tap may be off, and why, instead")
     diff.set_defaults(run=run)
 
@@ -45,6 +48,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from refimpl.diff import Case, Trace, render, summary, to_json
+    from refimpl.diff.html import to_html
     from refimpl.diff.judge import explain, judge
     from refimpl.diff.junit import to_junit
     from refimpl.diff.report import wrapped
@@ -56,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.other:
         return _referee(case, trace, args)
     judgement = judge(case, trace, track=progress("replaying"))
-    if args.junit:
-        deliver(to_junit(judgement), args.junit, quiet=True)
+    for out, make in ((args.junit, to_junit), (args.html, to_html)):
+        if out:
+            deliver(make(judgement), out, quiet=True)
     text = (
         summary(judgement)
         if args.quiet
@@ -75,7 +80,7 @@ def _referee(case: Case, trace: Trace, args: argparse.Namespace) -> int:
     from refimpl.diff import Trace
     from refimpl.diff.referee import referee
 
-    one_only = ("all", "quiet", "json", "junit")
+    one_only = ("all", "quiet", "json", "junit", "html")
     given = [f"--{name}" for name in one_only if getattr(args, name)]
     require(not given, f"{', '.join(given)} with two traces; it is for one")
     lines, code = referee(case, trace, Trace.read(args.other), (str(args.candidate), str(args.other)))
