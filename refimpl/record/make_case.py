@@ -19,7 +19,6 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.model import Impl, expected_tensors
 
-ROUTER_TAPS = ("router.choice", "router.group_scores", "router.groups", "router.ids")
 _CANDIDATES = 32
 
 
@@ -109,11 +108,11 @@ def margins(taps: Mapping[str, Array], config: Config) -> Array:
     """The score by which the closest routing decision of each token was won, over all layers -> (B, S).
 
     In each layer the least of two gaps: between the last chosen and the first rejected expert of the kept groups, and
-    between the last kept and the first dropped group. Infinite where nothing was rejected. Needs ROUTER_TAPS.
+    between the last kept and the first dropped group. Infinite where nothing was rejected. Needs the taps `L*/router.*`.
     """
     found = []
     for at in sorted({t.rpartition("/")[0] for t in taps if t.endswith("/router.ids")}):
-        choice = taps[f"{at}/router.choice"]
+        choice = taps.get(f"{at}/router.choice", taps[f"{at}/router.scores"])  # V2 chooses by the scores themselves
         if f"{at}/router.groups" in taps:
             kept = taps[f"{at}/router.groups"]
             found.append(_gap(taps[f"{at}/router.group_scores"], config.topk_group))

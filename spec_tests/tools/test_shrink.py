@@ -1,0 +1,117 @@
+"""A real config made small: nothing that a port can get wrong is lost on the way."""
+
+import json
+
+import numpy as np
+import pytest
+
+from refimpl.cli import main
+from refimpl.diff import Case
+from refimpl.diff.judge import judge
+from refimpl.layers import PRESETS, Config
+from refimpl.record import new_case, trace_case
+from refimpl.record.shrink import shrink
+
+YARN = {"type": "yarn", "factor": 32, "original_max_position_embeddings": 4096, "beta_fast": 1, "beta_slow": 1}
+REAL = {
+    "deepseek-v3": PRESETS["deepseek-v3"].to_dict(),
+    "deepseek-v2": PRESETS["deepseek-v2"].to_dict(),
+    "deepseek-v2-lite": PRESETS["deepseek-v2-lite"].to_dict(),
+    "deepseek-v3.1": PRESETS["deepseek-v3"].to_dict()
+    | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}},
+    "like kimi-k2": {
+        **{
+            "hidden_size": 7168,
+            "num_attention_heads": 64,
+            "n_routed_experts": 384,
+            "num_experts_per_tok": 8,
+            "n_group": 1,
+        },
+        **{"topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827, "rope_theta": 50000.0},
+        **{
+            "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+            "vocab_size": 163840,
+            "num_nextn_predict_layers": 0,
+        },
+    },
+    "like moonlight": {
+        **{
+            "hidden_size": 2048,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "q_lora_rank": None,
+            "n_routed_experts": 64,
+        },
+        **{"n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"rope_scaling": None, "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0, "max_position_embeddings": 8192},
+    },
+}
+KEPT = [
+    "n_group",
+    "topk_group",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_method",
+    "rope_theta",
+    "rope_scaling",
+    "rope_interleave",
+    "rms_norm_eps",
+    "attention_bias",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "moe_layer_freq",
+    "dialect",
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_mechanism_is_kept(name):
+    """Catches a small model that cannot show what the real one does: another choice, another rank, no dense layer."""
+    real = Config.from_dict(REAL[name])
+    small = shrink(real)
+    assert {k: getattr(small, k) for k in KEPT} == {k: getattr(real, k) for k in KEPT}
+    assert (small.q_lora_rank is None) == (real.q_lora_rank is None)
+    kinds = {real.is_moe(i) for i in range(real.num_hidden_layers)}
+    assert {small.is_moe(i) for i in range(small.num_hidden_layers)} == kinds
+    assert bool(small.num_nextn_predict_layers) == bool(real.num_nextn_predict_layers)
+    assert 1 < small.num_experts_per_tok < small.n_routed_experts
+    assert small.n_routed_experts % small.n_group == 0 and small.num_hidden_layers <= 4
+    sizes = [small.hidden_size, small.kv_lora_rank, small.qk_nope_head_dim, small.qk_rope_head_dim, small.v_head_dim]
+    assert len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_case_of_it_is_drawn_and_judged(name, tmp_path):
+    """Catches a small model that cannot be written, run or judged."""
+    case = Case.read(new_case(tmp_path / "case", shrink(Config.from_dict(REAL[name])), batch=1, length=6, margin=0.0))
+    assert judge(case, trace_case(case)).verdict == "CONFORMS"
+
+
+def test_the_command_shrinks_and_says_what_it_changed(tmp_path, capsys):
+    """Catches a real config refused as too large without a way out, and a size changed in silence."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(REAL["deepseek-v3"]))
+    assert main(["case", str(tmp_path / "a"), "--config", str(config)]) == 3
+    assert "--shrink makes it small" in capsys.readouterr().err
+    assert main(["case", str(tmp_path / "a"), "--config", str(config), "--shrink"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "a") and "hidden_size 7168 -> 48" in err and "n_group" not in err
+    assert np.shape(Case.read(tmp_path / "a").tokens) == (2, 24)
+    assert main(["case", str(tmp_path / "b"), "--config", str(config), "--shrink", "--mtp"]) == 0
+    assert any("eh_proj" in name for name in Case.read(tmp_path / "b").checkpoint)
+
+
+def test_info_takes_a_bare_config(tmp_path, capsys):
+    """Catches a config.json that is read as a checkpoint, and other numbers than the preset's."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(REAL["deepseek-v3"]))
+    assert main(["info", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert main(["info", "deepseek-v3"]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["info", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 671_026_419_200
+    config.write_text(json.dumps(REAL["deepseek-v3"] | {"topk_group": 99}))
+    assert main(["info", str(config)]) == 3 and "while reading" in capsys.readouterr().err
