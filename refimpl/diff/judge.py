@@ -149,12 +149,12 @@ class _Run:
     shown: Shown | None = None
 
     def settle(self, config: Config, track: Track) -> Judgement:
-        """The judgement under a config with the gauges that explain something: one whose absence blames no more taps is none."""
+        """The judgement under a config with the gauges that explain something: one takes taps out of blame and puts none in."""
         result, without = self.judge(config, track), frozenset[str]()
         if result.culprits:
             for gauge in list(result.gauges):
                 other = self.judge(config, iter, without | {gauge})
-                if len(other.culprits) <= len(result.culprits):
+                if not {f.tap for f in result.culprits} < {f.tap for f in other.culprits}:
                     result, without = other, without | {gauge}
         return result
 
