@@ -60,7 +60,7 @@ class Comparison:
     def run(self, program: list[Call], track: Track) -> None:
         """Compare every tap of the program that was admitted; say of the others why they were not."""
         a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None)
-        inside, stage_of = regions(program, self.recorded.taps, a.picks), {c.tap: c.stage for c in program}
+        inside, stage_of = self._regions(program), {c.tap: c.stage for c in program}
         for call in track(program):
             if call.tap in a.flawed:
                 self.findings.append(
@@ -71,17 +71,23 @@ class Comparison:
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
                 self.findings.append(replace(self._find(next(walk), units), region=region))
+                if call.tap in self.recorded.withdrawn:  # what follows spans it
+                    inside = self._regions(program)
         for _ in walk:  # our own run to its end, for the arrays of unknown names
             raise AssertionError("a step that nobody asked for")
         for tap in gauges.broken(self.accepted, list(a.taps)):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 
+    def _regions(self, program: list[Call]) -> dict[str, tuple[str, ...]]:
+        return regions(program, self.recorded.taps, self.admitted.picks)
+
     def _find(self, step: Step, units: Units) -> Finding:
         """The finding on a tap as it is, or in the first gauge in which it fits; then that is what later stages are run on."""
         call, tap = step.call, step.call.tap
         x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
-        if call.stage == "router.weights" and call.args[1] not in self.admitted.taps:
+        unordered = call.stage == "router.weights" and call.args[1] not in self.admitted.taps
+        if unordered:
             x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
             self.recorded.taps[tap] = x
         found = compare(step, x, units, pick)
@@ -95,6 +101,8 @@ class Comparison:
             if better.ok:
                 self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
                 return better
+        if unordered:  # of weights that are not ours the largest need not belong to our first expert
+            self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
 
     def _watch(self, tap: str, ours: Array) -> None:

@@ -20,7 +20,7 @@ from refimpl.layers.stage import STAGES, Call
 
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
-from .gauges import ROPE_TAPS, swap_pairs
+from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .tolerance import TWINS, UNIT, Noise, allowed, distance
 
@@ -40,7 +40,7 @@ class Diagnosis:
 
 def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Config) -> list[Diagnosis]:
     """Causes that reproduce blamed taps, those that explain most first; taps that nothing explains are in none."""
-    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps]
+    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps | r.withdrawn]
     calls = {call.tap: call for call in program}
     found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
     named = {tap for d in found for tap in d.taps}
@@ -73,9 +73,11 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         ours = rerun([calls[t] for t in f.region], r, m)
     except (ValueError, TypeError, IndexError, KeyError, FloatingPointError):
         return False  # the mutant does not take these inputs: it is not the mistake
-    x = r.taps[f.tap]
+    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
     if ours.shape != x.shape:
         return False
+    if f.tap in r.withdrawn:  # in an order that nobody knows
+        x = by_rank(x, ours)
     if STAGES[f.stage].compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":

@@ -44,7 +44,8 @@ _NOT_CONTESTED = ("masked_group_fill", "mtp_concat", "topk_denominator_eps")
 @dataclass
 class Judgement:
     """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
-    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, verdict.
+    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, taps that
+    nothing was replayed on, verdict.
     """
 
     gates: list[Gate] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Judgement:
     notes: dict[str, list[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
+    withdrawn: frozenset[str] = frozenset()
     diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
 
     @cached_property
@@ -66,6 +68,11 @@ class Judgement:
     def culprits(self) -> list[Finding]:
         """Taps whose own stage, fed with the candidate's inputs, gives something else."""
         return [f for f in self.findings if not f.ok]
+
+    @property
+    def blamed(self) -> set[str]:
+        """The culprits' taps, without those that only show again what a withdrawn tap shows."""
+        return {f.tap for f in self.culprits if not self.withdrawn & set(f.region[:-1])}
 
     @property
     def verdict(self) -> Verdict:
@@ -154,7 +161,7 @@ class _Run:
         if result.culprits:
             for gauge in list(result.gauges):
                 other = self.judge(config, iter, without | {gauge})
-                if not {f.tap for f in result.culprits} < {f.tap for f in other.culprits}:
+                if not {f.tap for f in result.culprits} < other.blamed:
                     result, without = other, without | {gauge}
         return result
 
@@ -189,6 +196,7 @@ class _Run:
         gates = [coverage_gate(program, self.trace), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
+        found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
         return found
 

@@ -23,8 +23,9 @@ Weights = Callable[[str, Plan], Array]
 
 @dataclass
 class Recorded:
-    """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected while the
-    replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible roundings.
+    """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
+    withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
+    roundings.
     """
 
     taps: dict[str, Array]
@@ -33,6 +34,7 @@ class Recorded:
     plan: Plan
     noise: Noise
     outputs: frozenset[str] = frozenset()
+    withdrawn: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass

@@ -98,6 +98,10 @@ def mistaken(name, precision):
     st.sampled_from([0.9, 0.6, 0.3, 0.1]),
 )
 @example("R10 scaling nowhere", "float32", 18447, 0.3)  # weights as if scaled later, and nothing of later shows it
+@example("R10 scaling nowhere", "bf16", 508480, 0.6)  # the same, and what shows it does so through weights without ids
+@example(
+    "A01 half rotation of interleaved weights", "float32", 18169, 0.3
+)  # weights in the order of experts that are not ours
 def test_a_region_that_is_blamed_holds_the_mistake(name, precision, seed, share):
     """Catches blame on stages behind the one that is wrong, when what lies between was not recorded."""
     judgement = judge(case(), drawn(mistaken(name, precision), seed, share))
