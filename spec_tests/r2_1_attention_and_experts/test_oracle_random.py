@@ -27,7 +27,7 @@ TIGHT, LOOSE = 1e-11, 1e-4
 LATENT, EXPANDED = ("mla.q_absorbed", "mla.ctx_latent"), ("mla.kv_b",)
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-thorough = settings(quick, max_examples=400, derandomize=False)
+thorough = settings(quick, max_examples=400)
 
 
 @dataclasses.dataclass
