@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.stage import STAGES
 
 from . import tolerance
 from .reading import Pick, cut
@@ -58,7 +57,7 @@ def unusable(x: Array, integers: bool, limit: int | None) -> str:
 
 def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
-    call, kind = step.call, STAGES[step.call.stage].compare
+    call, kind = step.call, step.call.of.compare
     exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
     settled = _settled(step, pick)
     if settled is not None and not settled.any():
@@ -77,7 +76,7 @@ def _settled(step: Step, pick: Pick) -> Array | None:
     if step.unsettled is None:
         return None
     doubt, lead = step.unsettled, step.exact.shape[:-1] or (1,)
-    axes = STAGES[step.call.stage].shape.split()[:-1]
+    axes = step.call.of.shape.split()[:-1]
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
     elif axes == ["B", "H", "S"]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
 
 from . import gauges
 from .admission import Admitted
@@ -94,7 +94,7 @@ class Comparison:
         if tap == self.show:
             twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
-        if found.ok or STAGES[call.stage].compare in ("exact", "set") or pick:
+        if found.ok or call.of.compare in ("exact", "set") or pick:
             return found
         for what, other in gauges.alternatives(call, x, step.exact, self.config):
             better = compare(step, other, units, {}) if what not in self.without else found

@@ -28,12 +28,19 @@ QUIET = {
     "A14": "positions are short here: bfloat16 holds them",
     "A12-q_a_norm-1e-06": "that is the case's eps",
     "A12-c_kv-1e-06": "that is the case's eps",
+    **dict.fromkeys(("A18", "A18b", "A20"), "nothing is cached here"),  # named in test_diff_phases.py
     **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm")},
 }
 """Mutants that the committed case cannot show, and why."""
 LOUD = [
-    m for m in MUTANTS.values() if m.applies(case().config) and m.id not in QUIET and not m.stage.startswith("mtp.")
+    m
+    for m in MUTANTS.values()
+    if m.applies(case().config)
+    and m.id not in QUIET
+    and m.regime not in ("cache", "training")
+    and m.stage[:4] != "mtp."
 ]
+"""What one forward pass of the case shows; MTP has a test below, caches and training are test_diff_phases.py's."""
 
 
 def test_every_family_has_its_mutant_or_its_reason():
