@@ -28,9 +28,9 @@ FAR = 6.0
 def verdict_colour(ratio: float, *, ok: bool) -> Colour:
     """Of an error that is `ratio` times what is allowed."""
     if ok:
-        return _hsl(210, 0.6, 0.96 - 0.26 * min(ratio, 1.0))
+        return _hsl(210, 0.6, 0.96 - 0.2 * min(ratio, 1.0))
     far = min(math.log10(max(ratio, 1.0)) / FAR, 1.0) if math.isfinite(ratio) else 1.0
-    return _hsl(25, 0.9, 0.38 - 0.33 * far)
+    return _hsl(25, 0.9, 0.34 - 0.29 * far)
 
 
 def css(colour: Colour) -> str:

@@ -49,9 +49,12 @@ def _hypothesis(f: Finding, causes: list[Diagnosis]) -> Iterator[str]:
     """What reproduces the tap, with its threads; or that nothing does."""
     found = [d for d in causes if f.tap in d.taps]
     for d in found:
-        known = ", ".join([x for x in (d.id, *d.threads) if x])
-        yield f'<p class="cause"><b>Hypothesis:</b> {escape(d.title)}'
-        yield f"{f' ({escape(known)})' if known else ''}. Re-run on these inputs it gives the candidate's output.</p>"
+        known = (
+            f" ({', '.join([d.id, *d.threads])}). Re-run on these inputs it gives the candidate's output."
+            if d.id
+            else ""
+        )
+        yield f'<p class="cause"><b>Hypothesis:</b> {escape(d.title + known)}</p>'
     if not found:
         yield '<p class="cause"><b>Hypothesis:</b> none: no known mistake reproduces it.</p>'
 
