@@ -49,15 +49,15 @@ _VERDICTS = (
     *[verdict_colour(i / 126, ok=True) for i in range(127)],
     *[verdict_colour(10 ** (i * FAR / 127), ok=False) for i in range(128)],
 )
-_MAGNITUDES = (_WHITE, _hsl(210, 0.6, 0.95), *[_hsl(210, 0.6, 0.9 - 0.84 * i / 253) for i in range(254)])
-"""0 not compared; then none; then the decades below the largest."""
+_MAGNITUDES = (_WHITE, _hsl(210, 0.6, 0.95), *[_hsl(210, 0.6, 0.9 - 0.7 * i / 252) for i in range(253)], (0, 0, 0))
+"""0 not compared; then none; then the decades below the largest; 255, what is no number."""
 
 
 def heat_png(p: Picture) -> str:
     """The map: rows are tokens, columns features."""
     with np.errstate(all="ignore"):
         t = 1 + np.log10(p.heat / largest(p)) / DECADES
-    level = 2 + np.round(253 * np.clip(t, 0, 1))
+    level = np.where(np.isinf(p.heat), 255, 2 + np.round(252 * np.clip(t, 0, 1)))
     return png(np.where(np.isnan(p.heat), 0, np.where(p.heat == 0, 1, level)), _MAGNITUDES)
 
 
@@ -78,7 +78,7 @@ def strip_png(p: Picture, allowed: float) -> str:
 
 def scale_png() -> str:
     """The scale of magnitudes, the largest on the right."""
-    return png(np.arange(2, 256)[None], _MAGNITUDES)
+    return png(np.arange(2, 255)[None], _MAGNITUDES)
 
 
 def png(levels: Array, palette: tuple[Colour, ...]) -> str:
@@ -116,7 +116,7 @@ def histogram_svg(p: Picture, allowed: float) -> str:
                 _bar((k - low + 1) * step, step, (_HEIGHT - 14) * math.log1p(n) / most, title, n)
                 for k, n, title in bars
             ],
-            *[_tick((k - low + 1) * step, f"1e{LOWEST + k // 2}") for k in range(low, high + 2) if k % 4 == 0],
+            *[_tick((k - low + 1) * step, f"1e{LOWEST + k // 2}") for k in range(low + 1, high + 2) if k % 4 == 0],
             _tick(step / 2, "0") if p.equal else "",
             _tick((high - low + 2.5) * step, "NaN") if p.counts[BINS] else "",
             _limit(at) if at is not None else "",

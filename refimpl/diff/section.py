@@ -60,23 +60,14 @@ def _hypothesis(f: Finding, causes: list[Diagnosis]) -> Iterator[str]:
 
 
 def _map(f: Finding, p: Picture) -> Iterator[str]:
-    (rows, columns), (down, across) = p.heat.shape, p.size
+    """Strip and map beside each other, with their first and last indices, and what they show in words."""
+    (rows, columns), across = p.heat.shape, p.size[1]
     high, wide = max(1, min(20, _TALL // rows)) * rows, max(1, min(20, _WIDE // columns)) * columns
-    tokens, features = (" ".join(axes) or "1" for axes in (p.rows, p.columns))
     first, last = (str(list(end)) for end in p.ends)
-    block = (
-        ""
-        if p.size == p.heat.shape
-        else f" Each cell is the largest of {_each(down, rows)} x {_each(across, columns)}."
+    alt = f"{f.tap}: map of errors, {' x '.join(map(str, p.size))}" + "".join(
+        f"; worst at {list(w.at)}" for w in p.worst[:1]
     )
-    unseen = (
-        f" White: {p.unseen:,} elements of tokens whose experts rounding may change, not compared." if p.unseen else ""
-    )
-    alt = f"{f.tap}: error by token and feature, {down} x {across}" + (
-        f"; worst at {list(p.worst[0].at)}" if p.worst else ""
-    )
-    yield f"<figure><figcaption>Error by token ({tokens}, down) and feature ({features}, across); left of it each"
-    yield f"token's worst row, blue within what is allowed, orange to black beyond.{block}{unseen}</figcaption>"
+    yield f"<figure><figcaption>{_caption(p)}</figcaption>"
     yield f'<div class="map"><span class="ends"><span>{first}</span><span>{last}</span></span>'
     yield f'<img src="{strip_png(p, f.allowed)}" width="14" height="{high}" alt="">'
     yield f'<img class="heat" src="{heat_png(p)}" width="{wide}" height="{high}" alt="{escape(alt, quote=True)}">'
@@ -85,8 +76,18 @@ def _map(f: Finding, p: Picture) -> Iterator[str]:
     yield "</figure>"
 
 
-def _each(n: int, cells: int) -> str:
-    return str(math.ceil(n / cells)) if n else "0"
+def _caption(p: Picture) -> str:
+    tokens, features = (" ".join(axes) or "1" for axes in (p.rows, p.columns))
+    words = [
+        f"Error by token ({tokens}, down) and feature ({features}, across); left of it each token's worst row, blue within"
+    ]
+    words += ["what is allowed, orange to black beyond."]
+    if p.size != p.heat.shape:
+        block = " x ".join(str(math.ceil(n / cells)) for n, cells in zip(p.size, p.heat.shape, strict=True))
+        words += [f"Each cell is the largest of up to {block}."]
+    if p.unseen:
+        words += [f"White: {p.unseen:,} elements of tokens whose experts rounding may change, not compared."]
+    return " ".join(words)
 
 
 def _scale(allowed: float, most: float) -> Iterator[str]:
@@ -99,7 +100,7 @@ def _scale(allowed: float, most: float) -> Iterator[str]:
     marks |= {allowed: within} if 0.15 < within < 0.85 else {}
     each = "".join(f'<span style="left:{100 * s:.0f}%">{e:.0e}</span>' for e, s in marks.items())
     yield f'<div class="scale"><img src="{scale_png()}" width="300" height="12" alt="scale: darker is worse">{each}</div>'
-    yield f'<p class="scale">Palest: equal. A row is allowed {allowed:.1e}.</p>'
+    yield f'<p class="scale">Palest: equal; black: NaN or infinite. A row is allowed {allowed:.1e}.</p>'
 
 
 def _histogram(f: Finding, p: Picture) -> Iterator[str]:

@@ -233,7 +233,7 @@ def test_the_keyboard_is_enough(visit):
 
 @pytest.mark.slow
 def test_the_page_is_forbidden_to_fetch(visit):
-    """Catches a policy that a browser does not understand: a picture from elsewhere and a script, put into the page, are refused."""
+    """Catches a policy that a browser does not understand: a picture from elsewhere or a script in the page is refused."""
     text = to_html(bug()).replace(
         "<h1>", '<img src="http://127.0.0.1:9/x.png"><script>document.title = "ran"</script><h1>'
     )
