@@ -152,6 +152,16 @@ def test_a_gauge_that_is_dropped_leaves_the_plain_picture():
         np.testing.assert_allclose(f.picture.strip.max(), f.error, rtol=1e-6)
 
 
+def test_a_tap_in_a_gauge_is_pictured_in_it():
+    """Catches a tap that conforms in another arrangement shown as it was recorded, wrong all over."""
+    clean = recording("hf-float32")
+    taps = {t: half(a) if t.endswith(("mla.q_rope", "mla.k_rope")) else a for t, a in clean.taps.items()}
+    judgement = judge(case(), dataclasses.replace(clean, taps=taps), pictures=True)
+    assert judgement.verdict == "CONFORMS_IN_GAUGE"
+    for f in judgement.findings:
+        np.testing.assert_allclose(f.picture.strip.max(), f.error, rtol=1e-6, err_msg=f.tap)
+
+
 def half(a):
     return np.concatenate([a[..., 0::2], a[..., 1::2]], axis=-1)
 

@@ -242,8 +242,9 @@ def on_a_terminal(argv, width, height, **env):
 BUG = ["diff", str(TINY), str(TINY / "hf-bug.safetensors")]
 
 
-def test_colour_is_for_terminals_only(capsys):
+def test_colour_is_for_terminals_only(capsys, monkeypatch):
     """Catches escapes in a file, on a pipe, under NO_COLOR, or none where a person watches."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which libraries take for a terminal
     assert main(BUG) == 1
     plain = capsys.readouterr().out
     assert "\x1b" not in plain
