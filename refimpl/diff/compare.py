@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
 
 from . import tolerance
+from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
 
@@ -18,7 +19,7 @@ class Finding:
     """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the distance to
     our own run, drift and all; `region` the stages that were computed for it, its own last; `open` says that rounding alone
     could have changed the experts of every token, so that nothing was compared; `lean` is how far all of it leans one way, and
-    `upright` how far it may.
+    `upright` how far it may; `picture` shows where, if that was asked for.
     """
 
     tap: str
@@ -33,6 +34,7 @@ class Finding:
     open: bool = False
     lean: float = 0.0
     upright: float = 0.0
+    picture: Picture | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, step.call.of.compare
     exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
-    settled = _settled(step, pick)
+    settled = settled_rows(step, pick)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "set":
@@ -71,7 +73,7 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     return _values(step, x, exact, chained, settled, units, pick)
 
 
-def _settled(step: Step, pick: Pick) -> Array | None:
+def settled_rows(step: Step, pick: Pick) -> Array | None:
     """Which rows (all axes but the last) are beyond doubt, None if all are."""
     if step.unsettled is None:
         return None

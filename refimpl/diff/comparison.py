@@ -13,12 +13,13 @@ from refimpl.layers.stage import Call
 
 from . import gauges
 from .admission import Admitted
-from .compare import Finding, Units, compare
+from .compare import Finding, Units, compare, settled_rows
 from .lanes import Recorded
 from .names import by_value
+from .picture import picture
 from .precision import Precision
 from .program import regions
-from .reading import cut
+from .reading import Pick, cut
 from .replay import Step, replay
 from .tolerance import Distance, distance
 
@@ -41,7 +42,8 @@ class Comparison:
 
     findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
     that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
-    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about.
+    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`,
+    whether findings show where a tap is off.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Comparison:
     without: frozenset[str] = frozenset()
     show: str = ""
     shown: Shown | None = None
+    pictures: bool = False
     unknown: dict[str, Array] = field(default_factory=dict)
     alike: dict[str, tuple[float, str]] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
@@ -90,20 +93,26 @@ class Comparison:
         if unordered:
             x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
             self.recorded.taps[tap] = x
-        found = compare(step, x, units, pick)
+        found = self._compare(step, x, units, pick)
         if tap == self.show:
             twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
         if found.ok or call.of.compare in ("exact", "set") or pick:
             return found
         for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = compare(step, other, units, {}) if what not in self.without else found
+            better = self._compare(step, other, units, {}) if what not in self.without else found
             if better.ok:
                 self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
                 return better
         if unordered:  # of weights that are not ours the largest need not belong to our first expert
             self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
+
+    def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
+        found = compare(step, x, units, pick)
+        if not self.pictures:
+            return found
+        return replace(found, picture=picture(step.call.stage, x, step.exact, settled_rows(step, pick), pick))
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:

@@ -97,18 +97,20 @@ class Judgement:
         return EXIT[self.verdict]
 
 
-def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
-    """Judge a candidate's trace of a case. SpecError if the two cannot be brought together at all."""
+def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False) -> Judgement:
+    """Judge a candidate's trace of a case, findings with `pictures` if wanted. SpecError if the two cannot be brought together
+    at all.
+    """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, trace, gates, track)
+        return _judged(case, trace, gates, track, pictures)
 
 
-def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track) -> Judgement:
+def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool) -> Judgement:
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
-    run = _Run(case, trace, precision, rounded)
+    run = _Run(case, trace, precision, rounded, pictures=pictures)
     result = run.settle(case.config.replace(dialect=trace.config.dialect), track)
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
@@ -159,6 +161,7 @@ class _Run:
     rounded: bool
     show: str = ""
     shown: Shown | None = None
+    pictures: bool = False
 
     def settle(self, config: Config, track: Track) -> Judgement:
         """The judgement under a config with the gauges that explain something: one takes taps out of blame and puts none in."""
@@ -214,6 +217,7 @@ class _Run:
         comparison = Comparison(
             config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
         )
+        comparison.pictures = self.pictures
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}

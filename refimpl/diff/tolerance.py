@@ -8,6 +8,7 @@ cancels (a score near zero, a norm of a small vector) magnifies any other order 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -121,6 +122,15 @@ def row_errors(stage: str, x: Array, e: Array) -> Array:
 
 def _floor(stage: str) -> float:
     return FLOOR.get(stage, _GRADIENTS if stage.startswith(("bwd/", "grad/")) else (1e-3, ""))[0]
+
+
+def element_errors(stage: str, x: Array, e: Array) -> Array:
+    """|x - e| of every element over the root mean square of its row of e: their root mean square is the row's error."""
+    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    with np.errstate(over="ignore"):
+        size = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
+        least = max(FLOOR.get(stage, (1e-3, ""))[0] * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
+        return np.abs(x - e) / np.maximum(size, least)
 
 
 def _relative(far: Array, size: Array, floor: float) -> Array:
