@@ -22,7 +22,7 @@ from .compare import Finding
 from .corpus import MUTANTS, Mutant
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
-from .tolerance import TWINS, UNIT, Noise, allowed, distance
+from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
 
 NARROW = ("bfloat16", "float16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
@@ -144,13 +144,16 @@ def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Record
 
 
 def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
-    """Whether twins of the region in that dtype err as far as the candidate does."""
+    """Whether twins of the region in that dtype err as far as the candidate does, and most rows are off: a dtype spares none."""
     if region[-1].of.compare in ("exact", "set"):
         return False
     narrow = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32"))
     exact, family = Lane(FLOAT64), 0.0
     for call in region:
         exact.values[call.tap] = exact.run(call, r)
+    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    if np.median(row_errors(f.stage, x, exact.values[f.tap])) <= f.allowed:
+        return False
     for k in range(1, TWINS):
         lane = Lane(r.plan, k)
         for call in region:

@@ -129,7 +129,7 @@ def element_errors(stage: str, x: Array, e: Array) -> Array:
     x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         size = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
-        least = max(FLOOR.get(stage, (1e-3, ""))[0] * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
+        least = max(_floor(stage) * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
         return np.abs(x - e) / np.maximum(size, least)
 
 

@@ -168,6 +168,15 @@ def test_a_part_in_a_narrower_dtype_is_named_as_such():
     assert "bfloat16" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
 
 
+def test_one_wrong_row_is_no_dtype():
+    """Catches a single wrong number, small enough for bfloat16, explained by a dtype that would spare no row."""
+    trace = trace_case(case())
+    wrong = trace.taps["fwd/L1/moe.shared"].copy()
+    wrong[1, 7, int(np.argmax(abs(wrong[1, 7])))] *= np.float32(1.01)
+    judgement = judge(case(), Trace(trace.header, dict(trace.taps) | {"fwd/L1/moe.shared": wrong}))
+    assert [f.tap for f in judgement.culprits] == ["fwd/L1/moe.shared"] and judgement.causes == []
+
+
 def test_mutants_of_mtp_are_named(tmp_path):
     """Catches mutants that only the main model's stages can be found by."""
     from refimpl.layers import PRESETS
