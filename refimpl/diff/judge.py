@@ -28,6 +28,7 @@ from .comparison import Comparison, Shown, Track
 from .diagnose import Diagnosis, diagnose
 from .explained import explained
 from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
+from .grounds import Grounds
 from .lanes import LayerWeights, Recorded
 from .names import by_name
 from .precision import Precision, precision_of
@@ -55,6 +56,7 @@ class Judgement:
     unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
     diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
+    grounds: Grounds | None = field(default=None, repr=False)
 
     @cached_property
     def causes(self) -> list[Diagnosis]:
@@ -190,6 +192,7 @@ class _Run:
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
+        found.grounds = Grounds(config, program, recorded, admitted, self.precision)
         return found
 
     def _embedded(self, config: Config, inputs: Inputs) -> Array:

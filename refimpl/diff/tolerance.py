@@ -96,7 +96,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
     A row counts as at least a share of the largest (`FLOOR`).
     """
-    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     difference = x - e
     with np.errstate(over="ignore"):  # infinitely far is far enough
         far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
@@ -110,7 +110,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
-    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
     return _relative(far, size, FLOOR.get(stage, (1e-3, ""))[0])
@@ -124,7 +124,7 @@ def _relative(far: Array, size: Array, floor: float) -> Array:
         return np.sqrt(far / np.maximum(size, least))
 
 
-def _comparable(x: Array, e: Array) -> tuple[Array, Array]:
+def comparable(x: Array, e: Array) -> tuple[Array, Array]:
     """Both in float64, with what cannot be subtracted made to agree or to be infinitely far.
 
     Where e is -inf (a masked score) x must be -inf too, or lower than any score. Where e is NaN or infinite because the stage's
