@@ -100,11 +100,11 @@ def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
     """The last tap of a region in float64, with a mutant in its stage's place."""
     lane, out = Lane(FLOAT64), np.zeros(0)
     for call in region:
-        lane.values[call.tap] = out = lane.run(call, r, _bound(m, call, lane, r) if call.stage == m.stage else None)
+        lane.values[call.tap] = out = lane.run(call, r, bound(m, call, lane, r) if call.stage == m.stage else None)
     return out
 
 
-def _bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
+def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
     """The mutant's function, given what it reads beside the stage's arguments."""
     if not m.reads:
         return m.fn

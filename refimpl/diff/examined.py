@@ -14,9 +14,9 @@ from refimpl.layers.stage import STAGES, Stage
 from .case import Case
 from .compare import Finding, _settled
 from .grounds import Grounds
-from .judge import judge
+from .judge import Judgement, judge
 from .part import Index, Part, part_of
-from .reading import Pick, cut
+from .reading import Pick
 from .replay import Step, replay
 from .tolerance import FLOOR, row_errors
 from .trace import Trace
@@ -58,7 +58,7 @@ class Examined:
         return sound
 
     def errors(self) -> Array:
-        """Every row's error as the diff counts it: |x - e| / |e|, or 1 for a row that differs at all; 0 where none may be counted."""
+        """Every row's error as the diff counts it: |x - e| / |e|, or 1 for a row that differs at all; 0 where none is counted."""
         x, e = self.candidate(), self.step.exact
         if e.ndim == 0:
             return np.array(float(x != e))
@@ -98,7 +98,11 @@ class Examined:
 
 def examine(case: Case, trace: Trace, tap: str) -> Examined:
     """Judge a trace and look at one of its taps. SpecError for a tap that was not compared, and says why."""
-    judgement = judge(case, trace)
+    return examined(judge(case, trace), tap)
+
+
+def examined(judgement: Judgement, tap: str) -> Examined:
+    """One tap of a judgement."""
     g = judgement.grounds
     assert g is not None
     call = g.call(tap)

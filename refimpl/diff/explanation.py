@@ -42,7 +42,9 @@ def _stage(x: Examined, part: Part) -> Iterator[str]:
     pairs = [(parameters[min(i, len(parameters) - 1)], a) for i, a in enumerate(call.args)]
     yield _line("inputs", ", ".join([f"{p} = {_named(a)}" for p, a in pairs]))
     if call.static:
-        yield _line("settings", ", ".join([f"{n}={_setting(v)}" for n, v in x.grounds.calls[x.finding.tap].static.items()]))
+        yield _line(
+            "settings", ", ".join([f"{n}={_setting(v)}" for n, v in x.grounds.calls[x.finding.tap].static.items()])
+        )
     if len(part.calls) > 1:
         inner = ", ".join([c.tap.removeprefix("fwd/") for c in part.calls[:-1]][-6:])
         yield _line("region", f"{len(part.calls)} stages that were not recorded apart: ... {inner}, itself")
@@ -60,7 +62,7 @@ def _value(x: Examined, index: Index, part: Part, most: int) -> Iterator[str]:
     """What everybody gives, what is allowed, the terms."""
     e, own = float(x.step.exact[index]), float(x.candidate()[index])
     yield _line("float64", f"{e:.10g}")
-    yield _line("candidate", f"{own:.10g}   difference {own - e:+.3e}{_recorded(x, index)}")
+    yield _line("candidate", f"{own:.10g}   difference {0.0 if own == e else own - e:+.3e}{_recorded(x, index)}")
     if x.stage.compare == "exact":
         yield _line("allowed", "nothing: the number is exact")
     else:
@@ -68,12 +70,24 @@ def _value(x: Examined, index: Index, part: Part, most: int) -> Iterator[str]:
         yield _line("twins", "  ".join([f"{t:.10g}" for t in twins]))
         yield from _allowed(x, index)
     terms = terms_of(part)
+    if not np.isfinite(terms.y):
+        yield from _infinite(terms)
+        return
     yield from _sum(terms, most)
     yield from _slopes(terms, most)
     if not terms.by_name:
         moved = [f"{n}{list(i)} = {v}" for n, i, v in moved_by(part)]
-        yield _line("depends on", ", ".join(moved[:most]) or "no input's value, only on its place")
+        floats = any(a.dtype.kind == "f" for a in part.leaves.values())
+        nothing = "nothing: every slope is 0" if floats else "no input's value, only on its place"
+        yield _line("depends on", ", ".join(moved[:most]) or nothing)
     yield from _hint(terms, own, x)
+
+
+def _infinite(terms: Terms) -> Iterator[str]:
+    """Which inputs a number owes it to that it is none."""
+    guilty = [t for found in terms.by_name.values() for t in found if not np.isfinite(t.value)]
+    text = ", ".join([f"{t.name}{list(t.index)} = {t.value}" for t in guilty[:8]])
+    yield _line("not finite", f"because of {text}" if text else "though every input is: the stage overflows")
 
 
 def _recorded(x: Examined, index: Index) -> str:
@@ -100,7 +114,10 @@ def _sum(terms: Terms, most: int) -> Iterator[str]:
     if not found:
         return
     total = sum(t.product for t in found)
-    yield _line("terms", f"{len(found)}, of {', '.join(terms.exact)}: they sum to the number (apart by {abs(total - terms.y):.1e})")
+    yield _line(
+        "terms",
+        f"{len(found)}, of {', '.join(terms.exact)}: they sum to the number (apart by {abs(total - terms.y):.1e})",
+    )
     for t in found[:most]:
         share = f"{t.product / terms.y:+8.1%}" if terms.y else ""
         yield _line("", f"{t.product:+.6e} {share:>9}  {_factors(t)}")
@@ -123,7 +140,9 @@ def _slopes(terms: Terms, most: int) -> Iterator[str]:
     found = sorted([t for n in terms.first_order for t in terms.by_name[n]], key=lambda t: -abs(t.product))
     if not found:
         return
-    names = ", ".join(terms.first_order[:4]) + (f" and {len(terms.first_order) - 4} more" if len(terms.first_order) > 4 else "")
+    names = ", ".join(terms.first_order[:4]) + (
+        f" and {len(terms.first_order) - 4} more" if len(terms.first_order) > 4 else ""
+    )
     yield _line("first order", f"of {names}: how far 1 % more of an input moves the number, in %; not a sum")
     for t in found[:most]:
         share = f"{t.product / terms.y:+8.4f}" if terms.y else ""
@@ -136,7 +155,7 @@ def _hint(terms: Terms, own: float, x: Examined) -> Iterator[str]:
     """What would turn the number into the candidate's, if it is one term or one factor."""
     near = 8 * x.finding.allowed * abs(terms.y)
     away = own - terms.y
-    if abs(away) <= near or not np.isfinite(own):
+    if not np.isfinite(own) or abs(away) <= near:
         return
     for t in terms.largest[:100] if len(terms.largest) > 1 else []:
         for what, change in (("without", -t.product), ("with twice", t.product)):
@@ -159,7 +178,10 @@ def _choice(x: Examined, index: Index) -> Iterator[str]:
     scores, ours, theirs = part.leaves[leaf].reshape(-1), x.step.exact[row], x.candidate()[row]
     open_ = _eligible(part, leaf)
     yield from _who(x, row)
-    kept, lost = scores[ours].min(), max([s for i, s in enumerate(scores) if open_[i] and i not in ours], default=-np.inf)
+    kept, lost = (
+        scores[ours].min(),
+        max([s for i, s in enumerate(scores) if open_[i] and i not in ours], default=-np.inf),
+    )
     yield _line("margin", f"{kept - lost:.3e} between the last that is chosen and the first that is not")
     yield _line("scores", f"of {leaf}, largest first")
     for i in np.argsort(-scores, kind="stable"):

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from .axes import Axes, axes_of, fitted
 from .grounds import Grounds
 from .lanes import Lane
-from refimpl.layers.precision import FLOAT64
 from .program import names
 
 Index = tuple[int, ...]
@@ -100,7 +100,11 @@ def _tried(part: Part, smaller: Part | None, want: Array) -> Part:
     except (ValueError, IndexError, TypeError, AssertionError, KeyError):
         return part  # these axes do not go apart
     scale = 1e-12 * float(np.max(np.abs(want), where=np.isfinite(want), initial=0))
-    same = got is not None and np.shape(got) == np.shape(want) and np.allclose(got, want, rtol=1e-9, atol=scale, equal_nan=True)
+    same = (
+        got is not None
+        and np.shape(got) == np.shape(want)
+        and np.allclose(got, want, rtol=1e-9, atol=scale, equal_nan=True)
+    )
     return smaller if same else part
 
 
@@ -189,7 +193,9 @@ def _sizes(part: Part, factors: tuple[str, ...], total: int) -> tuple[int, ...] 
     """The size of every factor of an axis: as they stand alone elsewhere, the last unknown one by division."""
     if len(factors) == 1:
         return (total,)
-    alone = {f[0]: len(s) for n, axes in part.axes.items() for f, s in zip(axes, part.spans[n], strict=True) if len(f) == 1}
+    alone = {
+        f[0]: len(s) for n, axes in part.axes.items() for f, s in zip(axes, part.spans[n], strict=True) if len(f) == 1
+    }
     sizes = [int(f) if f.isdigit() else alone.get(f) for f in factors]
     known = int(np.prod([k for k in sizes if k is not None]))
     if sizes.count(None) > 1 or total % known or (None not in sizes and known != total):
@@ -226,7 +232,9 @@ def _fewer_experts(part: Part) -> Part:
         return part
     used = np.unique(part.leaves[ids])
     for call in part.calls:
-        starred = [p for p in inspect.signature(STAGES[call.stage].fn).parameters.values() if p.kind is p.VAR_POSITIONAL]
+        starred = [
+            p for p in inspect.signature(STAGES[call.stage].fn).parameters.values() if p.kind is p.VAR_POSITIONAL
+        ]
         matrices = [call.args[2 + e] for e in used] if starred else []
         calls.append(replace(call, args=(*call.args[:2], *matrices)) if starred else call)
     read = {n for call in calls for n in names(call.args)}
@@ -267,5 +275,3 @@ def _value(arg: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(arg, tuple):
         return tuple([_value(a, values) for a in arg])
     return values[arg] if isinstance(arg, str) else arg
-
-

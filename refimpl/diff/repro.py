@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.autograd.errors import require, where
+from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Transaction
 from refimpl.layers.stage import Call
@@ -56,7 +56,10 @@ class Repro:
 
     def write(self, folder: Path) -> None:
         """`repro.py` and `inputs.npz` in a folder, which is made; both or none."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"{folder}: cannot be made: {error.strerror or error}") from error
         with where(f"while writing {folder}"), Transaction() as files:
             with files.new(folder / "inputs.npz") as f:
                 np.savez_compressed(f, **self.arrays)  # type: ignore[arg-type]
@@ -75,7 +78,10 @@ def repro(x: Examined, at: Index | None = None) -> Repro:
     arrays = {n: _stored(a) for n, a in part.leaves.items()} | {"candidate": _stored(candidate)}
     place = list(part.origin(part.tap, part.at)) if kind != "lean" else "all of it"
     script = _script(x, part, kind, str(place))
-    return Repro(script, arrays, f"{part.tap} {place}, {_sizes(arrays)}", not x.finding.ok)
+    limit = x.finding.allowed if kind == "value" else 0.0
+    row = part.origin(part.tap, part.at)[: max(x.step.exact.ndim - 1, 0)]
+    differs = kind == "lean" or float(x.errors()[row]) > limit
+    return Repro(script, arrays, f"{part.tap} {place}, {_sizes(arrays)}", differs)
 
 
 def _shrunk(x: Examined, at: Index | None) -> tuple[str, Part]:
@@ -109,7 +115,11 @@ def _stored(a: Array) -> Array:
         return a
     with np.errstate(over="ignore"):
         narrow = a.astype(np.float32)
-    return narrow if np.array_equal(narrow.astype(np.float64), a.astype(np.float64), equal_nan=True) else a.astype(np.float64)
+    return (
+        narrow
+        if np.array_equal(narrow.astype(np.float64), a.astype(np.float64), equal_nan=True)
+        else a.astype(np.float64)
+    )
 
 
 def _sizes(arrays: Mapping[str, Array]) -> str:
@@ -134,13 +144,23 @@ def _script(x: Examined, part: Part, kind: str, place: str) -> str:
         size=repr(size),
         limit=repr(float(limit)),
         tap=part.tap,
-        what={"value": "of the row's size", "lean": "of all of it, one way", "set": "sets that differ", "exact": "numbers that differ"}[kind],
+        what={
+            "value": "of the row's size",
+            "lean": "of all of it, one way",
+            "set": "sets that differ",
+            "exact": "numbers that differ",
+        }[kind],
     )
 
 
 def _imports(text: str) -> str:
     """What the script needs of Python's own library."""
-    used = {"import math": "math.", "import sys": "", "from pathlib import Path": "", "from types import SimpleNamespace": "yarn."}
+    used = {
+        "import math": "math.",
+        "import sys": "",
+        "from pathlib import Path": "",
+        "from types import SimpleNamespace": "yarn.",
+    }
     return "\n".join([line for line, word in used.items() if word in text])
 
 

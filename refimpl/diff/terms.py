@@ -1,10 +1,10 @@
 """One number of a stage, taken apart: which inputs entered, how much of the number each of them is.
 
-The stage is run on the tape, and the derivative of the one number says how it leans on every input: term = input x slope. Where the
-stage is homogeneous of degree one in some of its arguments together (a matrix product in x, attention scores in q, q_rope and mask, a
-sum in all of them) Euler's theorem makes the terms sum to the number, exactly: `exact` holds those arguments, and the property is
-checked on the inputs at hand, never assumed. In any other argument (a softmax's scores, a norm's input) terms are first order: by
-how much the number moves, relatively, with a relative change of the input.
+The stage is run on the tape, and the derivative of the one number says how it leans on every input: term = input x slope. Where
+the stage is homogeneous of degree one in some of its arguments together (a matrix product in x, attention scores in q, q_rope and
+mask, a sum in all of them) Euler's theorem makes the terms sum to the number, exactly: `exact` holds those arguments, and the
+property is checked on the inputs at hand, never assumed. In any other argument (a softmax's scores, a norm's input) terms are first
+order: by how much the number moves, relatively, with a relative change of the input.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def slopes_of(part: Part) -> dict[str, Array]:
 def _differences(part: Part, name: str) -> Array:
     """Central differences, exact to rounding where the stage is piecewise linear, as those without a gradient are."""
     a = part.leaves[name]
-    require(a.size <= PROBES, f"{part.tap} has no gradient, and {name} holds {a.size} numbers; at most {PROBES} are tried")
+    require(
+        a.size <= PROBES, f"{part.tap} has no gradient, and {name} holds {a.size} numbers; at most {PROBES} are tried"
+    )
     found = np.zeros(a.shape)
     for i in np.ndindex(a.shape):
         h = 2.0**-16 * max(1.0, abs(float(a[i])))
@@ -139,7 +141,9 @@ def _homogeneous(part: Part, y: float, group: tuple[str, ...], products: dict[st
     near = 1e-9 * (float(np.abs(terms).sum()) + abs(y))
     if not abs(float(terms.sum()) - y) <= near:
         return False
-    scaled = [np.asarray(part.result(part.leaves | {n: part.leaves[n] * by for n in group}))[part.at] for by in (2.0, 0.5)]
+    scaled = [
+        np.asarray(part.result(part.leaves | {n: part.leaves[n] * by for n in group}))[part.at] for by in (2.0, 0.5)
+    ]
     return bool(abs(scaled[0] - 2 * y) <= 2 * near and abs(scaled[1] - y / 2) <= near)
 
 
