@@ -87,7 +87,7 @@ class _Difference:
         if self.ids is not None:
             now = _ids(call, lane, r)
             assert now is not None
-            x, e = (_rearranged(a, STAGES[call.stage].shape, self.ids, now) for a in (x, e))
+            x, e = (rearranged(a, STAGES[call.stage].shape, self.ids, now) for a in (x, e))
         if STAGES[call.stage].compare == "set":
             same = (np.sort(x, axis=-1) == np.sort(e, axis=-1)).all(axis=-1, keepdims=True)
             return np.where(same, ours, x)
@@ -112,7 +112,7 @@ def _ids(call: Call, lane: Lane, r: Recorded) -> Array | None:
     return ids
 
 
-def _rearranged(a: Array, shape: str, before: Array, now: Array) -> Array:
+def rearranged(a: Array, shape: str, before: Array, now: Array) -> Array:
     """An array whose slots or rows belong to the experts `before`, for the experts `now`; 0 where a token had not that expert."""
     n, k = int(np.prod(before.shape[:-1])), before.shape[-1]
     rows = shape.split()[0] == "M"

@@ -77,29 +77,34 @@ def impacts(
     g = j.grounds
     assert g is not None
     apart, mistakes = differences(g), _mistakes(j)
-    groups = list(_groups(j, list(graft), by_layer=by_layer))
-    taken = {t for group in groups for t in group}
+    groups = _groups(j, list(graft), by_layer=by_layer)
     ours, together = grafted(g, {}, _logits), grafted(g, apart, _logits)
-    rest = grafted(g, {t: d for t, d in apart.items() if t not in taken}, _logits)
+    rest = grafted(g, _but(apart, [t for group in groups for t in group]), _logits)
     runs = []
     for group in track(groups):
-        own = _own(j, group, apart, mistakes)
-        others = {t: d for t, d in apart.items() if t not in group}
-        runs.append((group, _cause(j, group, mistakes), grafted(g, own, _logits), grafted(g, others, _logits)))
-    found = []
-    for tap in ours:
-        keep = _positions(g, ours[tap])
-        theirs = g.recorded.taps.get(tap)
-        moved = {
-            name: _moved(ours[tap], y, keep)
-            for name, y in (("candidate", together[tap] if theirs is None else theirs), ("rest", rest[tap]))
-        }
-        each = [
-            Impact(group, why, _moved(ours[tap], a[tap], keep), _moved(ours[tap], b[tap], keep))
-            for group, why, a, b in runs
-        ]
-        found.append(Impacts(tap, int(keep.sum()), theirs is not None, moved["candidate"], moved["rest"], tuple(each)))
-    return found
+        alone = grafted(g, _own(j, group, apart, mistakes), _logits)
+        runs.append((group, _cause(group, mistakes), alone, grafted(g, _but(apart, group), _logits)))
+    return [_measured(g, tap, y, together[tap], rest[tap], runs) for tap, y in ours.items()]
+
+
+Run = tuple[tuple[str, ...], str, dict[str, Array], dict[str, Array]]
+"""A finding's taps, its cause, the logits with its grafts alone, those with all others."""
+
+
+def _measured(g: Grounds, tap: str, ours: Array, together: Array, rest: Array, runs: list[Run]) -> Impacts:
+    """The logits of one tap in all these runs against ours."""
+    keep, theirs = _positions(g, ours), g.recorded.taps.get(tap)
+    candidate = _moved(ours, together if theirs is None else theirs, keep)
+    found = [
+        Impact(taps, why, _moved(ours, alone[tap], keep), _moved(ours, without[tap], keep))
+        for taps, why, alone, without in runs
+    ]
+    return Impacts(tap, int(keep.sum()), theirs is not None, candidate, _moved(ours, rest, keep), tuple(found))
+
+
+def _but(grafts: Mapping[str, Graft], taps: Iterable[str]) -> dict[str, Graft]:
+    out = set(taps)
+    return {t: graft for t, graft in grafts.items() if t not in out}
 
 
 def _logits(tap: str) -> bool:
@@ -113,7 +118,7 @@ def _positions(g: Grounds, logits: Array) -> Array:
     return keep
 
 
-def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> Iterable[tuple[str, ...]]:
+def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[str, ...]]:
     """Taps that are grafted together: those of one stage, in model order."""
     wanted = (
         [f for f in j.findings if any(tap_matches(f.tap, p) for p in patterns)] if patterns else _usable(j.culprits)
@@ -135,7 +140,7 @@ def _mistakes(j: Judgement) -> dict[str, str]:
     return {tap: d.title for d in reversed(j.causes) if d.id for tap in d.taps} if j.culprits else {}
 
 
-def _cause(j: Judgement, group: tuple[str, ...], mistakes: Mapping[str, str]) -> str:
+def _cause(group: tuple[str, ...], mistakes: Mapping[str, str]) -> str:
     titles = {mistakes.get(t, "") for t in group}
     return titles.pop() if len(titles) == 1 else ""
 
@@ -144,7 +149,7 @@ def _own(
     j: Judgement, group: tuple[str, ...], apart: Mapping[str, Graft], mistakes: Mapping[str, str]
 ) -> dict[str, Graft]:
     """The grafts of one finding: the mistake at every call of its stage that lies in the regions, or the differences."""
-    g, title = j.grounds, _cause(j, group, mistakes)
+    g, title = j.grounds, _cause(group, mistakes)
     assert g is not None
     regions = {t for f in j.findings if f.tap in group for t in f.region}
     by_stage = {m.stage: m for m in MUTANTS.values() if title and m.title == title and m.applies(g.config)}

@@ -181,8 +181,9 @@ class _Rewrite(ast.NodeTransformer):
         if isinstance(node, ast.Attribute):
             owner = self._object(node.value)
             return getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
-        local = not isinstance(node, ast.Name) or node.id in self.local
-        return None if local else self.fn.__globals__.get(node.id)
+        if not isinstance(node, ast.Name) or node.id in self.local:
+            return None
+        return self.fn.__globals__.get(node.id)
 
     def _written(self, node: ast.expr, found: Any) -> ast.AST:
         if isinstance(found, types.ModuleType) and found in _MODULES:

@@ -62,7 +62,7 @@ class Repro:
             raise SpecError(f"{folder}: cannot be made: {error.strerror or error}") from error
         with where(f"while writing {folder}"), Transaction() as files:
             with files.new(folder / "inputs.npz") as f:
-                np.savez_compressed(f, **self.arrays)  # type: ignore[arg-type]
+                np.savez_compressed(f, **self.arrays)
             with files.new(folder / "repro.py") as f:
                 f.write(self.script.encode())
 

@@ -154,9 +154,8 @@ def _enlightening(group: tuple[str, ...], products: dict[str, Array]) -> tuple[i
 
 def _terms(part: Part, name: str, slope: Array, product: Array) -> list[Term]:
     some = np.argwhere(slope != 0)
-    order = np.argsort(-np.abs(product[tuple(some.T)]), kind="stable") if some.size else []
     found = []
-    for row in some[order] if slope.ndim else [()]:
+    for row in some[np.argsort(-np.abs(product[tuple(some.T)]), axis=None, kind="stable")]:
         i = tuple([int(k) for k in row])
         found.append(Term(name, part.origin(name, i), float(part.leaves[name][i]), float(slope[i]), float(product[i])))
     return found

@@ -12,7 +12,7 @@ from refimpl.autograd import SpecError
 from refimpl.cli import main
 from refimpl.diff import Case, Trace
 from refimpl.diff.corpus import MUTANTS
-from refimpl.diff.grafting import differences, grafted
+from refimpl.diff.grafting import differences, grafted, rearranged
 from refimpl.diff.impact import impacts, impacts_to_json, render_impacts
 from refimpl.diff.judge import judge
 from refimpl.layers import PRESETS, STAGES
@@ -157,8 +157,6 @@ def test_layers_apart():
 @pytest.mark.parametrize("shape", ["B S K", "M D"])
 def test_slots_and_rows_follow_their_experts(shape):
     """Catches a difference put at another expert of the token: rows by naive look-up of (token, expert); 0 where none was."""
-    from refimpl.diff.grafting import _rearranged
-
     rng = np.random.default_rng(0)
     before, now = (np.stack([rng.permutation(7)[:3] for _ in range(10)]).reshape(2, 5, 3) for _ in range(2))
 
@@ -175,7 +173,7 @@ def test_slots_and_rows_follow_their_experts(shape):
         expected = np.zeros((2, 5, 3))
         for (b, s, k), e in np.ndenumerate(now):
             expected[b, s, k] = held.get((b, s, int(e)), 0.0)
-    assert np.array_equal(_rearranged(a, shape, before, now), expected)
+    assert np.array_equal(rearranged(a, shape, before, now), expected)
     assert np.count_nonzero(expected) < expected.size
 
 
