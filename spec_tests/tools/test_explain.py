@@ -191,6 +191,7 @@ def test_every_part_is_cut_to_its_token_and_gives_the_same_number():
         x, index, part = at(tap)
         assert part.result()[part.at] == pytest.approx(float(x.step.exact[index]), rel=1e-9, nan_ok=True), tap
         assert part.origin(part.tap, part.at) == index
+        assert part.result().shape == part.shape == part.of_result(x.step.exact).shape, tap
         if x.stage.name not in ("mask", "mla.probs", "mla.ctx"):
             heads = [("H",)] if ("H",) in part.axes[part.tap] else []
             for name, axes in part.axes.items():
@@ -204,6 +205,8 @@ def test_attention_keeps_the_keys_that_are_seen():
     assert part.leaves["fwd/L1/mla.scores"].shape == (1, 1, 1, 6)
     _, _, part = at("L1/mla.ctx", 0, 5, 1, 7)
     assert part.leaves["fwd/L1/mla.kv_b"].shape == (1, 6, 1, 22)
+    _, _, part = at("mask", 1, 0, 12, 5)  # 0 as any other that is seen, but of this place
+    assert part.leaves["positions"].shape == (1, 13) and part.origin(part.tap, part.at) == (1, 0, 12, 5)
 
 
 def test_experts_that_nobody_chose_fall_away():
@@ -319,6 +322,16 @@ def test_a_part_of_a_tap_is_looked_at_where_it_was_recorded():
     assert x.worst_row()[1] in tokens and x.candidate().shape == (2, 24, 4)
     assert float(x.candidate()[0, 12, 3]) == float(trace.taps["fwd/L1/router.weights"][0, 12, 3])
     assert "not recorded" in "\n".join(explain_number(x, (0, 0, 0)))
+
+
+def test_doubtful_rows_are_not_the_worst():
+    """Catches a token whose experts rounding alone may change shown as the finding."""
+    x = examine(case(), recording("hf-bug"), "L1/router.weights")
+    b, s = x.worst_row()
+    doubt = np.zeros((2, 24), bool)
+    doubt[b, s] = True
+    other = dataclasses.replace(x, step=dataclasses.replace(x.step, unsettled=doubt))
+    assert other.worst_row() != (b, s) and other.errors()[b, s] == 0 < x.errors()[b, s]
 
 
 def test_command_line(capsys):

@@ -139,6 +139,25 @@ def stage_of(finding):
     return finding.taps[0].rpartition("/")[2]
 
 
+def test_differences_follow_their_experts_in_a_run_that_chooses_others():
+    """Catches a wrong row of the candidate put at whatever row has its number in our run, where other experts are chosen.
+
+    Expert 3's output is wrong and so is the choice. Alone, the first owns what a run with it only shows, but for tokens that the
+    candidate did not send to expert 3 and we do.
+    """
+
+    def third_row(rows, ids, *ws):
+        y = np.array(STAGES["moe.down"].fn(rows, ids, *ws))
+        y[np.sort(ids, axis=None) == 3] *= 3
+        return y
+
+    wrong = Patch("moe.down", third_row)
+    both, one = (trace_case(case(), precision="float64", patches=p) for p in ([wrong, CHOICE], [wrong]))
+    (found,) = impacts(judge(case(), both), ["L*/moe.down"])
+    expected = naive(logits(), np.asarray(one.taps["fwd/logits"]))
+    assert found.findings[0].alone.kl == pytest.approx(expected[0], rel=0.3)
+
+
 def test_layers_apart():
     """Catches a graft that reaches other layers than its own."""
     (found,) = impacts(judged("R09"), by_layer=True)
@@ -185,6 +204,23 @@ def test_a_coarse_trace_has_impact_too():
         (finding,) = found.findings
         assert bool(finding.cause) == (name in MUTANTS)
         same(finding.alone, naive(logits(), logits(name)))
+
+
+def test_a_named_mistake_is_put_in_its_stages_place_inside_a_region():
+    """Catches a known mistake of a coarse trace grafted as a difference, which another mistake has moved."""
+    calls = []
+
+    def only_first(s, ids, **k):
+        calls.append(1)
+        return MUTANTS["R09"].fn(s, ids, **k) if len(calls) == 1 else STAGES["router.weights"].fn(s, ids, **k)
+
+    loud = Patch("mlp.act", lambda gate, up: STAGES["mlp.act"].fn(gate, up) * 1.5)
+    both = trace_case(case(), precision="float64", patches=[loud, SINGLE["R09"]])
+    one = trace_case(case(), precision="float64", patches=[Patch("router.weights", only_first)])
+    (found,) = impacts(judge(case(), only(both, lambda t: t.endswith(("/resid", "fwd/logits")))), by_layer=True)
+    by_tap = {f.taps: f for f in found.findings}
+    same(by_tap["fwd/L1/resid",].alone, naive(logits(), np.asarray(one.taps["fwd/logits"])))
+    assert by_tap["fwd/L1/resid",].cause and not by_tap["fwd/L0/resid",].cause
 
 
 def test_a_real_recording():
