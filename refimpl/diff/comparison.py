@@ -112,7 +112,7 @@ class Comparison:
         found = compare(step, x, units, pick)
         if not self.pictures:
             return found
-        return replace(found, picture=picture(step.call.stage, x, step.exact, settled_rows(step, pick), pick))
+        return replace(found, picture=picture(step.call.of, x, step.exact, settled_rows(step, pick), pick))
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:

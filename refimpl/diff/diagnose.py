@@ -121,11 +121,11 @@ def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
     for call in region:
         other = _with(m, call)
         plain = other is None or other is not call
-        lane.values[call.tap] = out = lane.run(other or call, r, None if plain else _bound(m, call, lane, r))
+        lane.values[call.tap] = out = lane.run(other or call, r, None if plain else bound(m, call, lane, r))
     return out
 
 
-def _bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
+def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
     """The mutant's function, given what it reads beside the stage's arguments."""
     if not m.reads:
         return m.fn

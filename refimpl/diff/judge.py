@@ -21,7 +21,7 @@ from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
-from refimpl.model.phases import Part, named, parts_of
+from refimpl.model.phases import Part, is_part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
 from .case import Case
@@ -32,6 +32,7 @@ from .dims import Sizes
 from .explained import explained
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
+from .grounds import Grounds
 from .lanes import LayerWeights, Recorded
 from .names import by_name
 from .precision import Precision, precision_of
@@ -62,6 +63,7 @@ class Judgement:
     contested: dict[str, str] = field(default_factory=dict)
     withdrawn: frozenset[str] = frozenset()
     diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
+    grounds: Grounds | None = field(default=None, repr=False)
 
     @cached_property
     def causes(self) -> list[Diagnosis]:
@@ -226,6 +228,9 @@ class _Run:
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
+        found.grounds = Grounds(
+            config, [c for c in program if is_part(c.tap.partition("/")[0])], recorded, admitted, self.precision
+        )
         return found
 
     def _embedded(self, inputs: Inputs) -> Array:

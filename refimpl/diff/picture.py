@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.stage import STAGES
+from refimpl.layers.stage import Stage
 
 from .reading import Pick, cut
 from .tolerance import element_errors, row_errors
@@ -57,19 +57,19 @@ class Picture:
     worst: tuple[Entry, ...]
 
 
-def picture(stage: str, x: Array, exact: Array, settled: Array | None, pick: Pick) -> Picture:
+def picture(stage: Stage, x: Array, exact: Array, settled: Array | None, pick: Pick) -> Picture:
     """The picture of a candidate's tap x, or of the part `pick` of it, beside the whole exact one; rows that are not settled are
     left out.
     """
-    axes, kind = STAGES[stage].shape.split(), STAGES[stage].compare
+    axes, kind = stage.shape.split(), stage.compare
     places = [np.arange(n)[pick.get(a, slice(None))] for a, n in enumerate(exact.shape)]
     e = cut(exact, pick)
     if kind == "set":
         x, e = _chosen(x, e)
-        axes[-1], places[-1] = "G" if stage == "router.groups" else "E", np.arange(e.shape[-1])
+        axes[-1], places[-1] = "G" if stage.name == "router.groups" else "E", np.arange(e.shape[-1])
     elif not axes:
         x, e, axes, places = x.reshape(1), e.reshape(1), ["1"], [np.arange(1)]
-    error, row = _errors(stage, x, e, exactly=kind in ("exact", "set"))
+    error, row = _errors(stage.name, x, e, exactly=kind in ("exact", "set"))
     if settled is not None:
         keep = settled.reshape(row.shape)
         error, row = np.where(keep[..., None], error, np.nan), np.where(keep, row, np.nan)

@@ -100,7 +100,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
     A row counts as at least a share of the largest (`FLOOR`).
     """
-    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     difference = x - e
     with np.errstate(over="ignore"):  # infinitely far is far enough
         far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
@@ -114,7 +114,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
-    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
     return _relative(far, size, _floor(stage))
@@ -126,7 +126,7 @@ def _floor(stage: str) -> float:
 
 def element_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| of every element over the root mean square of its row of e: their root mean square is the row's error."""
-    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         size = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
         least = max(_floor(stage) * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
@@ -141,7 +141,7 @@ def _relative(far: Array, size: Array, floor: float) -> Array:
         return np.sqrt(far / np.maximum(size, least))
 
 
-def _comparable(x: Array, e: Array) -> tuple[Array, Array]:
+def comparable(x: Array, e: Array) -> tuple[Array, Array]:
     """Both in float64, with what cannot be subtracted made to agree or to be infinitely far.
 
     Where e is -inf (a masked score) x must be -inf too, or lower than any score. Where e is NaN or infinite because the stage's

@@ -13,6 +13,7 @@ from refimpl.cli import main
 from refimpl.diff.html import NEAREST, PICTURED, to_html
 from refimpl.diff.judge import judge
 from refimpl.diff.picture import COLUMNS, ROWS, picture
+from refimpl.layers.stage import STAGES
 
 from .test_diff_partial import SETS, TINY, case, only, recording
 
@@ -118,7 +119,7 @@ def test_the_page_is_small_and_its_growth_is_bounded():
     """Catches a file that grows with the arrays: 2 MB at most for the tiny case with all blamed, about a kilobyte a further tap."""
     rng = np.random.default_rng(0)
     e = rng.normal(size=(2, 3 * ROWS, 5 * COLUMNS))
-    noise = picture("resid", e + 10.0 ** rng.uniform(-6, 0, e.shape), e, None, {})  # what compresses worst
+    noise = picture(STAGES["resid"], e + 10.0 ** rng.uniform(-6, 0, e.shape), e, None, {})  # what compresses worst
     worst = [dataclasses.replace(f, ok=False, error=1.0, allowed=1e-6, picture=noise) for f in bug().findings]
     judgement = dataclasses.replace(bug(), findings=worst)
     assert len(to_html(bug())) < 150_000

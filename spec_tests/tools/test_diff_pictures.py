@@ -45,7 +45,7 @@ def test_a_picture_is_what_loops_find(stage):
     e = rng.normal(size=shape)
     x = e + rng.normal(size=shape) * 10.0 ** rng.integers(-6, 0, shape)
     x.flat[3] = e.flat[3]
-    p, error = picture(stage, x, e, None, {}), naive(x, e)
+    p, error = picture(STAGES[stage], x, e, None, {}), naive(x, e)
     features = [i for i in range(len(shape)) if i not in tokens]
     assert p.size == (math.prod(shape[i] for i in tokens), math.prod(shape[i] for i in features)) == p.heat.shape
     for r, token in enumerate(np.ndindex(*[shape[i] for i in tokens])):
@@ -94,7 +94,7 @@ def test_what_is_no_number_is_the_worst():
     e = np.ones((1, 4, 3))
     x = e.copy()
     x[0, 2, 1], x[0, 3, 0] = np.nan, np.inf
-    p = picture("resid", x, e, None, {})
+    p = picture(STAGES["resid"], x, e, None, {})
     assert {w.at for w in p.worst} == {(0, 2, 1), (0, 3, 0)} and math.isnan(p.worst[0].candidate)
     assert np.isinf(p.heat[2, 1]) and p.counts[-1] == 2 and p.unseen == 0 and p.equal == 10
     assert levels(heat_png(p))[2][1] == 255 and "NaN or infinite: 2" in histogram_svg(p, 1e-6)
@@ -103,7 +103,7 @@ def test_what_is_no_number_is_the_worst():
 def test_chosen_experts_are_pictured_by_expert():
     """Catches slots compared in order: a set is a set, and the map's columns are experts."""
     e = np.array([[[3, 1], [0, 2]]])
-    p = picture("router.ids", np.array([[[1, 3], [5, 0]]]), e, None, {})
+    p = picture(STAGES["router.ids"], np.array([[[1, 3], [5, 0]]]), e, None, {})
     assert p.columns == ("E",) and p.heat.shape == (2, 6) and p.heat[0].sum() == 0
     assert np.flatnonzero(p.heat[1]).tolist() == [2, 5]
     assert [(w.at, w.candidate, w.expected) for w in p.worst] == [((0, 1, 2), 0, 1), ((0, 1, 5), 1, 0)]
@@ -113,9 +113,9 @@ def test_a_part_is_indexed_in_the_whole():
     """Catches entries numbered within the recorded part: the last position is not position 0."""
     e = np.arange(24.0).reshape(2, 4, 3) + 1
     last = e[:, -1:] + [0, 0, 9]
-    p = picture("resid", last, e, None, {1: slice(-1, None)})
+    p = picture(STAGES["resid"], last, e, None, {1: slice(-1, None)})
     assert p.ends == ((0, 3), (1, 3)) and {w.at for w in p.worst} == {(0, 3, 2), (1, 3, 2)}
-    some = picture("resid", e[:, [1, 3]] + 1, e, None, {1: [1, 3]})
+    some = picture(STAGES["resid"], e[:, [1, 3]] + 1, e, None, {1: [1, 3]})
     assert {w.at[1] for w in some.worst} == {1, 3}
 
 
@@ -125,12 +125,12 @@ def test_doubtful_tokens_are_not_pictured():
     e = rng.normal(size=(1, 4, 3))
     x = e + 1e-3
     x[0, 2] = 99
-    p = picture("resid", x, e, np.array([[True, True, False, True]]), {})
+    p = picture(STAGES["resid"], x, e, np.array([[True, True, False, True]]), {})
     assert p.unseen == 3 and np.isnan(p.heat[2]).all() and np.isnan(p.strip[2]) and all(w.at[1] != 2 for w in p.worst)
     assert levels(heat_png(p))[2] == [0, 0, 0] and levels(strip_png(p, 1e-3))[2] == [0]
     heads = rng.normal(size=(1, 2, 4, 3))
     settled = np.broadcast_to(np.array([[True, False, True, True]])[:, None], (1, 2, 4))
-    assert np.isnan(picture("mla.scores", heads * 1.1, heads, settled, {}).heat[1]).all()
+    assert np.isnan(picture(STAGES["mla.scores"], heads * 1.1, heads, settled, {}).heat[1]).all()
 
 
 @pytest.mark.parametrize("part", ["logits", "weights of the experts alone"])
@@ -194,7 +194,7 @@ def test_a_png_holds_what_was_drawn():
 
 def test_a_darker_cell_is_a_larger_error():
     """Catches a scale that saturates where everything is far beyond what is allowed, or that treats zero as missing."""
-    p = picture("resid", np.ones((1, 1, 5)), np.ones((1, 1, 5)), None, {})
+    p = picture(STAGES["resid"], np.ones((1, 1, 5)), np.ones((1, 1, 5)), None, {})
     p = dataclasses.replace(p, heat=np.array([[0, 1e-3, 1e-2, 0.1, 1.0]]) * 3e5, strip=np.array([3e5]))
     (row,) = levels(heat_png(p))
     assert row[0] == 1 and row[-1] == 254 and all(b - a > 252 / DECADES - 2 for a, b in pairwise(row[1:]))
@@ -220,7 +220,7 @@ def test_verdicts_are_told_apart_in_grey():
 
 def test_the_strip_tells_within_from_beyond():
     """Catches a row at its limit coloured as wrong, or one beyond it as right."""
-    p = picture("resid", np.ones((1, 6, 2)), np.ones((1, 6, 2)), None, {})
+    p = picture(STAGES["resid"], np.ones((1, 6, 2)), np.ones((1, 6, 2)), None, {})
     p = dataclasses.replace(p, strip=np.array([0, 0.5, 1.0, 1.01, 1e9, np.nan]) * 2e-7)
     found = [row[0] for row in levels(strip_png(p, 2e-7))]
     assert found[0] == 1 and 1 < found[1] < found[2] == 127 and found[3] == 128 and found[4:] == [255, 0]
@@ -234,7 +234,7 @@ def test_the_histogram_shows_every_bin_and_the_limit():
     e = rng.normal(size=(2, 30, 8))
     x = e * (1 + 10.0 ** rng.uniform(-20, 8, e.shape))
     x[0, 0, 0] = np.nan
-    p = picture("resid", x, e, None, {})
+    p = picture(STAGES["resid"], x, e, None, {})
     svg = histogram_svg(p, 1e-6)
     bars = [float(part.split('"')[0]) for part in svg.split('<rect x="')[1:]]
     assert len(bars) == sum(1 for n in p.counts if n) + bool(p.equal) and min(bars) >= 0 and max(bars) < 560

@@ -1,0 +1,64 @@
+"""The axes of a stage's arguments and result, as its docstring writes them: what may be cut away, and together with what.
+
+"w (H (Dn+Dr), Q)" has two axes, the first of the factors H and Dn+Dr. A test of the whole house holds docstrings to be true.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Factors = tuple[str, ...]
+"""The names whose product an axis is: ("H", "Dn+Dr")."""
+Axes = tuple[Factors, ...]
+
+
+def axes_of(fn: Callable[..., Any]) -> tuple[dict[str, Axes], Axes]:
+    """Parameter -> its axes; the result's. What the docstring does not say is absent, or ()."""
+    doc = " ".join((fn.__doc__ or "").split())
+    found, end = {}, 0
+    for p in inspect.signature(fn).parameters.values():
+        name = p.name.removesuffix("s") if p.kind is p.VAR_POSITIONAL else p.name
+        match = re.search(rf"(?<![\w.^]){name} \((?=[\w\s,+/().*-]*\))", doc)
+        if match and p.kind is not p.KEYWORD_ONLY:
+            text = _inside(doc, match.end())
+            found[p.name], end = _axes(text), max(end, match.end() + len(text))
+    result = re.compile(r"-> \(").search(doc, end)
+    return found, _axes(_inside(doc, result.end())) if result else ()
+
+
+def fitted(axes: Axes, ndim: int) -> Axes | None:
+    """The axes of an array of that many: "..." stands for as many as are missing; None if they do not fit."""
+    if ("...",) in axes:
+        i, missing = axes.index(("...",)), ndim - len(axes) + 1
+        axes = (*axes[:i], *[(f"...{k}",) for k in range(missing)], *axes[i + 1 :])
+    return axes if len(axes) == ndim else None
+
+
+def _inside(text: str, start: int) -> str:
+    """From `start` to the parenthesis that closes the one before it."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if not depth:
+            return text[start:i]
+    return ""
+
+
+def _axes(text: str) -> Axes:
+    return tuple([tuple(_split(axis, " ")) for axis in _split(text, ",")])
+
+
+def _split(text: str, at: str) -> Iterator[str]:
+    """Parts outside parentheses, without their own."""
+    depth, part = 0, ""
+    for ch in text + at:
+        depth += {"(": 1, ")": -1}.get(ch, 0)
+        if ch == at and not depth:
+            if part.strip():
+                yield part.strip().removeprefix("(").removesuffix(")") if at == " " else part.strip()
+            part = ""
+        else:
+            part += ch

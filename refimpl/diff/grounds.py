@@ -1,0 +1,47 @@
+"""What a judgement was reached on, for whoever looks closer at one of its taps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refimpl.autograd.errors import SpecError, require
+from refimpl.layers.config import Config
+from refimpl.layers.stage import Call
+
+from .admission import Admitted
+from .lanes import Recorded
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """The config under which was judged (its dialect), the calls of the run, what the candidate gave as it was used (`recorded`),
+    what was read of its trace (`admitted`), its precision.
+    """
+
+    config: Config
+    program: list[Call]
+    recorded: Recorded
+    admitted: Admitted
+    precision: Precision
+
+    @property
+    def calls(self) -> Mapping[str, Call]:
+        """tap -> the call that gives it."""
+        return {call.tap: call for call in self.program}
+
+    def call(self, tap: str) -> Call:
+        """The call that gives a tap, whose name may leave out the phase. SpecError for a tap that this run does not have or that
+        the trace does not hold soundly.
+        """
+        later = tap.startswith(("bwd/", "grad/", "upd/"))
+        require(
+            not later, f"{tap}: gradients and updates are judged, not taken apart; take a number of the forward pass"
+        )
+        found = next((c for c in self.program if tap in (c.tap, c.tap.partition("/")[2])), None)
+        if found is None:
+            raise SpecError(f"this run has no tap {tap!r}; `refimpl taps CASE` lists them")
+        require(found.tap not in self.admitted.flawed, f"{found.tap}: {self.admitted.flawed.get(found.tap)}")
+        require(found.tap in self.admitted.taps, f"{found.tap}: the trace does not hold it")
+        return found
