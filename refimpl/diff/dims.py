@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from refimpl.layers.config import Config
 from refimpl.layers.stage import STAGES, Call
@@ -45,11 +46,11 @@ def shape_of(call: Call, c: Config, *, batch: int, length: int, keys: int | None
     unit = call.tap.split("/")[1]
     depth = int(unit.removeprefix("mtp")) if unit.startswith("mtp") else 0
     numbers = letters(c, call.stage, batch=batch, length=length, keys=length if keys is None else keys, depth=depth)
-    return tuple([_value(axis, numbers) for axis in STAGES[call.stage].shape.split()])
+    return tuple([size_of(axis, numbers) for axis in STAGES[call.stage].shape.split()])
 
 
-def _value(axis: str, numbers: dict[str, int]) -> int:
-    """One axis: a number, a letter, `2D`, or two of them with + - / between."""
+def size_of(axis: str, numbers: Mapping[str, int]) -> int:
+    """The length of one axis: a number, a letter, `2D`, or two of them with + - / between."""
     found = _TERM.fullmatch(axis)
     assert found, f"axis {axis!r}"
     times, letter, sign, other = found.groups()
