@@ -47,10 +47,13 @@ class Framework:
 def frameworks() -> tuple[Framework, ...]:
     """Those of elsewhere/*.toml: transformers, then the others in the order of their names."""
     files = [f for f in (resources.files(__package__) / "elsewhere").iterdir() if f.name.endswith(".toml")]
-    found = [
-        Framework(key=f.name.removesuffix(".toml"), **tomllib.loads(f.read_text(encoding="utf-8"))) for f in files
-    ]
+    found = [Framework(key=f.name.removesuffix(".toml"), **tomllib.loads(f.read_text(encoding="utf-8"))) for f in files]
     return tuple(sorted(found, key=lambda f: (f.key != "transformers", f.name.lower())))
+
+
+def shipped(key: str) -> str:
+    """The text of one of elsewhere/*.toml."""
+    return (resources.files(__package__) / "elsewhere" / f"{key}.toml").read_text(encoding="utf-8")
 
 
 def by_name(name: str, ours: list[str]) -> str:

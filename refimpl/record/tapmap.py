@@ -1,16 +1,16 @@
 """A tap map: where an implementation shows which tap, as a TOML file that says it in words a person can read too.
 
-    name = "my port"                 # package = the distribution whose version is compared with `tested`, if there is one
-    layer = "model.layers.i"         # what the places of a layer's taps are below; i is the layer's number
-    [taps]
-    "attn_norm" = "input_layernorm"                              # what a module gives
-    "mla.ctx" = "input of self_attn.o_proj"                      # what goes into it; `input 1 of`, `input mask of`
-    "router.ids" = "mlp.gate[1]"                                 # the second of its results, or the one of that name
-    "mla.k_rope" = "self_attn.rope #2"                           # its second call
-    "mla.probs" = "softmax in self_attn (B H S T)"               # a function called while a module runs; the axes recorded
-    "mlp.up" = "mlp.gate_up[..., F:]"                            # a slice of the last axis, e.g. F: or :Dn+Dr
-    "resid" = "model.layers.i[0] + model.layers.i[1]"            # a sum; cat(a, b) along the last axis
-    "ffn_out" = "moe | feed_forward"                             # the first of these that is seen
+name = "my port"                 # package = the distribution whose version is compared with `tested`, if there is one
+layer = "model.layers.i"         # what the places of a layer's taps are below; i is the layer's number
+[taps]
+"attn_norm" = "input_layernorm"                              # what a module gives
+"mla.ctx" = "input of self_attn.o_proj"                      # what goes into it; `input 1 of`, `input mask of`
+"router.ids" = "mlp.gate[1]"                                 # the second of its results, or the one of that name
+"mla.k_rope" = "self_attn.rope #2"                           # its second call
+"mla.probs" = "softmax in self_attn (B H S T)"               # a function called while a module runs; the axes recorded
+"mlp.up" = "mlp.gate_up[..., F:]"                            # a slice of the last axis, e.g. F: or :Dn+Dr
+"resid" = "model.layers.i[0] + model.layers.i[1]"            # a sum; cat(a, b) along the last axis
+"ffn_out" = "moe | feed_forward"                             # the first of these that is seen
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from refimpl.autograd.errors import SpecError, require, where
-from refimpl.diff.names import Framework, frameworks
+from refimpl.diff.names import Framework, frameworks, shipped
 from refimpl.layers.stage import STAGES
 
 _PART = re.compile(
@@ -58,6 +58,13 @@ class Place:
     axes: str = ""
 
 
+def shipped_text(name: str) -> str:
+    """The text of a map that is shipped. SpecError for a name that is none."""
+    known = sorted(f.key for f in frameworks())
+    require(name.removesuffix(".toml") in known, f"{name!r} is no shipped map; there are {', '.join(known)}")
+    return shipped(name.removesuffix(".toml"))
+
+
 def read(name: str) -> Framework:
     """A map that is shipped, by its file's name with or without .toml, or a map file. SpecError for what is neither."""
     known = {f.key: f for f in frameworks()}
@@ -84,7 +91,10 @@ def parsed(text: str, key: str) -> Framework:
         kind = {"dict": dict, "list": list, "str": str}[kinds[key_]]
         texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
         good = isinstance(value, kind) and all(isinstance(v, str) for v in texts)
-        require(good, f"{key_} is {value!r}; expected a {kind.__name__} of texts" if kind is not str else f"{key_} is not a text")
+        require(
+            good,
+            f"{key_} is {value!r}; expected a {kind.__name__} of texts" if kind is not str else f"{key_} is not a text",
+        )
     require(d.get("taps"), "no [taps]")
     found = Framework(key=key, name=d.pop("name", key), **d)
     known = {s.tap for s in STAGES.values()}
@@ -110,9 +120,14 @@ def _place(text: str) -> Place:
 
 def _part(text: str) -> Part:
     m = _PART.fullmatch(text)
-    require(m, f"{text!r} is not a place; expected e.g. `norm`, `input of w2`, `gate[1]`, `rope #2`, `softmax in attn`, `fc1[..., :F]`")
+    require(
+        m,
+        f"{text!r} is not a place; expected e.g. `norm`, `input of w2`, `gate[1]`, `rope #2`, `softmax in attn`, `fc1[..., :F]`",
+    )
     assert m
-    unknown = [t for t in re.findall(r"[A-Za-z]\w*", f"{m['low']} {m['high']}".replace("None", "")) if t not in _LETTERS]
+    unknown = [
+        t for t in re.findall(r"[A-Za-z]\w*", f"{m['low']} {m['high']}".replace("None", "")) if t not in _LETTERS
+    ]
     require(not unknown, f"{text!r}: no axis is called {', '.join(unknown)}; there are {', '.join(_LETTERS)}")
     nth, cut = int(m["nth"] or 1), (m["low"] or "", m["high"] or "")
     return Part(m["path"], m["function"] or "", nth, bool(m["side"]), m["arg"] or "0", m["item"] or "", cut)

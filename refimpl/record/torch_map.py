@@ -52,7 +52,10 @@ def built(case: Case, build: str) -> Iterator[Candidate]:
 def trace_of(made: Candidate, case: Case, map_: Framework) -> Trace:
     """The trace of a built model, whatever was done to it: three runs, of which two are watched."""
     torch = library("torch", "torch")
-    require(callable(getattr(made.module, "named_modules", None)), f"--build gave {type(made.module).__name__}, not a torch module")
+    require(
+        callable(getattr(made.module, "named_modules", None)),
+        f"--build gave {type(made.module).__name__}, not a torch module",
+    )
     if made.call is None:
         plain_only(case, "a module called with tokens alone")
     modules = dict(made.module.named_modules())

@@ -48,7 +48,9 @@ class Watch:
             for places in used(map_, [tap.rpartition("/")[2]]).values():
                 self.places[tap] = stage, [(p, [_at(part, map_.layer, i) for part in p.parts]) for p in places]
         self._wanted: dict[Key, list[Part]] = {}
-        for part in dict.fromkeys(part for _, options in self.places.values() for _, parts in options for part in parts):
+        for part in dict.fromkeys(
+            part for _, options in self.places.values() for _, parts in options for part in parts
+        ):
             self._wanted.setdefault((part.path, part.function), []).append(part)
 
     @property
