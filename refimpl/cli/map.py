@@ -13,7 +13,7 @@ _TEXT = """A tap map says where an implementation shows which tap; `refimpl reco
   refimpl map show torchtitan > my.toml                one of them, to start from
   refimpl map suggest CASE --build pkg.mod:fn          entries by value, for a model that is known to compute the case right
 
-docs/recording.md has the grammar. Proposed entries are what to look at first, not the truth: two modules may hold the same numbers."""
+docs/recording.md has the grammar. Proposed entries are what to look at first: two modules may hold the same numbers."""
 
 
 def add(commands: Commands) -> None:

@@ -40,53 +40,61 @@ def supported(c: Config) -> Config:
 def model_config(titan: Any, c: Config) -> Any:
     """DeepSeekV3Model.Config, from torchtitan's own parts."""
     common = library("torchtitan.models.common", "torchtitan")
-    rope = c.rope_scaling
-    assert rope is not None
-    layers = titan._build_dsv3_layers(
-        n_layers=c.num_hidden_layers,
-        n_dense_layers=c.first_k_dense_replace,
-        dim=c.hidden_size,
-        n_heads=c.num_attention_heads,
-        q_lora_rank=c.q_lora_rank or 0,
-        kv_lora_rank=c.kv_lora_rank,
-        qk_nope_head_dim=c.qk_nope_head_dim,
-        qk_rope_head_dim=c.qk_rope_head_dim,
-        v_head_dim=c.v_head_dim,
-        mscale=rope.mscale,
-        dense_hidden_dim=c.intermediate_size,
-        moe_hidden_dim=c.moe_intermediate_size,
-        num_experts=c.n_routed_experts,
-        num_shared_experts=c.n_shared_experts,
-        router_top_k=c.num_experts_per_tok,
-        router_score_func=c.scoring_func,
-        router_num_expert_groups=c.n_group,
-        router_num_limited_groups=c.topk_group,
-        router_route_scale=c.routed_scaling_factor,
-        router_route_norm=c.norm_topk_prob,
-        attn_backend="flex",
-        moe_comm_backend="standard",
-        non_blocking_capacity_factor=None,
-        rope=common.ComplexRoPE.Config(
-            dim=c.qk_rope_head_dim,
-            max_seq_len=c.max_position_embeddings,
-            theta=c.rope_theta,
-            scaling="yarn",
-            rope_factor=rope.factor,
-            beta_fast=rope.beta_fast,
-            beta_slow=rope.beta_slow,
-            original_seq_len=rope.original_max_position_embeddings,
-        ),
-    )
-    size = {"num_embeddings": c.vocab_size, "embedding_dim": c.hidden_size}
+    table = {"num_embeddings": c.vocab_size, "embedding_dim": c.hidden_size, "param_init": titan._EMBEDDING_INIT}
+    head = {"in_features": c.hidden_size, "out_features": c.vocab_size}
     return titan.DeepSeekV3Model.Config(
         vocab_size=c.vocab_size,
         dim=c.hidden_size,
-        tok_embeddings=common.Embedding.Config(**size, param_init=titan._EMBEDDING_INIT),
+        tok_embeddings=common.Embedding.Config(**table),
         norm=common.RMSNorm.Config(normalized_shape=c.hidden_size, param_init=titan._NORM_INIT),
-        lm_head=common.Linear.Config(
-            in_features=c.hidden_size, out_features=c.vocab_size, param_init=titan._output_linear_init(c.hidden_size)
+        lm_head=common.Linear.Config(**head, param_init=titan._output_linear_init(c.hidden_size)),
+        layers=titan._build_dsv3_layers(
+            **{theirs: getattr(c, ours) for theirs, ours in _SETTINGS.items()},
+            q_lora_rank=c.q_lora_rank or 0,
+            rope=_rope(common, c),
+            mscale=c.rope_scaling.mscale if c.rope_scaling else 1.0,
+            attn_backend="flex",
+            moe_comm_backend="standard",
+            non_blocking_capacity_factor=None,
         ),
-        layers=layers,
+    )
+
+
+_SETTINGS = {
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "dim": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "dense_hidden_dim": "intermediate_size",
+    "moe_hidden_dim": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "router_top_k": "num_experts_per_tok",
+    "router_score_func": "scoring_func",
+    "router_num_expert_groups": "n_group",
+    "router_num_limited_groups": "topk_group",
+    "router_route_scale": "routed_scaling_factor",
+    "router_route_norm": "norm_topk_prob",
+}
+"""torchtitan's word -> the config's."""
+
+
+def _rope(common: Any, c: Config) -> Any:
+    r = c.rope_scaling
+    assert r is not None, "`supported` lets only YaRN through"
+    return common.ComplexRoPE.Config(
+        dim=c.qk_rope_head_dim,
+        max_seq_len=c.max_position_embeddings,
+        theta=c.rope_theta,
+        scaling="yarn",
+        rope_factor=r.factor,
+        beta_fast=r.beta_fast,
+        beta_slow=r.beta_slow,
+        original_seq_len=r.original_max_position_embeddings,
     )
 
 

@@ -23,7 +23,6 @@ from .ours import trace_case
 from .torch_map import quiet
 from .watch import array
 
-
 _AXES = {s.tap: s.shape for s in STAGES.values()}
 _SAME = 1e-3
 """What differs by less is the same quantity; more, up to what `by_value` accepts, is said."""

@@ -31,7 +31,7 @@ _PART = re.compile(
     r"(?: #(?P<nth>[1-9]\d*))?(?:\[(?P<item>\w+)\])?(?:\[\.\.\., (?P<low>[\w+]*):(?P<high>[\w+]*)\])?"
 )
 _AXES = re.compile(r"(.*?)\s*\(([A-Z1-9][\w+ /-]*)\)")
-_LETTERS = "B S T D V H Dn Dr Dv C Q F E G K M".split()
+_LETTERS = ["B", "S", "T", "D", "V", "H", "Dn", "Dr", "Dv", "C", "Q", "F", "E", "G", "K", "M"]
 _LAYER = re.compile(r"(?<!\w)i(?!\w)")
 
 
@@ -96,7 +96,7 @@ def parsed(text: str, key: str) -> Framework:
             f"{key_} is {value!r}; expected a {kind.__name__} of texts" if kind is not str else f"{key_} is not a text",
         )
     require(d.get("taps"), "no [taps]")
-    found = Framework(key=key, name=d.pop("name", key), **d)
+    found = Framework(**{"name": key, **d}, key=key)
     known = {s.tap for s in STAGES.values()}
     for tap, entry in found.taps.items():
         require(tap in known, f"{tap!r} is no tap; `refimpl taps` lists them")
@@ -120,17 +120,14 @@ def _place(text: str) -> Place:
 
 def _part(text: str) -> Part:
     m = _PART.fullmatch(text)
-    require(
-        m,
-        f"{text!r} is not a place; expected e.g. `norm`, `input of w2`, `gate[1]`, `rope #2`, `softmax in attn`, `fc1[..., :F]`",
-    )
+    examples = "`norm`, `input of w2`, `gate[1]`, `rope #2`, `softmax in attn`, `fc1[..., :F]`"
+    require(m, f"{text!r} is not a place; expected e.g. {examples}")
     assert m
-    unknown = [
-        t for t in re.findall(r"[A-Za-z]\w*", f"{m['low']} {m['high']}".replace("None", "")) if t not in _LETTERS
-    ]
+    low, high = m["low"] or "", m["high"] or ""
+    unknown = [t for t in re.findall(r"[A-Za-z]\w*", f"{low} {high}") if t not in _LETTERS]
     require(not unknown, f"{text!r}: no axis is called {', '.join(unknown)}; there are {', '.join(_LETTERS)}")
-    nth, cut = int(m["nth"] or 1), (m["low"] or "", m["high"] or "")
-    return Part(m["path"], m["function"] or "", nth, bool(m["side"]), m["arg"] or "0", m["item"] or "", cut)
+    nth, arg = int(m["nth"] or 1), m["arg"] or "0"
+    return Part(m["path"], m["function"] or "", nth, bool(m["side"]), arg, m["item"] or "", (low, high))
 
 
 def at_layer(path: str, below: str, i: int | None) -> str:

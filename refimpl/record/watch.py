@@ -18,7 +18,6 @@ from refimpl.diff import Case
 from refimpl.diff.dims import letters, size_of
 from refimpl.diff.names import Framework
 from refimpl.layers.config import Config
-from refimpl.layers.stage import STAGES
 
 from .catalogue import entries
 from .refimpl_tap import raw
