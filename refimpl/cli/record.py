@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
     _add_hf(frameworks)
     _add_torch(frameworks)
     _add_mlx(frameworks)
+    _add_llamacpp(frameworks)
     _add_tap_file(frameworks)
 
 
@@ -107,6 +108,19 @@ def _mlx(args: argparse.Namespace) -> int:
     from refimpl.record import mlx
 
     return _said(mlx.record(args.case, args.out))
+
+
+def _add_llamacpp(frameworks: Commands) -> None:
+    p = _framework(frameworks, "llamacpp", "llama.cpp through llama-cpp-python (extra 'llamacpp')", _llamacpp)
+    p.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="the case's model as a GGUF file; without it one is made, in float32"
+    )
+
+
+def _llamacpp(args: argparse.Namespace) -> int:
+    from refimpl.record import llamacpp
+
+    return _said(llamacpp.record(args.case, args.out, gguf=args.gguf))
 
 
 def _add_tap_file(frameworks: Commands) -> None:

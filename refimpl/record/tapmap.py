@@ -143,7 +143,7 @@ def untested(map_: Framework, version: str) -> str:
     if any(version == t or version.startswith(t + ".") for t in map_.tested):
         return ""
     tried = f"tested with {', '.join(map_.tested)}" if map_.tested else "never run: its names are read from source"
-    return f"warning: {map_.package or map_.name} {version or '(version unknown)'}; the map {map_.key} was {tried}"
+    return f"warning: {map_.package or map_.name} {version or '(version unknown)'}: the map {map_.key} was {tried}"
 
 
 def used(map_: Framework, taps: Iterable[str]) -> dict[str, list[Place]]:

@@ -109,7 +109,7 @@ def test_versions_outside_the_tested_ones_are_warned_of():
     """Catches 0.30 taken for 0.3, and a map that nobody has run and that does not say so."""
     titan = read("torchtitan")
     assert untested(titan, "0.3.0") == untested(titan, "0.3") == ""
-    assert untested(titan, "0.30.1") == "warning: torchtitan 0.30.1; the map torchtitan was tested with 0.3"
+    assert untested(titan, "0.30.1") == "warning: torchtitan 0.30.1: the map torchtitan was tested with 0.3"
     assert "never run" in untested(read("vllm"), "1.0")
 
 
@@ -158,13 +158,15 @@ def test_only_the_layers_that_have_a_tap_are_looked_at():
 
 def test_the_nth_call_and_what_was_called_too_often():
     """Catches the last call taken for the first, and a second run of a module that nobody hears of."""
-    w = watch("'mla.q_rope' = 'rope'\n'mla.k_rope' = 'rope #2'\nembed = 'emb'")
+    w = watch("'mla.q_rope' = 'rope'\n'mla.k_rope' = 'rope #2'\nembed = 'emb'\nresid = 'layers.i'")
     for i in range(3):
         w.see(("layers.0.rope", ""), [], {}, np.full((2, 24, 4), i))
+        w.see(("layers.1", ""), [], {}, np.full((2, 24, 4), i))
     w.see(("emb", ""), [], {}, np.ones(1))
     taps = w.taps()
     assert taps["fwd/L0/mla.q_rope"].max() == 0 and taps["fwd/L0/mla.k_rope"].min() == 1
-    assert w.repeated() == ["called more often than the map says, the first calls are kept: layers.i.rope"]
+    assert taps["fwd/L1/resid"].max() == 0
+    assert w.repeated() == ["called more than once, the first call is kept: layers.i"]
 
 
 def test_what_was_not_seen_or_is_something_else_is_a_note_and_never_an_error():
