@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
     _add_torch(frameworks)
     _add_mlx(frameworks)
     _add_llamacpp(frameworks)
+    _add_import(frameworks)
     _add_tap_file(frameworks)
 
 
@@ -121,6 +122,21 @@ def _llamacpp(args: argparse.Namespace) -> int:
     from refimpl.record import llamacpp
 
     return _said(llamacpp.record(args.case, args.out, gguf=args.gguf))
+
+
+def _add_import(frameworks: Commands) -> None:
+    text = "what SGLang's dumper, transformers' model-addition debugger or llama.cpp's eval-callback has written"
+    p = _framework(frameworks, "import", text, _import)
+    p.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="DUMP", help="the dump's folder, or its text"
+    )
+    p.add_argument("--map", help="the tap map its names are read by; each kind of dump has its own")
+
+
+def _import(args: argparse.Namespace) -> int:
+    from refimpl.record import dumps
+
+    return _said(dumps.record(args.case, args.out, source=args.source, map_name=args.map))
 
 
 def _add_tap_file(frameworks: Commands) -> None:

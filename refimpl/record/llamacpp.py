@@ -87,10 +87,13 @@ def loaded(path: Path) -> Iterator[Any]:
     """llama.cpp's model of a GGUF file. SpecError where it cannot be loaded."""
     llama = library("llama_cpp", "llamacpp")
     said: list[str] = []
-    quiet = llama.llama_log_callback(
-        lambda level, text, data: said.append(text.decode(errors="replace")) if level == _ERROR else None
-    )
-    llama.llama_log_set(quiet, None)
+
+    def keep(level: int, text: bytes, data: Any) -> None:
+        if level == _ERROR:
+            said.append(text.decode(errors="replace"))
+
+    kept = llama.llama_log_callback(keep)  # held while llama.cpp may call it
+    llama.llama_log_set(kept, None)
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     try:

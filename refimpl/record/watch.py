@@ -81,6 +81,13 @@ class Watch:
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
                     self.notes[f"{_said(part)} is not there: {error}"] = None
 
+    def fill(self, find: Callable[[Part], Array | None]) -> None:
+        """Be told of all that a dump holds, instead of calls."""
+        for part in [part for parts in self._wanted.values() for part in parts]:
+            x = find(part)
+            if x is not None:
+                self.seen[part] = x
+
     def taps(self) -> dict[str, Array]:
         """What was seen, tap by tap, in the map's arrangement; and the notes say what was not."""
         found = {}

@@ -74,7 +74,9 @@ def test_faults_are_placed(fault, taps, case, model):
 
 
 def test_masked_groups_filled_with_zero_show_where_every_score_is_negative(tmp_path):
-    """Catches a recorder that repairs what mlx-lm does: experts of dropped groups count as 0, so with all biases below -1 they win."""
+    """Catches a recorder that repairs what mlx-lm does: experts of dropped groups count as 0, and win
+    where all biases are below -1.
+    """
     for name in ("config.json", "tokens.json"):
         shutil.copy(TINY / name, tmp_path / name)
     tensors = Case.read(TINY).weights()

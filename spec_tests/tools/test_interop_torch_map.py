@@ -74,8 +74,8 @@ def test_faults_of_transformers_are_placed(bug, stage, case, transformers_):
 
 
 def test_torchtitan_shows_its_epsilon_and_its_bfloat16_experts_and_nothing_else(case, titan):
-    """Catches a builder that repairs or breaks what torchtitan does: eps is 1e-5 in every norm whatever the checkpoint says, and the
-    routed experts multiply in bfloat16.
+    """Catches a builder that repairs or breaks what torchtitan does: eps is 1e-5 in every norm whatever the checkpoint says,
+    and the routed experts multiply in bfloat16.
     """
     blamed, found = culprits(titan, case, "torchtitan")
     assert {tap.rpartition("/")[2] for tap in blamed} == {
