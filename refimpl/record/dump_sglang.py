@@ -87,7 +87,7 @@ def _files(path: Path) -> list[_File]:
     found = []
     for f in sorted(path.iterdir()):
         if f.suffix in (".pt", ".safetensors") and "name=" in f.stem:
-            found.append(_File(f, dict(tag.partition("=")[::2] for tag in f.stem.split("___"))))  # type: ignore[misc]
+            found.append(_File(f, dict(tag.partition("=")[::2] for tag in f.stem.split("___"))))
     return [f for f in found if "name" in f.tags]
 
 

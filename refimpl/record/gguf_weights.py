@@ -162,6 +162,6 @@ def _yarn(gguf: Any, w: Any, c: Config) -> None:
         w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         w.add_rope_scaling_factor(r.factor)
         w.add_rope_scaling_orig_ctx_len(r.original_max_position_embeddings)
-        w.add_rope_scaling_yarn_log_mul(0.1 * r.mscale_all_dim)
+        w.add_rope_scaling_yarn_log_mul(0.1 * (r.mscale_all_dim or 0))
         w.add_rope_scaling_yarn_beta_fast(r.beta_fast)
         w.add_rope_scaling_yarn_beta_slow(r.beta_slow)
