@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def trace_of(made: Candidate, case: Case, map_: Framework) -> Trace:
     )
     if made.call is None:
         plain_only(case, "a module called with tokens alone")
-    modules = dict(made.module.named_modules())
+    modules = dict(made.module.named_modules(remove_duplicate=False))  # layers may share a rotary embedding
 
     def watch() -> Watch:
         found = Watch(map_, case)
@@ -84,9 +85,16 @@ def watching(modules: Mapping[str, Any], watch: Watch) -> Iterator[None]:
         for path in inside:
             watch.see((path, name), args, kwargs, out)
 
+    places: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        places.setdefault(id(module), []).append(path)
     with ExitStack() as stack:
-        for path in dict.fromkeys(path for path, _ in watch.keys):
-            for handle in _hooks(path, modules[path], inside, watch):
+        paths = dict.fromkeys(path for path, _ in watch.keys)
+        shared = {path: same for path in paths if len(same := places[id(modules[path])]) > 1}
+        around = [above for same in shared.values() for place in same for above in _above(place)]
+        for path in dict.fromkeys([*paths, *around]):
+            here = partial(_here, path, shared.get(path, [path]), inside, modules)
+            for handle in _hooks(path, modules[path], inside, watch, here):
                 stack.callback(handle.remove)
         left = functions - stack.enter_context(wrapped_functions(watch, modules, told))
         if left:
@@ -94,16 +102,35 @@ def watching(modules: Mapping[str, Any], watch: Watch) -> Iterator[None]:
         yield
 
 
-def _hooks(path: str, module: Any, inside: list[str], watch: Watch) -> Iterator[Any]:
+def _hooks(path: str, module: Any, inside: list[str], watch: Watch, here: Callable[[], bool]) -> Iterator[Any]:
+    """Hooks that keep `inside` and tell of the module's calls that are `here`."""
+
     def enter(module: Any, args: Any) -> None:
         inside.append(path)
 
     def leave(module: Any, args: Any, kwargs: Any, out: Any) -> None:
         inside.remove(path)
-        watch.see((path, ""), args, kwargs, out)
+        if here():
+            watch.see((path, ""), args, kwargs, out)
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave, with_kwargs=True)
+
+
+def _above(place: str) -> list[str]:
+    """The paths around a place, the root last: `a.b.c` -> `a.b`, `a`, ``."""
+    words = place.split(".")
+    return [".".join(words[:n]) for n in range(len(words) - 1, -1, -1)]
+
+
+def _here(path: str, places: list[str], inside: list[str], modules: Mapping[str, Any]) -> bool:
+    """Whether a call of a module that lies in several places is this place's: no other is in a module that began later."""
+
+    def begun(place: str) -> int:
+        return max([i for i, p in enumerate(inside) if p in _above(place)], default=-1)
+
+    mine, last = begun(path), max(map(begun, places))
+    return mine == last or (mine >= 0 and modules[inside[mine]] is modules[inside[last]])
 
 
 def _torch_functions(names: set[str], told: Callable[..., None]) -> AbstractContextManager[Any]:

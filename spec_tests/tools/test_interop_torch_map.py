@@ -176,6 +176,32 @@ def test_a_model_that_is_mostly_missing_is_recorded_and_said_to_be(case):
     assert "weights: those of the case's files" in trace.header.notes
 
 
+def test_a_module_that_layers_share_is_seen_in_each_of_them(case):
+    """Catches the first layer's call taken for every layer's (vLLM's layers share their rotary embedding), a path that counts as
+    missing, and layers lost because they lie in two lists.
+    """
+    import torch
+
+    class Layer(torch.nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.rope = shared
+
+        def forward(self, x):
+            return self.rope(x) + 1
+
+    shared = torch.nn.Linear(1, 1, dtype=torch.float32)
+    model = torch.nn.Sequential(torch.nn.Module(), *[Layer(shared) for _ in range(3)])
+    model.forward = lambda tokens: model[3](model[2](model[1](tokens[..., None].float())))
+    model[0].layers = torch.nn.ModuleList(list(model)[1:])
+    text = "layer = '0.layers.i'\n[taps]\n'mla.q_rope' = 'rope'\nresid = '0.layers.i'"
+    trace = torch_map.trace_of(Candidate(model), case, parsed(text, "mine"))
+    for i in range(3):
+        rope, resid = trace.taps[f"fwd/L{i}/mla.q_rope"], trace.taps[f"fwd/L{i}/resid"]
+        np.testing.assert_array_equal(rope + 1, resid)
+    assert len({trace.taps[f"fwd/L{i}/resid"].tobytes() for i in range(3)}) == 3
+
+
 def test_no_hook_outlives_a_recording(case):
     """Catches hooks left on the user's model."""
     model = _small(case)
