@@ -173,7 +173,6 @@ def _settings(torch: Any, c: Config) -> dict[str, Any]:
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "allgather",
         "normalization": "RMSNorm",
         "gated_linear_unit": True,

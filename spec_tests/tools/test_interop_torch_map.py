@@ -247,3 +247,16 @@ def test_suggestions_find_the_map_of_a_model_that_is_right(case, transformers_):
         if tap.endswith("router.weights"):
             continue
         np.testing.assert_array_equal(trace.taps[tap].ravel(), by_hand.taps[tap].ravel(), err_msg=tap)
+
+
+def test_a_suggestion_prefers_what_a_module_gives_to_what_goes_into_one(case):
+    """Catches the shortest text chosen, which names the reader of a tensor, not its maker; and a tap that nothing holds."""
+    import torch
+
+    from refimpl.record.torch_arrays import to_torch
+
+    table = torch.nn.Embedding.from_pretrained(to_torch(case.weights()["model.embed_tokens.weight"]).float())
+    model = torch.nn.Sequential()
+    model.add_module("the_embedding_of_all_tokens", table)
+    model.add_module("h", torch.nn.Tanh())
+    assert suggest.suggest(Candidate(model), case) == {"embed": ("the_embedding_of_all_tokens", "also input of h")}

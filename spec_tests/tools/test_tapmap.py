@@ -1,5 +1,8 @@
 """Tap maps: their grammar, what is refused, and how a map's places become taps. No framework is needed: calls are made up."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ from refimpl.record.tapmap import Part, at_layer, parsed, places, read, untested
 from refimpl.record.watch import Watch
 
 from .test_refimpl_tap import TINY
+from .tree import ROOT, in_repository, project
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_parts_are_summed_cut_and_joined():
     import ml_dtypes
 
     w = watch("""
-resid = "layers.i[0] + layers.i[1]"
+resid = "layers.i[0] + layers.i[1] + layers.i[0]"
 "mlp.gate" = "fc1[..., :F]"
 "mlp.up" = "fc1[..., F:]"
 "mla.kv_b" = "cat(k, v) (B H T Dn+Dv)"
@@ -140,7 +144,7 @@ resid = "layers.i[0] + layers.i[1]"
     w.see(("layers.1.v", ""), [], {}, v)
     taps = w.taps()
     assert set(taps) == {"fwd/L2/resid", "fwd/L0/mlp.gate", "fwd/L0/mlp.up", "fwd/L1/mla.kv_b"}
-    exact = a.astype(np.float64) + b.astype(np.float64)
+    exact = 2 * a.astype(np.float64) + b.astype(np.float64)
     np.testing.assert_array_equal(taps["fwd/L2/resid"], exact.astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(np.concatenate([taps["fwd/L0/mlp.gate"], taps["fwd/L0/mlp.up"]], -1), both)
     np.testing.assert_array_equal(taps["fwd/L1/mla.kv_b"][..., c.qk_nope_head_dim :], v)
@@ -201,3 +205,31 @@ def test_the_command_lists_and_shows(capsys):
     assert " tested " in rows["torchtitan"] and " untested " in rows["vllm"] and len(rows) == len(frameworks())
     assert main(["map", "show", "torchtitan"]) == 0 and capsys.readouterr().out == shipped("torchtitan")
     assert main(["map", "show", "nothing"]) == 3 and "no shipped map" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "extra"),
+    [
+        (["torch", "--map", "torchtitan"], "torch", "torch"),
+        (["mlx"], "mlx.core", "mlx"),
+        (["llamacpp"], "llama_cpp", "llamacpp"),
+    ],
+)
+def test_an_absent_framework_is_told_with_the_extra_that_brings_it(words, module, extra, monkeypatch, tmp_path, capsys):
+    """Catches a traceback of an import, and the name of an extra that pyproject.toml has not."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["record", words[0], str(TINY), "-o", str(tmp_path / "t"), *words[1:]]) == 3
+    assert f"pip install 'deepseek-v3-refimpl[{extra}]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@in_repository
+def test_the_extras_that_are_told_exist():
+    """Catches an extra that an adapter names and nobody can install."""
+    source = "".join([file.read_text(encoding="utf-8") for file in (ROOT / "refimpl" / "record").glob("*.py")])
+    told = set(re.findall(r'library\("[\w.]+", "(\w+)"\)', source))
+    assert (
+        {"torch", "mlx", "llamacpp", "torchtitan", "megatron"}
+        == told
+        <= set(project()["project"]["optional-dependencies"])
+    )
