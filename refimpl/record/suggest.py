@@ -24,6 +24,8 @@ from .torch_map import quiet
 from .watch import array
 
 _AXES = {s.tap: s.shape for s in STAGES.values()}
+_SLOTS = 0.05
+"""Sorted numbers are near each other whatever they are: weights, which are compared so, must be nearer."""
 _SAME = 1e-3
 """What differs by less is the same quantity; more, up to what `by_value` accepts, is said."""
 
@@ -111,7 +113,7 @@ def _holding(tensors: Mapping[tuple[str, str], Array], ours: Array, tap: str, la
             theirs = np.sort(turned, axis=-1) if exact or slots else turned
             same = theirs.dtype.kind in "iu" and np.array_equal(theirs, ours)
             away = (0.0 if same else None) if exact else next((a for _, a in by_value({place: theirs}, ours)), None)
-            if away is not None:
+            if away is not None and not (slots and away > _SLOTS):
                 yield Found(_general(place, layer), away, order)
                 break
 

@@ -6,7 +6,7 @@ import pytest
 from refimpl.autograd.errors import SpecError
 from refimpl.diff import Case
 from refimpl.diff.judge import judge
-from refimpl.record import build_megatron, torch_map
+from refimpl.record import build_megatron, suggest, torch_map
 from refimpl.record.tapmap import read
 
 from .test_refimpl_tap import TINY
@@ -67,6 +67,15 @@ def test_faults_are_placed(fault, taps, case, model):
     """Catches taps too few or too far apart to place a fault."""
     fault(model)
     assert {f.tap for f in judge(case, torch_map.trace_of(model, case, read("megatron"))).culprits} == taps
+
+
+def test_suggestions_leave_out_what_only_looks_alike(case, model):
+    """Catches the weights of dispatched rows, which have as many numbers of the same size, proposed as router.weights."""
+    found = suggest.suggest(model, case)
+    assert len(found) == 19 and "router.weights" not in found
+    assert (
+        found["mla.ctx"][0].endswith("core_attention (S B H Dv)") and found["resid"][0] == "decoder.layers.i[0] (S B D)"
+    )
 
 
 def test_nothing_that_stood_in_outlives_the_model(case):
