@@ -136,12 +136,20 @@ class Patch:
 
 @dataclass(frozen=True)
 class Call:
-    """One line of a program: a stage, the tap it produced, and the names of what it consumed."""
+    """One line of a program: a stage, the tap it produced, and the names of what it consumed. `own` is the stage itself where it
+    is made for this call, as gradients are, and has no place among STAGES.
+    """
 
     stage: str
     tap: str
     args: tuple[Any, ...]  # a name, a tuple of names, None or a number
     static: dict[str, Any]
+    own: Stage | None = None
+
+    @property
+    def of(self) -> Stage:
+        """The stage that is called."""
+        return self.own or STAGES[self.stage]
 
 
 class Recorder:

@@ -1,4 +1,14 @@
-"""Settings that the suite needs wherever it runs, also from an installed wheel, which has no pyproject.toml."""
+"""Settings that the suite needs wherever it runs, also from an installed wheel, which has no pyproject.toml.
+
+Two profiles of examples: `quick`, the default, draws the same ones every time, so that a verdict on a change is about the change;
+`--hypothesis-profile deep` draws others every time, to find what nobody thought of.
+"""
+
+from hypothesis import settings
+
+settings.register_profile("quick", derandomize=True, print_blob=True)
+settings.register_profile("deep", derandomize=False, print_blob=True)
+settings.load_profile("quick")
 
 
 def pytest_configure(config):

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refimpl.autograd.errors import require
 
 from .common import Commands, deliver, progress
+from .terminal import screen, show
 
 if TYPE_CHECKING:
-    from refimpl.diff import Case, Trace
+    from refimpl.diff import Case, Judgement, Trace
 
 _TEXT = """Judge a recorded run of another implementation, stage by stage.
 
 CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose
 tensors are named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the
 candidate's own recorded inputs, so a wrong stage shows up alone, wherever it is. With a second trace, the two are refereed.
+
+  refimpl diff refimpl/cases/tiny refimpl/cases/tiny/hf-bug.safetensors --html report.html
 
 exit code: 0 conforms (also in another gauge, or in a contested dialect, which is named), 1 diverges, 2 inconclusive
 (something needed was not recorded), 3 bad input"""
@@ -37,52 +41,80 @@ def add(commands: Commands) -> None:
     diff.add_argument("--all", action="store_true", help="list every tap in model order")
     diff.add_argument("--quiet", action="store_true", help="print the verdict only")
     diff.add_argument("--json", action="store_true", help="print JSON (schema refimpl-diff/1)")
-    diff.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML, a test case a tap")
     diff.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a page that needs nothing else: stages by layers"
+        "--schema", action=_Schema, nargs=0, help="print the JSON Schema of --json instead; needs no other argument"
+    )
+    diff.add_argument("--junit", type=Path, metavar="FILE", help="also write JUnit XML, a test case a tap")
+    diff.add_argument("--sarif", type=Path, metavar="FILE", help="also write SARIF 2.1.0, a result a blamed tap")
+    diff.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write a page that needs nothing else: stages by layers, and where each is off",
     )
     diff.add_argument("--explain-tolerance", metavar="TAP", help="say how far this tap may be off, and why, instead")
     diff.set_defaults(run=run)
 
 
+class _Schema(argparse.Action):
+    """Prints the schema and ends, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """The action."""
+        print((resources.files("refimpl.diff") / "report.schema.json").read_text(encoding="utf-8"), end="")
+        parser.exit()
+
+
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
-    from refimpl.diff import Case, Trace, render, summary, to_json
-    from refimpl.diff.html import to_html
+    from refimpl.diff import Case, Trace, to_json
     from refimpl.diff.judge import explain, judge
-    from refimpl.diff.junit import to_junit
-    from refimpl.diff.report import wrapped
 
     case, trace = Case.read(args.case), Trace.read(args.candidate)
     if args.explain_tolerance:
-        print("\n".join(explain(case, trace, args.explain_tolerance)))
+        show(screen(lambda _: "\n".join(explain(case, trace, args.explain_tolerance)), 1))
         return 0
     if args.other:
         return _referee(case, trace, args)
-    judgement = judge(case, trace, track=progress("replaying"))
-    for out, make in ((args.junit, to_junit), (args.html, to_html)):
-        if out:
-            deliver(make(judgement), out, quiet=True)
-    text = (
-        summary(judgement)
-        if args.quiet
-        else to_json(judgement)
-        if args.json
-        else render(judgement, everything=args.all)
-    )
-    if sys.stdout.isatty() and not (args.json or args.all):
-        text = wrapped(text, shutil.get_terminal_size().columns)
-    print(text)
+    judgement = judge(case, trace, track=progress("replaying"), pictures=bool(args.html))
+    for out, make in _files(args):
+        deliver(make(judgement), out, quiet=True)
+    if args.json:
+        print(to_json(judgement))
+    else:
+        show(_text(judgement, args))
     return judgement.exit_code
+
+
+def _files(args: argparse.Namespace) -> list[tuple[Path, Callable[[Judgement], str]]]:
+    """What is written beside what is printed."""
+    from refimpl.diff.html import to_html
+    from refimpl.diff.junit import to_junit
+    from refimpl.diff.sarif import to_sarif
+
+    wanted = ((args.junit, to_junit), (args.sarif, partial(to_sarif, trace=args.candidate)), (args.html, to_html))
+    return [(out, make) for out, make in wanted if out]
+
+
+def _text(judgement: Judgement, args: argparse.Namespace) -> str:
+    """For a person's screen as many stages as fit on it."""
+    from refimpl.diff import render, summary
+    from refimpl.diff.report import MOST
+
+    if args.quiet:
+        return summary(judgement)
+    if args.all:
+        return render(judgement, everything=True)
+    return screen(lambda stages: render(judgement, stages=stages), MOST)
 
 
 def _referee(case: Case, trace: Trace, args: argparse.Namespace) -> int:
     from refimpl.diff import Trace
     from refimpl.diff.referee import referee
 
-    one_only = ("all", "quiet", "json", "junit", "html")
+    one_only = ("all", "quiet", "json", "junit", "sarif", "html")
     given = [f"--{name}" for name in one_only if getattr(args, name)]
     require(not given, f"{', '.join(given)} with two traces; it is for one")
     lines, code = referee(case, trace, Trace.read(args.other), (str(args.candidate), str(args.other)))
-    print("\n".join(lines))
+    show(screen(lambda _: "\n".join(lines), 1))
     return code

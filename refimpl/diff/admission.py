@@ -11,10 +11,11 @@ import numpy as np
 from refimpl.autograd.errors import SpecError, require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
+from refimpl.model.phases import Part
 
 from .compare import unusable
-from .dims import shape_of
+from .dims import Sizes, shape_of
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
 from .reading import Pick, read
@@ -34,18 +35,20 @@ class Admitted:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def admit(program: list[Call], trace: Trace, c: Config, embedded: Array) -> Admitted:
+def admit(program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: Array) -> Admitted:
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads."""
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
-    batch, length = embedded.shape[:2]
-    part, recorded = parts(trace.header, c, length), _unshifted(trace.taps, c, embedded, found)
+    picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
+    for part in sizes.parts:
+        recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
     for call in program:
         if call.tap not in recorded:
             continue
-        x, stage = np.asarray(recorded[call.tap]), STAGES[call.stage]
-        shape = shape_of(call, c, batch=batch, length=length)
+        x, stage = np.asarray(recorded[call.tap]), call.of
+        shape = shape_of(call, c, sizes)
         note = unusable(x, integers(stage), limits.get(call.stage))
-        reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), part)
+        some = _within(picked, sizes.of(call.tap))
+        reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
         if reading is None:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
@@ -69,7 +72,7 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
             for other in [
                 c for c in program if c.tap in found.flawed and c.tap.startswith(f"{unit}/") and c is not call
             ]:
-                shape, axes = np.asarray(recorded[other.tap]).shape, STAGES[other.stage].shape.split()
+                shape, axes = np.asarray(recorded[other.tap]).shape, other.of.shape.split()
                 if (axes[-1] == "K" and shape[-1:] == slots) or axes[0] == "M":
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
@@ -94,23 +97,30 @@ def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
     return found
 
 
-def _unshifted(taps: Mapping[str, Array], c: Config, embedded: Array, found: Admitted) -> Mapping[str, Array]:
+def _within(picked: Mapping[str, list[int]], part: Part) -> dict[str, list[int]]:
+    """What of the declared entries lies in a part: tokens are counted over all parts."""
+    here = [t - part.start for t in picked.get("S", []) if part.start <= t < part.stop]
+    return {a: entries for a, entries in (dict(picked) | {"S": here}).items() if entries}
+
+
+def _unshifted(
+    taps: Mapping[str, Array], c: Config, phase: str, embedded: Array, found: Admitted
+) -> Mapping[str, Array]:
     """The taps, with residuals that are named by the layer that reads them named by the one that gives them.
 
     Lists of hidden states begin with the embedding; their entry i is the input of layer i, not its output.
     """
-    first = taps.get("fwd/L0/resid")
+    first = taps.get(f"{phase}/L0/resid")
     if first is None or first.size != embedded.size or first.dtype.kind in "iub":
         return taps
     a, b = np.asarray(first, np.float64).reshape(embedded.shape), embedded.astype(np.float64)
     if not np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
         return taps
-    late = [f"fwd/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
+    late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
     renamed = {t: x for t, x in taps.items() if t not in late}
     moved = {before: taps[after] for before, after in pairwise(late) if after in taps}
-    found.notes["residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"] = list(
-        moved
-    )
+    what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
+    found.notes.setdefault(what, []).extend(moved)
     return renamed | moved
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.stage import STAGES
 
 from . import tolerance
+from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
 
@@ -19,7 +19,7 @@ class Finding:
     """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the distance to
     our own run, drift and all; `region` the stages that were computed for it, its own last; `open` says that rounding alone
     could have changed the experts of every token, so that nothing was compared; `lean` is how far all of it leans one way, and
-    `upright` how far it may.
+    `upright` how far it may; `picture` shows where, if that was asked for.
     """
 
     tap: str
@@ -34,6 +34,7 @@ class Finding:
     open: bool = False
     lean: float = 0.0
     upright: float = 0.0
+    picture: Picture | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def unusable(x: Array, integers: bool, limit: int | None) -> str:
 
 def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
-    call, kind = step.call, STAGES[step.call.stage].compare
+    call, kind = step.call, step.call.of.compare
     exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
-    settled = _settled(step, pick)
+    settled = settled_rows(step, pick)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "set":
@@ -72,12 +73,12 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     return _values(step, x, exact, chained, settled, units, pick)
 
 
-def _settled(step: Step, pick: Pick) -> Array | None:
+def settled_rows(step: Step, pick: Pick) -> Array | None:
     """Which rows (all axes but the last) are beyond doubt, None if all are."""
     if step.unsettled is None:
         return None
     doubt, lead = step.unsettled, step.exact.shape[:-1] or (1,)
-    axes = STAGES[step.call.stage].shape.split()[:-1]
+    axes = step.call.of.shape.split()[:-1]
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
     elif axes == ["B", "H", "S"]:

@@ -9,16 +9,17 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
 
 from . import gauges
 from .admission import Admitted
-from .compare import Finding, Units, compare
+from .compare import Finding, Units, compare, settled_rows
 from .lanes import Recorded
 from .names import by_value
+from .picture import picture
 from .precision import Precision
 from .program import regions
-from .reading import cut
+from .reading import Pick, cut
 from .replay import Step, replay
 from .tolerance import Distance, distance
 
@@ -41,7 +42,8 @@ class Comparison:
 
     findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
     that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
-    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about.
+    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`,
+    whether findings show where a tap is off.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Comparison:
     without: frozenset[str] = frozenset()
     show: str = ""
     shown: Shown | None = None
+    pictures: bool = False
     unknown: dict[str, Array] = field(default_factory=dict)
     alike: dict[str, tuple[float, str]] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
@@ -60,7 +63,7 @@ class Comparison:
     def run(self, program: list[Call], track: Track) -> None:
         """Compare every tap of the program that was admitted; say of the others why they were not."""
         a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None)
-        inside, stage_of = regions(program, self.recorded.taps, a.picks), {c.tap: c.stage for c in program}
+        inside, stage_of = self._regions(program), {c.tap: c.stage for c in program}
         for call in track(program):
             if call.tap in a.flawed:
                 self.findings.append(
@@ -71,31 +74,45 @@ class Comparison:
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
                 self.findings.append(replace(self._find(next(walk), units), region=region))
+                if call.tap in self.recorded.withdrawn:  # what follows spans it
+                    inside = self._regions(program)
         for _ in walk:  # our own run to its end, for the arrays of unknown names
             raise AssertionError("a step that nobody asked for")
         for tap in gauges.broken(self.accepted, list(a.taps)):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 
+    def _regions(self, program: list[Call]) -> dict[str, tuple[str, ...]]:
+        return regions(program, self.recorded.taps, self.admitted.picks)
+
     def _find(self, step: Step, units: Units) -> Finding:
         """The finding on a tap as it is, or in the first gauge in which it fits; then that is what later stages are run on."""
         call, tap = step.call, step.call.tap
         x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
-        if call.stage == "router.weights" and call.args[1] not in self.admitted.taps:
+        unordered = call.stage == "router.weights" and call.args[1] not in self.admitted.taps
+        if unordered:
             x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
             self.recorded.taps[tap] = x
-        found = compare(step, x, units, pick)
+        found = self._compare(step, x, units, pick)
         if tap == self.show:
             twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
-        if found.ok or STAGES[call.stage].compare in ("exact", "set") or pick:
+        if found.ok or call.of.compare in ("exact", "set") or pick:
             return found
         for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = compare(step, other, units, {}) if what not in self.without else found
+            better = self._compare(step, other, units, {}) if what not in self.without else found
             if better.ok:
                 self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
                 return better
+        if unordered:  # of weights that are not ours the largest need not belong to our first expert
+            self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
+
+    def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
+        found = compare(step, x, units, pick)
+        if not self.pictures:
+            return found
+        return replace(found, picture=picture(step.call.stage, x, step.exact, settled_rows(step, pick), pick))
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:

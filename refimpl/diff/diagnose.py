@@ -16,13 +16,13 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.precision import FLOAT64
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
 
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
-from .gauges import ROPE_TAPS, swap_pairs
+from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
-from .tolerance import TWINS, UNIT, Noise, allowed, distance
+from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
 
 NARROW = ("bfloat16", "float16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
@@ -40,7 +40,7 @@ class Diagnosis:
 
 def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Config) -> list[Diagnosis]:
     """Causes that reproduce blamed taps, those that explain most first; taps that nothing explains are in none."""
-    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps]
+    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps | r.withdrawn]
     calls = {call.tap: call for call in program}
     found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
     named = {tap for d in found for tap in d.taps}
@@ -61,22 +61,41 @@ def _joined(found: list[Diagnosis]) -> list[Diagnosis]:
 
 def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
     """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
-    touched = [f for f in blamed if any(calls[t].stage == m.stage for t in f.region)]
-    if not touched or not all(_reproduces(m, f, calls, r) for f in touched):
-        return None
-    return Diagnosis(m.id, m.title, m.threads, tuple([f.tap for f in touched]))
+    touched, same = [f for f in blamed if any(_with(m, calls[t]) for t in f.region)], set()
+    for f in sorted(
+        touched, key=lambda f: len(f.region)
+    ):  # the cheapest first: one that it does not reproduce is enough
+        reproduced = _reproduces(m, f, calls, r)
+        if reproduced is False:
+            return None
+        same |= {f.tap} if reproduced else set()
+    return Diagnosis(m.id, m.title, m.threads, tuple([f.tap for f in touched if f.tap in same])) if same else None
 
 
-def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> bool:
-    """Whether the region, with the mutant in it, gives the candidate's tap within what the tap is allowed."""
+def _with(m: Mutant, call: Call) -> Call | None:
+    """The call with the mutant in it, which for a gradient is in the readers of its tap; None if it has no place there."""
+    readers = call.static.get("readers", ())
+    if call.own is None or not any(r.stage == m.stage for r in readers):
+        return call if call.stage == m.stage else None
+    changed = [replace(r, own=replace(r.of, fn=m.fn)) if r.stage == m.stage else r for r in readers]
+    return replace(call, static=call.static | {"readers": tuple(changed)})
+
+
+def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> bool | None:
+    """Whether the region, with the mutant in it, gives the candidate's tap within what the tap is allowed; None for a gradient
+    that the mutant, written for arrays, does not have.
+    """
     try:
         ours = rerun([calls[t] for t in f.region], r, m)
-    except (ValueError, TypeError, IndexError, KeyError, FloatingPointError):
-        return False  # the mutant does not take these inputs: it is not the mistake
-    x = r.taps[f.tap]
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, FloatingPointError):
+        # the mutant does not take these inputs: it is not the mistake
+        return None if any(calls[t].own for t in f.region) else False
+    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
     if ours.shape != x.shape:
         return False
-    if STAGES[f.stage].compare == "set":
+    if f.tap in r.withdrawn:  # in an order that nobody knows
+        x = by_rank(x, ours)
+    if calls[f.tap].of.compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":
         return bool((x == ours).all())
@@ -100,7 +119,9 @@ def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
     """The last tap of a region in float64, with a mutant in its stage's place."""
     lane, out = Lane(FLOAT64), np.zeros(0)
     for call in region:
-        lane.values[call.tap] = out = lane.run(call, r, _bound(m, call, lane, r) if call.stage == m.stage else None)
+        other = _with(m, call)
+        plain = other is None or other is not call
+        lane.values[call.tap] = out = lane.run(other or call, r, None if plain else _bound(m, call, lane, r))
     return out
 
 
@@ -123,13 +144,16 @@ def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Record
 
 
 def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
-    """Whether twins of the region in that dtype err as far as the candidate does."""
-    if STAGES[f.stage].compare in ("exact", "set"):
+    """Whether twins of the region in that dtype err as far as the candidate does, and most rows are off: a dtype spares none."""
+    if region[-1].of.compare in ("exact", "set"):
         return False
     narrow = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32"))
     exact, family = Lane(FLOAT64), 0.0
     for call in region:
         exact.values[call.tap] = exact.run(call, r)
+    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    if np.median(row_errors(f.stage, x, exact.values[f.tap])) <= f.allowed:
+        return False
     for k in range(1, TWINS):
         lane = Lane(r.plan, k)
         for call in region:

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from refimpl.layers.config import Config
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call, Stage
+from refimpl.model.phases import Part, parts_of
 
 _TERM = re.compile(r"(\d+)?([A-Z][a-z]?)?(?:([+/-])(\w+))?")
 
 
-def letters(c: Config, stage: str, *, batch: int, length: int, keys: int, depth: int = 0) -> dict[str, int]:
-    """What every letter of a stage's shape stands for.  length and keys are S and T of the run; depth the MTP module, or 0.
+@dataclass(frozen=True)
+class Sizes:
+    """Sequences in a batch, and how many tokens (S) and keys (T) every part of the run has."""
+
+    batch: int
+    parts: Sequence[Part]
+
+    @classmethod
+    def whole(cls, batch: int, length: int) -> Sizes:
+        """Those of one forward run."""
+        return cls(batch, parts_of(["fwd"], length))
+
+    def of(self, tap: str) -> Part:
+        """The part that a tap belongs to; gradients and updates are those of the forward run."""
+        phase = tap.partition("/")[0]
+        return next((p for p in self.parts if p.name == phase), self.parts[0])
+
+
+def letters(c: Config, stage: Stage, tap: str, sizes: Sizes) -> dict[str, int]:
+    """What every letter of a stage's shape stands for at a tap.
 
     F is the width of that feed-forward; M the dispatched rows, or where groups are meant the kept groups.
     """
+    part, unit = sizes.of(tap), tap.split("/")[1]
+    depth = int(unit.removeprefix("mtp")) if unit.startswith("mtp") else 0
     shared = c.moe_intermediate_size * c.n_shared_experts
-    width = {"mlp": c.intermediate_size, "shared": shared}.get(stage.partition(".")[0], c.moe_intermediate_size)
-    here = length - depth if "-k" not in STAGES[stage].shape else length
-    rows = batch * here * c.num_experts_per_tok
+    width = {"mlp": c.intermediate_size, "shared": shared}.get(stage.tap.partition(".")[0], c.moe_intermediate_size)
+    here = part.length - (depth if "-k" not in stage.shape else 0)
     return {
-        "B": batch,
+        "B": sizes.batch,
         "S": here,
-        "T": keys - depth,
+        "T": part.stop - depth,
         "D": c.hidden_size,
         "V": c.vocab_size,
         "H": c.num_attention_heads,
@@ -36,17 +57,15 @@ def letters(c: Config, stage: str, *, batch: int, length: int, keys: int, depth:
         "E": c.n_routed_experts,
         "G": c.n_group,
         "K": c.num_experts_per_tok,
-        "M": c.topk_group if stage == "router.groups" else rows,
+        "M": c.topk_group if stage.tap == "router.groups" else sizes.batch * here * c.num_experts_per_tok,
         "k": depth,
     }
 
 
-def shape_of(call: Call, c: Config, *, batch: int, length: int, keys: int | None = None) -> tuple[int, ...]:
-    """The shape that the tap of a call has: "B S H Dn+Dr" with this config's numbers.  keys, T, defaults to length."""
-    unit = call.tap.split("/")[1]
-    depth = int(unit.removeprefix("mtp")) if unit.startswith("mtp") else 0
-    numbers = letters(c, call.stage, batch=batch, length=length, keys=length if keys is None else keys, depth=depth)
-    return tuple([size_of(axis, numbers) for axis in STAGES[call.stage].shape.split()])
+def shape_of(call: Call, c: Config, sizes: Sizes) -> tuple[int, ...]:
+    """The shape that the tap of a call has: "B S H Dn+Dr" with this config's numbers."""
+    numbers = letters(c, call.of, call.tap, sizes)
+    return tuple([size_of(axis, numbers) for axis in call.of.shape.split()])
 
 
 def size_of(axis: str, numbers: Mapping[str, int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.precision import BF16
 from refimpl.layers.stage import Call
+from refimpl.model.phases import is_part
 
 from .case import Case
 from .trace import Header, Trace, digest
@@ -93,11 +94,19 @@ def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> 
     ), rounded
 
 
+def phases_of(header: Header, taps: Iterable[str]) -> list[str]:
+    """The phases of a run: declared, or else those that the taps' names begin with."""
+    if header.phases != ["fwd"]:
+        return header.phases
+    return ["fwd", *sorted({t.partition("/")[0] for t in taps if is_part(t.partition("/")[0])} - {"fwd"})]
+
+
 def coverage_gate(program: list[Call], trace: Trace) -> Gate:
     """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it
     undecided.
     """
-    ours = [c.tap for c in program]
+    meant = {"fwd", *trace.header.phases, *[t.partition("/")[0] for t in trace.taps]}
+    ours = [c.tap for c in program if is_part(p := c.tap.partition("/")[0]) or p in meant]
     seen = [t for t in ours if t in trace.taps]
     unknown = sorted(set(trace.taps) - set(ours))
     absent = sorted(set(trace.header.expected) - set(trace.taps))
@@ -106,9 +115,9 @@ def coverage_gate(program: list[Call], trace: Trace) -> Gate:
     if not seen:
         return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
     units, told = {t.rpartition("/")[0] for t in ours}, trace.header.slices.get("layers")
-    ends = ["fwd/logits"] if "fwd/logits" in ours else []
+    ends = [t for t in ours if t.count("/") == 1 and t.endswith("/logits")][-1:]  # a chunk in the middle needs none
     if told is not None:  # only these were meant to be recorded
-        units, ends = {f"fwd/L{i}" for i in told}, []
+        units, ends = {u for u in units if u.partition("/L")[2] in map(str, told)}, []
     unseen = sorted(units - {t.rpartition("/")[0] for t in seen}) + [t for t in ends if t not in seen]
     if unseen:
         return Gate("coverage", "?", f"{text}; nothing of {', '.join(unseen[:4])}", details)

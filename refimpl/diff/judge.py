@@ -18,22 +18,27 @@ from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config, Dialect
 from refimpl.layers.mla import Attend
+from refimpl.layers.module import is_buffer
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
+from refimpl.model.phases import Part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
 from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Shown, Track
 from .diagnose import Diagnosis, diagnose
+from .dims import Sizes
 from .explained import explained
-from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
+from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
+from .gradients import backward_of
 from .lanes import LayerWeights, Recorded
 from .names import by_name
 from .precision import Precision, precision_of
 from .program import program_of
 from .tolerance import Noise
 from .trace import Trace
+from .training import Training, training_of, update_of
 
 Verdict = Literal["CONFORMS", "CONFORMS_IN_GAUGE", "CONTESTED", "DIVERGES", "INCONCLUSIVE"]
 EXIT = {"CONFORMS": 0, "CONFORMS_IN_GAUGE": 0, "CONTESTED": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
@@ -44,7 +49,8 @@ _NOT_CONTESTED = ("masked_group_fill", "mtp_concat", "topk_denominator_eps")
 @dataclass
 class Judgement:
     """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
-    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, verdict.
+    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, taps that
+    nothing was replayed on, verdict.
     """
 
     gates: list[Gate] = field(default_factory=list)
@@ -54,6 +60,7 @@ class Judgement:
     notes: dict[str, list[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
+    withdrawn: frozenset[str] = frozenset()
     diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
 
     @cached_property
@@ -66,6 +73,11 @@ class Judgement:
     def culprits(self) -> list[Finding]:
         """Taps whose own stage, fed with the candidate's inputs, gives something else."""
         return [f for f in self.findings if not f.ok]
+
+    @property
+    def blamed(self) -> set[str]:
+        """The culprits' taps, without those that only show again what a withdrawn tap shows."""
+        return {f.tap for f in self.culprits if not self.withdrawn & set(f.region[:-1])}
 
     @property
     def verdict(self) -> Verdict:
@@ -85,18 +97,20 @@ class Judgement:
         return EXIT[self.verdict]
 
 
-def judge(case: Case, trace: Trace, *, track: Track = iter) -> Judgement:
-    """Judge a candidate's trace of a case. SpecError if the two cannot be brought together at all."""
+def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False) -> Judgement:
+    """Judge a candidate's trace of a case, findings with `pictures` if wanted. SpecError if the two cannot be brought together
+    at all.
+    """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, trace, gates, track)
+        return _judged(case, trace, gates, track, pictures)
 
 
-def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track) -> Judgement:
+def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool) -> Judgement:
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
-    run = _Run(case, trace, precision, rounded)
+    run = _Run(case, trace, precision, rounded, pictures=pictures)
     result = run.settle(case.config.replace(dialect=trace.config.dialect), track)
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
@@ -147,6 +161,7 @@ class _Run:
     rounded: bool
     show: str = ""
     shown: Shown | None = None
+    pictures: bool = False
 
     def settle(self, config: Config, track: Track) -> Judgement:
         """The judgement under a config with the gauges that explain something: one takes taps out of blame and puts none in."""
@@ -154,16 +169,34 @@ class _Run:
         if result.culprits:
             for gauge in list(result.gauges):
                 other = self.judge(config, iter, without | {gauge})
-                if not {f.tap for f in result.culprits} < {f.tap for f in other.culprits}:
+                if not {f.tap for f in result.culprits} < other.blamed:
                     result, without = other, without | {gauge}
         return result
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
         """The stage calls of the run under a config, and its inputs."""
-        case = self.case
+        case, t, n_mtp = self.case, self.training, _n_mtp(config, self.case.checkpoint)
+        labels = t.targets(case.tokens, case.valid) if t else None
         with where(f"in {case.path / 'tokens.json'}"):
-            inputs = read_inputs(config, case.tokens, case.positions, case.valid)
-        return program_of(config, inputs, n_mtp=_n_mtp(config, case.checkpoint), attend=self._attend), inputs
+            inputs = read_inputs(config, case.tokens, case.positions, case.valid, labels=labels)
+        found = program_of(config, inputs, n_mtp=n_mtp, parts=self.parts, losses=t.losses if t else None)
+        if t:
+            shapes = {n: case.checkpoint.shape(n) for n in case.checkpoint if not is_buffer(n)}
+            found += [*backward_of(found, shapes), *update_of(found, config, t)]
+        return found, inputs
+
+    @cached_property
+    def training(self) -> Training | None:
+        """The training step, if the trace has something of one."""
+        return training_of(self.trace.header, self.trace.taps)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the run that were recorded, each in the form of attention that was declared or that its taps betray."""
+        phases = phases_of(self.trace.header, self.trace.taps)
+        with where("in the trace header's phases"):
+            found = parts_of(phases, len(self.case.tokens[0]))
+        return tuple([replace(p, attend=self._attend(p)) for p in found])
 
     def differing(self, a: Config, b: Config) -> set[str]:
         """Taps that two configs compute by other calls."""
@@ -176,32 +209,35 @@ class _Run:
         header = self.trace.header
         check_layouts(header.layouts)
         program, inputs = self.program(config)
-        admitted = admit(program, self.trace, config, self._embedded(config, inputs))
+        sizes = Sizes(len(inputs.tokens), self.parts)
+        admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
         recorded = self._recorded(admitted, inputs)
         comparison = Comparison(
             config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
         )
+        comparison.pictures = self.pictures
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
         gates = [coverage_gate(program, self.trace), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
+        found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
         return found
 
-    def _embedded(self, config: Config, inputs: Inputs) -> Array:
+    def _embedded(self, inputs: Inputs) -> Array:
         """What the first layer reads (B, S, D)."""
         table: Array = self.case.checkpoint["model.embed_tokens.weight"]
         return table[inputs.tokens]
 
-    @property
-    def _attend(self) -> Attend:
+    def _attend(self, part: Part) -> Attend:
         """The form of attention: declared, or betrayed by taps that only the absorbed form has."""
         told = self.trace.header.layouts.get("mla")
-        absorbed = any(tap.endswith(("mla.q_absorbed", "mla.ctx_latent")) for tap in self.trace.taps)
+        inner = ("mla.q_absorbed", "mla.ctx_latent")
+        absorbed = any(t.startswith(f"{part.name}/") and t.endswith(inner) for t in self.trace.taps)
         if told is None:
             return "absorbed" if absorbed else "expanded"
         return "absorbed" if told == "absorbed" else "auto" if told == "auto" else "expanded"
@@ -210,7 +246,7 @@ class _Run:
         p = self.precision
         whole = {t: x for t, x in a.taps.items() if t not in a.picks}
         weights = LayerWeights(self.case.checkpoint, self.rounded)
-        return Recorded(whole, dict(inputs.named()), weights, p.plan, Noise(p.unit, p.format), frozenset(a.picks))
+        return Recorded(whole, named(inputs, self.parts), weights, p.plan, Noise(p.unit, p.format), frozenset(a.picks))
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

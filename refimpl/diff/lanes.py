@@ -12,7 +12,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.gemm import using
 from refimpl.layers.precision import BF16, Plan
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
 from refimpl.model import effective
 
 from .tolerance import Noise
@@ -23,8 +23,9 @@ Weights = Callable[[str, Plan], Array]
 
 @dataclass
 class Recorded:
-    """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected while the
-    replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible roundings.
+    """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
+    withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
+    roundings.
     """
 
     taps: dict[str, Array]
@@ -33,6 +34,7 @@ class Recorded:
     plan: Plan
     noise: Noise
     outputs: frozenset[str] = frozenset()
+    withdrawn: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,10 +48,11 @@ class Lane:
 
     def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
         """The call's stage in this lane, or another function of the same arguments in its place."""
-        static = call.static | ({"dtype": self.plan.dtype} if "dtype" in call.static else {})
+        ours = {"dtype": self.plan.dtype, "kernel": self.plan.kernel}  # settings that are the lane's
+        static = call.static | {k: ours[k] for k in ours if k in call.static}
         # a candidate may hold NaN; that is reported, not warned of
         with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
-            out: Array = (fn or STAGES[call.stage].fn)(*[self.value(a, call, r) for a in call.args], **static)
+            out: Array = (fn or call.of.fn)(*[self.value(a, call, r) for a in call.args], **static)
             return out
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.mla import Attend
 from refimpl.layers.stage import Call, Recorder, Stage, observing, tap_name
-from refimpl.model import Cache, ForCausalLM, Inputs, introduce
+from refimpl.model import ForCausalLM, Inputs
+from refimpl.model.phases import Part, run_parts
 
-from .dims import shape_of
+from .dims import Sizes, shape_of
 
 
 def program_of(
-    c: Config, inputs: Inputs, *, n_mtp: int, attend: Attend, past: Cache | None = None, name: str = "fwd"
+    c: Config, inputs: Inputs, *, n_mtp: int, parts: Sequence[Part], losses: Mapping[str, float] | None = None
 ) -> list[Call]:
-    """The stage calls of a run of this config on these inputs: the model is called, its stages are not."""
+    """The stage calls of a run of this config on these inputs, with the losses if their weights are given: the model is called,
+    its stages are not.
+    """
     model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape, np.float32))
-    recorder = introduce(Recorder(lambda tap: False), model, inputs, past)
-    batch, length = inputs.tokens.shape
-    with observing(_Dry(c, batch, length, length + (len(past) if past else 0)), recorder):
-        model(inputs, past, with_mtp=bool(n_mtp), attend=attend, name=name)
+    recorder = Recorder(lambda tap: False)
+    with observing(_Dry(c, Sizes(len(inputs.tokens), parts)), recorder):
+        run_parts(model, inputs, parts, recorder, with_mtp=bool(n_mtp), losses=losses)
     return recorder.program
 
 
 class _Dry:
     """An observer that runs no stage: it hands on an array of the right shape that takes no memory."""
 
-    def __init__(self, c: Config, batch: int, length: int, keys: int) -> None:
-        self.config, self.sizes = c, {"batch": batch, "length": length, "keys": keys}
+    def __init__(self, c: Config, sizes: Sizes) -> None:
+        self.config, self.sizes = c, sizes
 
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Array:
-        shape = shape_of(Call(stage.name, tap_name(stage), (), static), self.config, **self.sizes)
+        shape = shape_of(Call(stage.name, tap_name(stage), (), static), self.config, self.sizes)
         return _placeholder(shape, np.int64 if integers(stage) else np.float32)
 
 

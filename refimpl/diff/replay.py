@@ -42,7 +42,9 @@ Watch = Callable[[str, Array], None]
 
 
 def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iterator[Step]:
-    """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on."""
+    """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on; what it
+    takes out is computed.
+    """
     recorded = {c.tap for c in program} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
     exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
@@ -56,16 +58,23 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
         if call.tap in wanted:
             exact.values[call.tap] = exact.run(call, r)
             if call.tap not in r.taps:
-                for lane in twins:
-                    lane.values[call.tap] = r.noise.inner(call, lane.run(call, r), lane.twin)
+                _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
             yield Step(
                 call, exact.values[call.tap], chained.values[call.tap], _lazy(call, twins, r), unsettled.of(call)
             )
+            if call.tap in r.withdrawn:
+                _compute(call, twins, r)
         for lane in lanes:
             for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]
+
+
+def _compute(call: Call, twins: list[Lane], r: Recorded) -> None:
+    """A value that was not recorded, in every twin."""
+    for lane in twins:
+        lane.values[call.tap] = r.noise.inner(call, lane.run(call, r), lane.twin)
 
 
 def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array]]:

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from refimpl.version import __version__
+
 from .compare import Finding
 from .judge import Judgement
 from .tolerance import reason
@@ -19,16 +21,17 @@ MOST = 6
 """Stages that are shown with their details."""
 LABEL = 16
 """Width of the column of labels."""
+NUMBERS = ("error", "twin", "allowed", "lean", "upright", "chained")
+"""Of a finding, in JSON."""
 
 
-def render(j: Judgement, *, everything: bool = False) -> str:
-    """At most about a screen, the verdict last; `everything` lists every tap in model order."""
+def render(j: Judgement, *, everything: bool = False, stages: int = MOST) -> str:
+    """At most about a screen, so many stages with their details, the verdict last; `everything` lists every tap in model order."""
     lines = [f"{g.name:<10}{g.state:<5} {g.text}" for g in j.gates]
     bad = j.culprits
-    stages = sorted({f.stage for f in bad})
     state = "FAIL" if bad else "ok"
     what = (
-        f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(stages)}"
+        f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(sorted({f.stage for f in bad}))}"
         if bad
         else f"{len(j.findings)} taps replayed"
     )
@@ -37,9 +40,9 @@ def render(j: Judgement, *, everything: bool = False) -> str:
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     groups = _groups(bad)
-    lines += [line for group in groups[:MOST] for line in _group(group)]
-    if len(groups) > MOST:
-        lines += ["", f"  ... and {len(groups) - MOST} more stages (--all lists every tap)"]
+    lines += [line for group in groups[:stages] for line in _group(group)]
+    if len(groups) > stages:
+        lines += ["", f"  ... and {len(groups) - stages} more stages (--all lists every tap)"]
     return "\n".join([*lines, *_next(j), "", _verdict(j)])
 
 
@@ -197,19 +200,20 @@ def summary(j: Judgement) -> str:
 
 
 def to_json(j: Judgement) -> str:
-    """schema refimpl-diff/1: verdict, exit_code, gates, findings (numbers that are not finite become null)."""
+    """schema refimpl-diff/1, published in report.schema.json (numbers that are not finite become null)."""
 
     def number(x: float) -> float | None:
         return x if math.isfinite(x) else None
 
     def rows() -> Iterator[dict[str, object]]:
         for f in j.findings:
-            numbers = {k: number(getattr(f, k)) for k in ("error", "twin", "allowed", "chained")}
-            yield {"tap": f.tap, "stage": f.stage, "ok": f.ok, "note": f.note, "region": list(f.region)} | numbers
+            numbers = {k: number(getattr(f, k)) for k in NUMBERS}
+            about = {"tap": f.tap, "stage": f.stage, "ok": f.ok, "open": f.open, "note": f.note}
+            yield about | {"region": list(f.region)} | numbers
 
     gates = [{"name": g.name, "state": g.state, "text": g.text, "details": list(g.details)} for g in j.gates]
-    body = {"schema": "refimpl-diff/1", "verdict": j.verdict, "exit_code": j.exit_code, "layouts": j.layouts}
+    body = {"schema": "refimpl-diff/1", "version": __version__, "verdict": j.verdict, "exit_code": j.exit_code}
     causes = [{"id": d.id, "title": d.title, "threads": list(d.threads), "taps": list(d.taps)} for d in j.causes]
     recognised = {"gauges": j.gauges, "notes": j.notes, "unknown": j.unknown, "contested": j.contested}
-    more = recognised | {"causes": causes, "next": next_tap(j)}
+    more = {"layouts": j.layouts} | recognised | {"causes": causes, "next": next_tap(j)}
     return json.dumps(body | more | {"gates": gates, "findings": list(rows())}, indent=1)

@@ -34,16 +34,44 @@ class Unsettled:
         found = [self.marks[n] for n in names(call.args) if n in self.marks and n not in recorded]
         if call.stage in _CHOICES:
             found.append(_close(call, exact, twins, recorded))
-        length = min((m.shape[1] for m in found), default=0)
-        mark = np.logical_or.reduce([m[:, :length] for m in found]) if found else None
-        if mark is None or not mark.any():
-            return
-        mixing = call.stage in _MIXING
-        self.marks[call.tap] = np.logical_or.accumulate(mark, axis=1) if mixing else mark
+        size = exact[call.tap].shape
+        if call.own is not None and found:  # a gradient comes from every token behind
+            self._set(call, np.ones_like(found[0]))
+        elif call.stage.startswith("cache."):
+            self._cached(call, size[1], recorded)
+        elif found and call.stage in _MIXING:
+            mark = _spread(found, keys=max(m.shape[1] for m in found))
+            length = size[1 if call.stage.startswith("mla.ctx") else 2]
+            self._set(call, np.logical_or.accumulate(mark, axis=1)[:, -length:])
+        elif found:
+            length = min(m.shape[1] for m in found)
+            self._set(call, np.logical_or.reduce([m[:, :length] for m in found]))
+
+    def _cached(self, call: Call, length: int, recorded: Values) -> None:
+        """Tokens of the cache, then the new ones."""
+        marks = [self.marks.get(n) if n not in recorded else None for n in names(call.args)]
+        known = next((m for m in marks if m is not None), None)
+        if known is not None:
+            new = marks[1].shape[1] if marks[1] is not None else length - known.shape[1]
+            sizes = (length - new, new)
+            whole = [np.zeros((len(known), n), bool) if m is None else m for m, n in zip(marks, sizes, strict=True)]
+            self._set(call, np.concatenate(whole, axis=1))
+
+    def _set(self, call: Call, mark: Array) -> None:
+        if mark.any():
+            self.marks[call.tap] = mark
 
     def of(self, call: Call) -> Array | None:
         """The doubtful tokens of a call's output, None if there are none."""
         return self.marks.get(call.tap)
+
+
+def _spread(marks: Sequence[Array], keys: int) -> Array:
+    """Which keys (B, T) are in doubt, a query being its own key: the last ones are the queries."""
+    mark = np.zeros((len(marks[0]), keys), bool)
+    for m in marks:
+        mark[:, keys - m.shape[1] :] |= m
+    return mark
 
 
 def _close(call: Call, exact: Values, twins: Sequence[Values], recorded: Values) -> Array:

@@ -8,6 +8,7 @@ cancels (a score near zero, a norm of a small vector) magnifies any other order 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import rounded
-from refimpl.layers.stage import STAGES, Call
+from refimpl.layers.stage import Call
 
 TWINS = 4
 """Members of the family; more change the largest error by little and cost a replay each."""
@@ -30,6 +31,8 @@ to bfloat16 moves a row by 2**-9.2 of that.
 """
 LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
+FEW = 16
+"""Numbers of a tap, a loss for instance, below which roundings need not cancel."""
 CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.rope_tables", "router.weights", "moe.routed")
 """Stages that multiply by a constant, which is itself rounded once: their taps may lean twice as far."""
 FLOOR = {
@@ -37,6 +40,7 @@ FLOOR = {
     "mla.scores_absorbed": (0.1, "as mla.scores"),
 }
 """stage -> (share of the largest row that a row counts as at least, its reason); a thousandth for all others."""
+_GRADIENTS = (0.1, "a gradient is a sum of parts that cancel, behind a softmax those of all keys")
 INNER = 2.0
 """Units of roundoff by which a value that was not recorded is moved: up to one unit in the last place."""
 MASKED = -9e3
@@ -68,7 +72,7 @@ class Noise:
 
     def inner(self, call: Call, out: Array, twin: int | None) -> Array:
         """An output that was not recorded, as a twin may hold it."""
-        if STAGES[call.stage].compare in ("exact", "set") or twin is None:
+        if call.of.compare in ("exact", "set") or twin is None:
             return out
         return _moved(out, INNER * self.unit(call.tap), twin, call.tap) if twin else rounded(out, self.format(call))
 
@@ -102,10 +106,10 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
         far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
-    floor = FLOOR.get(stage, (1e-3, ""))[0]
-    errors = _relative(far, size, floor)
+    errors = _relative(far, size, _floor(stage))
     total = float(size.sum())
-    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if total > 0 else 0.0)
+    leans = total > 0 and e.size >= FEW
+    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0)
 
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:
@@ -113,7 +117,20 @@ def row_errors(stage: str, x: Array, e: Array) -> Array:
     x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
-    return _relative(far, size, FLOOR.get(stage, (1e-3, ""))[0])
+    return _relative(far, size, _floor(stage))
+
+
+def _floor(stage: str) -> float:
+    return FLOOR.get(stage, _GRADIENTS if stage.startswith(("bwd/", "grad/")) else (1e-3, ""))[0]
+
+
+def element_errors(stage: str, x: Array, e: Array) -> Array:
+    """|x - e| of every element over the root mean square of its row of e: their root mean square is the row's error."""
+    x, e = _comparable(np.atleast_1d(x), np.atleast_1d(e))
+    with np.errstate(over="ignore"):
+        size = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
+        least = max(_floor(stage) * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
+        return np.abs(x - e) / np.maximum(size, least)
 
 
 def _relative(far: Array, size: Array, floor: float) -> Array:

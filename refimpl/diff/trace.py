@@ -40,6 +40,7 @@ class Header:
     layouts: dict[str, str] = field(default_factory=dict)
     dims: dict[str, str] = field(default_factory=dict)
     slices: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     expected: list[str] = field(default_factory=list)
     self_check: dict[str, Any] = field(default_factory=dict)
     notes: str = ""

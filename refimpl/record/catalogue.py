@@ -16,7 +16,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import data_of
 from refimpl.diff import Case
-from refimpl.diff.dims import shape_of
+from refimpl.diff.dims import Sizes, shape_of
 from refimpl.layers import PRESETS, STAGES, Config, Recorder, observing
 from refimpl.layers.mla import Attend
 from refimpl.layers.router import bias_update, counts
@@ -62,7 +62,7 @@ def entries(c: Config, *, batch: int, length: int, attend: Attend = "expanded", 
     return [
         Entry(call.tap, STAGES[call.stage], kinds[call.tap], tuple(_names(call.args)), shape)
         for call in program
-        for shape in [shape_of(call, c, batch=batch, length=length)]
+        for shape in [shape_of(call, c, Sizes.whole(batch, length))]
     ]
 
 

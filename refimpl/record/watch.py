@@ -15,9 +15,9 @@ from refimpl.autograd.errors import SpecError, require
 from refimpl.autograd.tensor import Array
 from refimpl.checkpoint.header import DTYPES
 from refimpl.diff import Case
-from refimpl.diff.dims import letters, size_of
+from refimpl.diff.dims import Sizes, letters, size_of
 from refimpl.diff.names import Framework
-from refimpl.layers.config import Config
+from refimpl.layers.stage import Stage
 
 from .catalogue import entries
 from .refimpl_tap import raw
@@ -37,13 +37,14 @@ class Watch:
     """The taps of a case that a map knows, and where each of them is looked for."""
 
     def __init__(self, map_: Framework, case: Case) -> None:
-        self.config, self.batch, self.length = case.config, len(case.tokens), len(case.tokens[0])
-        self.places: dict[str, tuple[str, list[tuple[Place, list[Part]]]]] = {}  # tap -> its stage, its alternatives
+        self.config, self.sizes = case.config, Sizes.whole(len(case.tokens), len(case.tokens[0]))
+        self.tokens = len(case.tokens) * len(case.tokens[0])
+        self.places: dict[str, tuple[Stage, list[tuple[Place, list[Part]]]]] = {}  # tap -> its stage, its alternatives
         self.seen: dict[Part, Array] = {}
         self.count: Counter[Key] = Counter()
         self.notes: dict[str, None] = {}
         self.axes: dict[str, str] = {}  # tap -> its axes, where the map declares them
-        for tap, stage, i in taps_of(self.config, self.batch, self.length):
+        for tap, stage, i in taps_of(case):
             for places in used(map_, [tap.rpartition("/")[2]]).values():
                 self.places[tap] = stage, [(p, [_at(part, map_.layer, i) for part in p.parts]) for p in places]
         self._wanted: dict[Key, list[Part]] = {}
@@ -96,8 +97,8 @@ class Watch:
             if chosen is None:
                 self.notes[f"{tap} was not seen at {' | '.join(p.text for p, _ in options)}"] = None
                 continue
-            numbers = letters(self.config, stage, batch=self.batch, length=self.length, keys=self.length)
-            numbers["N"] = self.batch * self.length
+            numbers = letters(self.config, stage, tap, self.sizes)
+            numbers["N"] = self.tokens
             x = _joined(chosen[0], [_cut(self.seen[part], part, numbers) for part in chosen[1]])
             found[tap] = self._shaped(tap, x, chosen[0], numbers)
         return found
@@ -118,13 +119,13 @@ class Watch:
         return [f"called more than once, the first call is kept: {', '.join(more)}"] if more else []
 
 
-def taps_of(c: Config, batch: int, length: int) -> list[tuple[str, str, int | None]]:
+def taps_of(case: Case) -> list[tuple[str, Stage, int | None]]:
     """(tap, stage, layer) of all taps that a run of the main model can have, in either form of attention."""
-    found: dict[str, tuple[str, int | None]] = {}
+    found: dict[str, tuple[Stage, int | None]] = {}
     for attend in ("expanded", "absorbed"):
-        for e in entries(c, batch=batch, length=length, attend=attend, mtp=False):
+        for e in entries(case.config, batch=len(case.tokens), length=len(case.tokens[0]), attend=attend, mtp=False):
             unit = re.fullmatch(r"fwd/L(\d+)/.+", e.tap)
-            found.setdefault(e.tap, (e.stage.name, int(unit[1]) if unit else None))
+            found.setdefault(e.tap, (e.stage, int(unit[1]) if unit else None))
     return [(tap, stage, i) for tap, (stage, i) in found.items()]
 
 

@@ -28,7 +28,7 @@ SLOPE = 1e-6
 
 def examples(n):
     """Hypothesis, reproducible; `-m slow` draws afresh and more."""
-    return settings(max_examples=n, deadline=None, derandomize=True)
+    return settings(max_examples=n, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,8 +26,8 @@ TIGHT, LOOSE = 1e-11, 1e-4
 # Taps of one form of attention only, and of routers with a bias or with groups only.
 LATENT, EXPANDED = ("mla.q_absorbed", "mla.ctx_latent"), ("mla.kv_b",)
 
-quick = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-thorough = settings(quick, max_examples=400, derandomize=False)
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(quick, max_examples=400)
 
 
 @dataclasses.dataclass

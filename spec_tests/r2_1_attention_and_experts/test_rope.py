@@ -99,7 +99,7 @@ def test_equal_ramp_ends_make_a_step():
 # ---- The rotation
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 100), st.booleans())
 def test_scores_depend_on_the_distance_only(p, t, shift, interleaved):
     """Catches a rotation of q and k by different signs, frequencies or pairs. Angles up to 500 rad

@@ -65,7 +65,7 @@ grid = st.integers(-6, 6).map(lambda i: i / 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     z=st.lists(st.lists(grid, min_size=E, max_size=E), min_size=2, max_size=3),
     bias=st.lists(grid, min_size=E, max_size=E),
@@ -94,7 +94,7 @@ def test_bias_selects_and_does_not_weigh():
     assert not np.allclose(r.weights[0, 0], 2.5 * biased / biased.sum())
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(grid, min_size=E, max_size=E), st.integers(-8, 8))
 def test_a_constant_added_to_every_bias_changes_nothing(bias, c):
     """Catches a fill, threshold or group score that is not shift-invariant (zero fill is not).
@@ -162,7 +162,7 @@ def test_masked_groups_stay_out_when_scores_are_negative():
     np.testing.assert_array_equal(positive(logit(s)).ids[0, 0], ids)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-40, 40), min_size=E, max_size=E), st.lists(grid, min_size=E, max_size=E))
 def test_at_most_topk_group_groups_are_used(z, bias):
     """R 2.1.2: "each token will be sent to at most M nodes". Catches any leak between groups."""
@@ -180,7 +180,7 @@ def test_ties_go_to_the_lower_index():
     assert list(router.groups(np.zeros((1, 1, 64)), topk_group=4)[0, 0]) == [0, 1, 2, 3]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_experts_may_be_renamed_within_a_group(seed):
     """Catches a dependence on an expert's place: permuted logits and biases give permuted ids and
@@ -206,7 +206,7 @@ def test_one_group_is_no_group():
 # ---- Weights
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(-60, 60), min_size=E, max_size=E), st.floats(0.5, 20))
 def test_weights_sum_to_the_scale(z, scale):
     """Catches normalisation over all experts, over biased scores, or a scale applied before it."""

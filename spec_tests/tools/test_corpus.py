@@ -28,12 +28,19 @@ QUIET = {
     "A14": "positions are short here: bfloat16 holds them",
     "A12-q_a_norm-1e-06": "that is the case's eps",
     "A12-c_kv-1e-06": "that is the case's eps",
+    **dict.fromkeys(("A18", "A18b", "A20"), "nothing is cached here"),  # named in test_diff_phases.py
     **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm")},
 }
 """Mutants that the committed case cannot show, and why."""
 LOUD = [
-    m for m in MUTANTS.values() if m.applies(case().config) and m.id not in QUIET and not m.stage.startswith("mtp.")
+    m
+    for m in MUTANTS.values()
+    if m.applies(case().config)
+    and m.id not in QUIET
+    and m.regime not in ("cache", "training")
+    and m.stage[:4] != "mtp."
 ]
+"""What one forward pass of the case shows; MTP has a test below, caches and training are test_diff_phases.py's."""
 
 
 def test_every_family_has_its_mutant_or_its_reason():
@@ -159,6 +166,15 @@ def test_a_part_in_a_narrower_dtype_is_named_as_such():
     judgement = judge(case(), trace_case(case(), patches=[Patch("moe.routed", coarse)]))
     (d,) = judgement.causes
     assert "bfloat16" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
+
+
+def test_one_wrong_row_is_no_dtype():
+    """Catches a single wrong number, small enough for bfloat16, explained by a dtype that would spare no row."""
+    trace = trace_case(case())
+    wrong = trace.taps["fwd/L1/moe.shared"].copy()
+    wrong[1, 7, int(np.argmax(abs(wrong[1, 7])))] *= np.float32(1.01)
+    judgement = judge(case(), Trace(trace.header, dict(trace.taps) | {"fwd/L1/moe.shared": wrong}))
+    assert [f.tap for f in judgement.culprits] == ["fwd/L1/moe.shared"] and judgement.causes == []
 
 
 def test_mutants_of_mtp_are_named(tmp_path):

@@ -22,6 +22,7 @@ from refimpl.diff.program import last_use, program_of, regions
 from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model.inputs import read_inputs
+from refimpl.model.phases import parts_of
 from refimpl.record import trace_case
 
 from .test_diff import MUTANTS
@@ -98,6 +99,10 @@ def mistaken(name, precision):
     st.sampled_from([0.9, 0.6, 0.3, 0.1]),
 )
 @example("R10 scaling nowhere", "float32", 18447, 0.3)  # weights as if scaled later, and nothing of later shows it
+@example("R10 scaling nowhere", "bf16", 508480, 0.6)  # the same, and what shows it does so through weights without ids
+@example(
+    "A01 half rotation of interleaved weights", "float32", 18169, 0.3
+)  # weights in the order of experts that are not ours
 def test_a_region_that_is_blamed_holds_the_mistake(name, precision, seed, share):
     """Catches blame on stages behind the one that is wrong, when what lies between was not recorded."""
     judgement = judge(case(), drawn(mistaken(name, precision), seed, share))
@@ -377,7 +382,7 @@ def test_drift_of_a_bfloat16_run_is_no_first_difference():
 def test_regions_end_at_what_was_recorded():
     """Catches a region that reaches through a recorded tap, or leaves out a stage between two of them."""
     c = case().config
-    program = program_of(c, read_inputs(c, case().tokens), n_mtp=0, attend="expanded")
+    program = program_of(c, read_inputs(c, case().tokens), n_mtp=0, parts=parts_of(["fwd"], 24))
     found = regions(program, ["fwd/L1/attn_norm", "fwd/L1/mla.kv_a", "fwd/L1/mla.ctx"])
     assert found["fwd/L1/mla.kv_a"] == ("fwd/L1/mla.kv_a",)
     assert [t.rpartition("/")[2] for t in found["fwd/L1/mla.ctx"]] == [

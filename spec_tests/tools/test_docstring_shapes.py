@@ -145,7 +145,7 @@ def test_every_stage_is_recorded():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPS) - set(UNSHAPED)))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_primitive_has_the_shapes_of_its_docstring(name, data):
     """Catches a docstring that rots, and an argument without a shape."""

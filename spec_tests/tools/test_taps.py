@@ -1,5 +1,6 @@
 """docs/taps.md and `refimpl taps`: what people who write traces by hand go by. Everything on it is true of a run."""
 
+import dataclasses
 import json
 import re
 
@@ -8,11 +9,12 @@ import pytest
 
 from refimpl.cli import main
 from refimpl.diff import Case, Trace, judge
-from refimpl.diff.dims import shape_of
+from refimpl.diff.dims import Sizes, shape_of
 from refimpl.diff.names import frameworks
 from refimpl.layers import PRESETS, STAGES, Recorder, observing
 from refimpl.layers.precision import FLOAT32
 from refimpl.model import ForCausalLM, effective, introduce
+from refimpl.model.phases import parts_of
 from refimpl.record import catalogue, catalogue_text, trace_case
 from refimpl.record.make_case import draw_weights
 
@@ -73,7 +75,8 @@ def test_the_keys_of_a_decoding_run_are_more_than_its_queries():
     c = PRESETS["tiny"]
     program, _ = catalogue._forward(catalogue.smallest(c), n_mtp=0, attend="expanded")
     (scores,) = [call for call in program if call.tap == "fwd/L1/mla.scores"]
-    assert shape_of(scores, c, batch=3, length=1, keys=9) == (3, c.num_attention_heads, 1, 9)
+    step = dataclasses.replace(scores, tap="dec8/L1/mla.scores")
+    assert shape_of(step, c, Sizes(3, parts_of(["fwd", "dec8"], 9))) == (3, c.num_attention_heads, 1, 9)
 
 
 def test_every_stage_is_on_the_page_with_what_it_reads():

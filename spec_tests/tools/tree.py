@@ -57,7 +57,11 @@ def shown(file: pathlib.Path) -> str:
 
 def python(code: str, *, cwd: pathlib.Path) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter that sees what this one sees."""
+    return subprocess.run(interpreter(code), cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def interpreter(code: str) -> list[str]:
+    """The command that does so."""
     if ROOT is not None:  # in a bare clone the folder map is not installed
         code = f"import runpy; runpy.run_path({str(ROOT / 'conftest.py')!r})\n{code}"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return [sys.executable, "-c", code]

@@ -1,12 +1,11 @@
 """Known bugs of ports, each a changed stage, with where they happened and what makes them show."""
 
-from . import attention, feedforward, norms, rope, routing
+from . import attention, cached, feedforward, norms, rope, routing, training
 from .elsewhere import NOT_STAGES
 from .mutant import Mutant
 
-MUTANTS: dict[str, Mutant] = {
-    m.id: m for m in (*routing.MUTANTS, *rope.MUTANTS, *attention.MUTANTS, *norms.MUTANTS, *feedforward.MUTANTS)
-}
+_FILES = (routing, rope, attention, cached, norms, feedforward, training)
+MUTANTS: dict[str, Mutant] = {m.id: m for file in _FILES for m in file.MUTANTS}
 """id -> mutant."""
 
 __all__ = ["MUTANTS", "NOT_STAGES", "Mutant"]

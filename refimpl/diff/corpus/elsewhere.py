@@ -1,9 +1,7 @@
 """Families of the corpus that no change of one stage of a forward pass can express, and where they show instead."""
 
 _WEIGHTS = "a wrong weight: the weights gate"
-_CACHE = "shows between prefill and decode, or between chunks: needs a decode phase in the trace"
 _FP8 = "a wrong scale or block of FP8 numbers: spec_tests/r3_3_fp8/test_fp8_bugs.py has it on the quantisers"
-_TRAINING = "shows in losses, gradients or counters: needs a training phase in the trace"
 NOT_STAGES: dict[str, str] = {
     "R06": "router products in bfloat16: a dtype, named as such",
     "R11": "compensates an overflow of float16 in layers that need none: a factor in resid, fitted as a number",
@@ -15,19 +13,16 @@ NOT_STAGES: dict[str, str] = {
     "A08": "A04 in one kernel only",
     "A15": "an odd rotary size: refused by the config",
     "A16": "an output layout that the next operation does not expect: a gauge, or another tap's values",
-    "A18": _CACHE,
-    "A19": _CACHE,
-    "A20": _CACHE,
-    "A21": _CACHE,
-    "A22": _CACHE,
+    "A19": "a short prefill run as decode: another form of attention, which is judged as such",
+    "A21": "a scale of the cache on one side only: a factor in cache.c_kv or mla.ctx, fitted as a number",
+    "A22": "reports of one cache's path without a common cause",
     **{f"F{i:02d}": _FP8 for i in range(1, 15)},
-    "F15": _TRAINING,
+    "F15": "a backward product of FP8: a factor in bwd/*, fitted as a number",
     "F16": _FP8,
     "T02": "a contested point: Dialect.mtp_hidden",
     "T04": "positions of MTP not cut: mtp.positions is compared exactly",
-    "T05": _TRAINING,
-    "T06": _TRAINING,
+    "T06": "labels that should be ignored: the header's labels, or another loss.mtp",
     "T07": "the main output changes with MTP on: two traces",
-    **{f"L{i:02d}": _TRAINING for i in range(1, 9)},
+    "L08": "a list of bugs between ranks",
 }
 """id -> why, and where it shows."""

@@ -1,0 +1,99 @@
+"""A judgement as SARIF 2.1.0, for code scanning: rules are stages and gates, results blamed taps, known mistakes a taxonomy.
+
+What could not be decided is a result of kind "open", a contested dialect one of kind "review"; neither fails a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import quote
+
+from refimpl.layers.stage import STAGES
+from refimpl.version import __version__
+
+from .compare import Finding
+from .diagnose import Diagnosis
+from .gates import Gate
+from .judge import Judgement
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+CORPUS = "refimpl corpus"
+"""The taxonomy of known mistakes."""
+DIALECT = "dialect"
+_KINDS = {"FAIL": ("fail", "error"), "?": ("open", "none")}
+
+
+def to_sarif(j: Judgement, trace: PurePath | None = None) -> str:
+    """The JSON text; `trace`, the candidate's file, is where results lie."""
+    results = [*_gates(j), *_findings(j), *_contested(j)]
+    rules = list(dict.fromkeys(r["ruleId"] for r in results))
+    for r in results:
+        r["ruleIndex"] = rules.index(r["ruleId"])
+        if trace is not None:
+            uri = trace.as_uri() if trace.is_absolute() else quote(trace.as_posix())
+            place = {"artifactLocation": {"uri": uri}}
+            r["locations"] = [{**lo, "physicalLocation": place} for lo in r.get("locations", [{}])]
+    driver = {"name": "refimpl", "version": __version__, "rules": [_rule(name) for name in rules]}
+    ended = {"executionSuccessful": True, "exitCode": j.exit_code, "exitCodeDescription": j.verdict}
+    run: dict[str, Any] = {"tool": {"driver": driver}, "invocations": [ended], "results": results}
+    if known := [d for d in j.causes if d.id]:
+        run["taxonomies"] = [{"name": CORPUS, "version": __version__, "taxa": [_taxon(d) for d in known]}]
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1)
+
+
+def _rule(name: str) -> dict[str, Any]:
+    gate, stage = name.removeprefix("gate."), STAGES.get(name)
+    if stage is not None:
+        first = (stage.__doc__ or "").partition("\n")[0]
+        return {
+            "id": name,
+            "shortDescription": {"text": stage.what},
+            "fullDescription": {"text": f"{stage.eq}: {first}"},
+        }
+    text = "a point on which released implementations differ" if name == DIALECT else f"the gate {gate}"
+    return {"id": name, "shortDescription": {"text": text}}
+
+
+def _taxon(d: Diagnosis) -> dict[str, Any]:
+    return {"id": d.id, "shortDescription": {"text": d.title}, "properties": {"threads": list(d.threads)}}
+
+
+def _result(rule: str, kind: str, level: str, text: str) -> dict[str, Any]:
+    return {"ruleId": rule, "kind": kind, "level": level, "message": {"text": text}}
+
+
+def _gates(j: Judgement) -> Iterator[dict[str, Any]]:
+    yield from (_result(f"gate.{g.name}", *_KINDS[g.state], _said(g)) for g in j.gates if g.state in _KINDS)
+
+
+def _said(g: Gate) -> str:
+    return f"{g.name}: {g.text}"
+
+
+def _findings(j: Judgement) -> Iterator[dict[str, Any]]:
+    for f in j.findings:
+        if f.ok and not f.open:
+            continue
+        found = [d for d in j.causes if f.tap in d.taps]
+        result = _result(f.stage, *_KINDS["?" if f.ok else "FAIL"], _text(f, found))
+        logical = {"name": f.tap.rpartition("/")[2], "fullyQualifiedName": f.tap, "kind": "variable"}
+        result |= {"locations": [{"logicalLocations": [logical]}], "partialFingerprints": {"tap/v1": f.tap}}
+        if known := [{"id": d.id, "toolComponent": {"name": CORPUS}} for d in found if d.id]:
+            result["taxa"] = known
+        numbers = {k: getattr(f, k) for k in ("error", "allowed", "lean", "upright")}
+        result["properties"] = {k: x for k, x in numbers.items() if math.isfinite(x)} | {"region": list(f.region)}
+        yield result
+
+
+def _text(f: Finding, found: list[Diagnosis]) -> str:
+    parts = [f.note] if f.ok else [f"error {f.error:.1e}, allowed {f.allowed:.1e}", f.note, *[d.title for d in found]]
+    return f"{f.tap}: " + "; ".join([p for p in parts if p])
+
+
+def _contested(j: Judgement) -> Iterator[dict[str, Any]]:
+    for name, value in j.contested.items():
+        yield _result(DIALECT, "review", "none", f"{name}={value} was not declared and reproduces the candidate")
