@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refimpl.layers.config import Config
@@ -65,11 +65,11 @@ def letters(c: Config, stage: Stage, tap: str, sizes: Sizes) -> dict[str, int]:
 def shape_of(call: Call, c: Config, sizes: Sizes) -> tuple[int, ...]:
     """The shape that the tap of a call has: "B S H Dn+Dr" with this config's numbers."""
     numbers = letters(c, call.of, call.tap, sizes)
-    return tuple([_value(axis, numbers) for axis in call.of.shape.split()])
+    return tuple([size_of(axis, numbers) for axis in call.of.shape.split()])
 
 
-def _value(axis: str, numbers: dict[str, int]) -> int:
-    """One axis: a number, a letter, `2D`, or two of them with + - / between."""
+def size_of(axis: str, numbers: Mapping[str, int]) -> int:
+    """The length of one axis: a number, a letter, `2D`, or two of them with + - / between."""
     found = _TERM.fullmatch(axis)
     assert found, f"axis {axis!r}"
     times, letter, sign, other = found.groups()

@@ -6,7 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
@@ -22,20 +22,38 @@ by their whole size."""
 
 @dataclass(frozen=True)
 class Framework:
-    """Where an implementation shows which tap."""
+    """Where an implementation shows which tap: places that `refimpl record` reads (refimpl/record/tapmap.py), and `words` for
+    what only a person can find. `package` and `tested`: of which versions the places are true, none if nobody has run them.
+    """
 
+    key: str
     name: str
-    version: str
-    note: str
     taps: dict[str, str]
+    version: str = ""
+    note: str = ""
+    package: str = ""
+    tested: list[str] = field(default_factory=list)
+    layer: str = ""
+    build: str = ""
+    layouts: dict[str, str] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+
+    def says(self, tap: str) -> str:
+        """Where the tap is, in words; "" if nowhere."""
+        return self.taps.get(tap, "") or self.words.get(tap, "")
 
 
 @cache
 def frameworks() -> tuple[Framework, ...]:
-    """Those of elsewhere/*.toml, in the order of their names."""
+    """Those of elsewhere/*.toml: transformers, then the others in the order of their names."""
     files = [f for f in (resources.files(__package__) / "elsewhere").iterdir() if f.name.endswith(".toml")]
-    found = [Framework(**tomllib.loads(f.read_text(encoding="utf-8"))) for f in files]
-    return tuple(sorted(found, key=lambda f: f.name.lower()))
+    found = [Framework(key=f.name.removesuffix(".toml"), **tomllib.loads(f.read_text(encoding="utf-8"))) for f in files]
+    return tuple(sorted(found, key=lambda f: (f.key != "transformers", f.name.lower())))
+
+
+def shipped(key: str) -> str:
+    """The text of one of elsewhere/*.toml."""
+    return (resources.files(__package__) / "elsewhere" / f"{key}.toml").read_text(encoding="utf-8")
 
 
 def by_name(name: str, ours: list[str]) -> str:
@@ -50,10 +68,10 @@ def by_name(name: str, ours: list[str]) -> str:
     spellings = {whole, re.sub(r"^(model|decoder|transformer)\.", "", whole)}
     spellings |= {re.sub(r"^(layers|blk|h)\.i\.", "", s) for s in spellings}
     for framework in frameworks():
-        for tap, place in framework.taps.items():
-            first = re.split(r"[ ;(,]", place)[0]
-            said = {first, re.sub(r"^(model|decoder)\.", "", first)} & spellings
-            if said and not place.startswith("input") and unit + tap in known:
+        for tap, entry in {**framework.words, **framework.taps}.items():
+            firsts = {re.split(r"[ ;(,[]", p)[0] for p in entry.split(" | ") if not p.startswith("input")}
+            said = (firsts | {re.sub(r"^(model|decoder)\.", "", f) for f in firsts}) & spellings
+            if said and unit + tap in known:
                 return f"{unit}{tap} (as {framework.name} calls it)"
     near = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
     return near[0] if near else ""

@@ -8,12 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from refimpl.autograd.errors import require
-from refimpl.diff.names import Framework
-from refimpl.diff.names import frameworks as others
-from refimpl.layers import PRESETS
+from refimpl.diff.names import frameworks
 
 from .catalogue import Entry, everything
-from .hf_probes import EXPERTS, expected_taps
 
 COMPARED = {
     "value": "row by row, |difference| / |row|, against what twins of the stage err by",
@@ -36,20 +33,6 @@ GROUPS = {
 }
 _HOME = {"attn_out": "mla", "shared": "moe"}
 """Taps, or first words of taps, that belong to another group than their own first word."""
-
-
-def frameworks() -> list[Framework]:
-    """transformers, from the probes that record it, then the others, in the order of their names."""
-    return [_transformers(), *others()]
-
-
-def _transformers() -> Framework:
-    probes = expected_taps(PRESETS["tiny"]).items()
-    taps = {tap.rpartition("/")[2]: p.where for tap, p in probes if p is not None}
-    taps |= dict.fromkeys(EXPERTS, "linear in mlp.experts, rows sorted anew")
-    return Framework(
-        "transformers", "transformers 5.23.0", "Below model.layers.i. `refimpl record hf` records all of it.", taps
-    )
 
 
 def render(entries: Sequence[Entry]) -> str:
@@ -91,7 +74,7 @@ def to_json(entries: Sequence[Entry]) -> str:
             "dtype": e.kind,
             "compare": e.stage.compare,
             "from": list(e.sources),
-            "elsewhere": {f.name: f.taps[last] for f in known if last in f.taps},
+            "elsewhere": {f.name: f.says(last) for f in known if f.says(last)},
         }
 
     return json.dumps({"schema": "refimpl-taps/1", "taps": [body(e) for e in entries]}, indent=1)
@@ -140,7 +123,7 @@ def _elsewhere() -> Iterator[str]:
     yield _row("tap", *[f.name for f in known])
     yield _row(*["---"] * (1 + len(known)))
     for tap in dict.fromkeys(e.tap for e in everything()):
-        names = [f.taps.get(tap, "") for f in known]
+        names = [f.says(tap) for f in known]
         if any(names):
             yield _row(f"`{tap}`", *names)
     yield ""

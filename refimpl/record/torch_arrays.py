@@ -31,7 +31,8 @@ def libraries() -> tuple[Any, Any]:
 
 def to_torch(array: Array) -> Any:
     """A tensor with the array's bits, in memory of its own. torch knows no ml_dtypes: bfloat16 goes by way of int16."""
-    torch, _ = libraries()
+    import torch
+
     a = np.array(array, order="C")
     if a.dtype == _BFLOAT16:
         return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)

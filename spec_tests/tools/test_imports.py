@@ -23,6 +23,7 @@ INSIDE_FUNCTIONS = {
     "torch": ADAPTERS,
     "transformers": ADAPTERS,
     "safetensors": (*ADAPTERS, TESTS),  # as an oracle: we read and write the format ourselves
+    **dict.fromkeys(("gguf", "llama_cpp", "mlx", "mlx_lm", "torchtitan", "megatron"), ADAPTERS),
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",

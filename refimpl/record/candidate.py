@@ -1,0 +1,137 @@
+"""What every adapter does around a framework: run it plainly, run it watched, twice, and put the trace together."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.errors import SpecError, require
+from refimpl.autograd.tensor import Array
+from refimpl.diff import Case, Header, Trace, digest
+from refimpl.diff.names import Framework
+
+from .refimpl_tap import Recording
+from .tapmap import untested
+from .watch import Watch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that holds a case's weights. `call(module, tokens)` runs it on nested lists of tokens (B, S) and gives the logits,
+    or anything that has them; None where `module(tokens)` will do. weights: checkpoint name -> array that the model holds, if
+    it can say so. precision, layouts: for the trace's header. `release` undoes what building it did.
+    """
+
+    module: Any
+    call: Callable[[Any, list[list[int]]], Any] | None = None
+    weights: Mapping[str, Any] | None = None
+    precision: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trace that was written, and what its notes say."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+Run = Callable[[Watch | None], Array]
+"""One run of the framework, watched or not -> logits."""
+
+
+def record_runs(
+    case: Case, map_: Framework, run: Run, watch: Callable[[], Watch], made: Candidate, *, storage: str
+) -> Trace:
+    """The trace of three runs, of which two are watched."""
+    plain = run(None)
+    (first, logits), (second, _) = [(w, run(w)) for w in (watch(), watch())]
+    taps, again = first.taps(), second.taps()
+    repeat = [_difference(x, again[t]) if t in again else np.inf for t, x in taps.items()]
+    version = version_of(map_.package)
+    warning = untested(map_, version)
+    held = case.weights() if made.weights is None else made.weights
+    said = () if made.weights is not None else ("weights: those of the case's files, which the framework was given",)
+    notes = [*([warning] if warning else []), *made.notes, *said, *first.repeated(), *first.notes]
+    header = Header(
+        config=case.raw_config,
+        tokens=case.tokens,
+        positions=case.positions,
+        valid=case.valid,
+        producer={"name": map_.package or map_.name, "version": version},
+        weights={n: digest(w) for n, w in held.items()},
+        layouts={**map_.layouts, **made.layouts},
+        dims=first.axes,
+        expected=sorted(first.places),
+        precision={"storage": storage, "accumulate": "float32", **made.precision},
+        self_check={"logits_taps_off_vs_on": _difference(plain, logits), "repeat": max(repeat, default=0.0)},
+        notes="; ".join(notes),
+    )
+    return Trace(header, taps)
+
+
+def deliver(trace: Trace, out: str | Path) -> Recorded:
+    """Write a trace, with the file that people paste into their own programs -> where, with its notes one by one."""
+    made = Recording(**dataclasses.asdict(trace.header))
+    for tap, x in trace.taps.items():
+        made.tap(tap, x)
+    try:
+        made.write(out)
+    except OSError as error:
+        raise SpecError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return Recorded(Path(out), tuple(filter(None, trace.header.notes.split("; "))))
+
+
+def version_of(package: str) -> str:
+    """The installed version of a distribution; "" if it is not one."""
+    try:
+        return importlib.metadata.version(package) if package else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def library(name: str, extra: str) -> Any:
+    """A framework, imported now. SpecError says which extra brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        wanted = f"it comes with the extra: pip install 'deepseek-v3-refimpl[{extra}]'"
+        raise SpecError(f"{error.name or name} cannot be imported ({error}); {wanted}") from None
+
+
+def builder(name: str) -> Callable[[Case], Any]:
+    """The function `pkg.mod:fn`. SpecError if there is none of that name."""
+    module, colon, function = name.partition(":")
+    require(colon and module and function, f"--build {name!r}; expected pkg.mod:fn, a function of the case")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"--build {name}: {error}") from None
+    require(callable(found), f"--build {name}: not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def plain_only(case: Case, what: str) -> None:
+    """SpecError for a case with padding or positions of its own, which a plain call cannot be told of."""
+    require(case.valid is None, f"the case has padding, which {what} is not told of")
+    usual = case.positions is None or all(row == list(range(len(row))) for row in case.positions)
+    require(usual, f"the case has positions of its own, which {what} is not told of")
+
+
+def _difference(a: Array, b: Array) -> float:
+    """0 for the same bits (NaN and infinity included), else the largest difference."""
+    if a.shape != b.shape:
+        return float("inf")
+    if a.tobytes() == b.tobytes():
+        return 0.0
+    return float(np.nan_to_num(np.abs(a.astype(np.float64) - b.astype(np.float64)), nan=np.inf).max())

@@ -1,0 +1,167 @@
+"""A case as a GGUF file of llama.cpp's architecture deepseek2, and such a file's weights back under checkpoint names.
+
+What the conversion does: kv_b_proj is split into attn_k_b (H, C, Dn), transposed, and attn_v_b (H, Dv, C); experts are stacked;
+rotated rows stay interleaved. The YaRN multiplier is written as 0.1 mscale_all_dim, by which llama.cpp then divides 0.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.errors import SpecError, require, where
+from refimpl.autograd.tensor import Array
+from refimpl.diff import Case
+from refimpl.layers.config import Config
+
+from .candidate import library
+
+_WHOLE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q_a.weight": "self_attn.q_a_proj.weight",
+    "attn_q_a_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attn_q_b.weight": "self_attn.q_b_proj.weight",
+    "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+} | {
+    f"ffn_{part}{kind}.weight": f"mlp.{inside}{part}_proj.weight"
+    for part in ("gate", "up", "down")
+    for kind, inside in (("", ""), ("_shexp", "shared_experts."))
+}
+"""llama.cpp's names -> the checkpoint's, below blk.i and model.layers.i; the tensors that are one to one."""
+_EXPERTS = {f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")}
+
+
+def supported(c: Config) -> Config:
+    """The config, if llama.cpp's deepseek2 computes what it says."""
+    require(c.q_lora_rank is not None, "q_lora_rank is null; this converter writes models with a query latent")
+    for name, only in {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}.items():
+        value = getattr(c, name)
+        require(value == only, f"{name} is {value!r}; llama.cpp's deepseek2 is written here for {only!r}")
+    return c
+
+
+def write(case: Case, path: str | Path) -> None:
+    """Write the case's config and weights, dequantised, in float32; MTP layers are left out."""
+    gguf = library("gguf", "llamacpp")
+    c = supported(case.config)
+    writer = gguf.GGUFWriter(str(path), "deepseek2")
+    _settings(gguf, writer, c)
+    for name, x in converted(case.weights(), c).items():
+        writer.add_tensor(name, np.ascontiguousarray(x, np.float32))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        writer.close()
+
+
+def converted(weights: Mapping[str, Array], c: Config) -> dict[str, Array]:
+    """llama.cpp's names -> tensors."""
+    found = {theirs: weights[ours] for theirs, ours in _WHOLE.items() if ours in weights}
+    for i in range(c.num_hidden_layers):
+        at, to = f"model.layers.{i}.", f"blk.{i}."
+        found |= {to + theirs: weights[at + ours] for theirs, ours in _BLOCK.items() if at + ours in weights}
+        kv_b = np.asarray(weights[f"{at}self_attn.kv_b_proj.weight"]).reshape(c.num_attention_heads, -1, c.kv_lora_rank)
+        k_b, v_b = np.split(kv_b, [c.qk_nope_head_dim], axis=1)
+        found |= {f"{to}attn_k_b.weight": k_b.transpose(0, 2, 1), f"{to}attn_v_b.weight": v_b}
+        for theirs, part in _EXPERTS.items() if c.is_moe(i) else ():
+            names = [f"{at}mlp.experts.{e}.{part}_proj.weight" for e in range(c.n_routed_experts)]
+            found[to + theirs] = np.stack([weights[n] for n in names])
+    return found
+
+
+def read(path: str | Path, c: Config) -> dict[str, Array]:
+    """Checkpoint names -> the values that the file's tensors stand for, dequantised. SpecError for another architecture or size."""
+    gguf = library("gguf", "llamacpp")
+    with where(f"while reading {path}"):
+        try:
+            reader = gguf.GGUFReader(str(path))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"not a GGUF file: {error}") from None
+        field = reader.get_field("general.architecture")
+        name = field.contents() if field else None
+        require(name == "deepseek2", f"architecture {name!r}; expected 'deepseek2'")
+        blocks = reader.get_field("deepseek2.block_count")
+        count = int(blocks.contents()) if blocks else 0
+        require(count == c.num_hidden_layers, f"{count} blocks; the case has {c.num_hidden_layers} layers")
+        return _restored({t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}, c)
+
+
+def _restored(tensors: Mapping[str, Array], c: Config) -> dict[str, Array]:
+    """`converted` undone; what has no counterpart keeps its name."""
+    found: dict[str, Array] = {}
+    for name, x in tensors.items():
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        at, last = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
+        if last in _EXPERTS:
+            found |= {f"{at}mlp.experts.{e}.{_EXPERTS[last]}_proj.weight": part for e, part in enumerate(x)}
+        elif last == "attn_k_b.weight":
+            both = [x.transpose(0, 2, 1), tensors[f"blk.{block[1]}.attn_v_b.weight"]] if block else []
+            found[f"{at}self_attn.kv_b_proj.weight"] = np.concatenate(both, axis=1).reshape(-1, c.kv_lora_rank)
+        elif last != "attn_v_b.weight":
+            found[(at + _BLOCK[last]) if last in _BLOCK else _WHOLE.get(last, name)] = x
+    return found
+
+
+def _settings(gguf: Any, w: Any, c: Config) -> None:
+    w.add_file_type(gguf.LlamaFileType.ALL_F32)
+    w.add_tokenizer_model("no_vocab")
+    numbers = {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "head_count": c.num_attention_heads,
+        "head_count_kv": 1,
+        "rope_freq_base": c.rope_theta,
+        "layer_norm_rms_eps": c.rms_norm_eps,
+        "leading_dense_block_count": c.first_k_dense_replace,
+        "vocab_size": c.vocab_size,
+        "q_lora_rank": c.q_lora_rank,
+        "kv_lora_rank": c.kv_lora_rank,
+        "key_length": c.kv_lora_rank + c.qk_rope_head_dim,
+        "value_length": c.kv_lora_rank,
+        "key_length_mla": c.qk_nope_head_dim + c.qk_rope_head_dim,
+        "value_length_mla": c.v_head_dim,
+        "rope_dimension_count": c.qk_rope_head_dim,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_count": c.n_routed_experts,
+        "expert_shared_count": c.n_shared_experts,
+        "expert_weights_scale": c.routed_scaling_factor,
+        "expert_weights_norm": c.norm_topk_prob,
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+        "expert_group_count": c.n_group,
+        "expert_group_used_count": c.topk_group,
+    }
+    for name, value in numbers.items():
+        getattr(w, f"add_{name}")(value)
+    _yarn(gguf, w, c)
+
+
+def _yarn(gguf: Any, w: Any, c: Config) -> None:
+    r = c.rope_scaling
+    if r is not None:
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.add_rope_scaling_factor(r.factor)
+        w.add_rope_scaling_orig_ctx_len(r.original_max_position_embeddings)
+        w.add_rope_scaling_yarn_log_mul(0.1 * (r.mscale_all_dim or 0))
+        w.add_rope_scaling_yarn_beta_fast(r.beta_fast)
+        w.add_rope_scaling_yarn_beta_slow(r.beta_slow)
