@@ -30,7 +30,7 @@ Propose: TypeAlias = Callable[[int, Array, Sequence[int]], Draft]
 @dataclass(frozen=True)
 class Speculation:
     """How to draft. `depth`: tokens ahead. `recycle`: beyond the last module, that module again, on its own output and one
-    position further (what vLLM and SGLang do with V3's single one); without it, depth is at most the number of modules.
+    position further (as vLLM does with the single module of V3); without it, depth is at most the number of modules.
     `greedy`: draft the most likely token instead of drawing from the request's own distribution; what comes out is the same,
     the acceptance is not.
     """

@@ -74,9 +74,12 @@ class _Row:
     def draft(self, logits: Array, before: Sequence[int], *, greedy: bool) -> Draft:
         """A draft after those before, from what a module says.  logits (V,)."""
         q = self.target(logits, before)
-        if greedy:
-            q = one_hot(int(np.argmax(q)), len(q))
-        return Draft(self.draw(q), q)
+        return self.likeliest(q) if greedy else Draft(self.draw(q), q)
+
+    def likeliest(self, p: Array) -> Draft:
+        """The most likely token, as a draft that could be no other.  p (V,), or its logits."""
+        best = int(np.argmax(p))
+        return Draft(best, one_hot(best, len(p)))
 
     def verified(self, logits: Array) -> list[int]:
         """The drafts that stand and the token that follows.  logits (1 + drafts, V)."""
@@ -148,10 +151,13 @@ def _steps(impl: Impl, rows: list[_Row], drafter: Drafter | None, tally: Tally) 
 
 
 def _draft(drafter: Drafter, rows: list[_Row], going: list[int], hidden: list[Array]) -> None:
-    """Give every row its drafts, no more than it has room for. A last token is never drafted: something must follow a draft."""
+    """Give every row its drafts, no more than it has room for. A last token is never drafted: something must follow a draft. Drafts
+    without room are made for the others' sake and cost no draw, so that a row's draws are the same in every company.
+    """
 
     def draft(b: int, logits: Array, before: Sequence[int]) -> Draft:
-        return rows[b].draft(logits, before, greedy=drafter.greedy)
+        row = rows[b]
+        return row.draft(logits, before, greedy=drafter.greedy) if len(before) < row.left - 1 else row.likeliest(logits)
 
     drafts = drafter.propose(going, [hidden[b] for b in going], [row.tokens for row in rows], draft)
     for row, found in zip(rows, drafts, strict=True):
