@@ -181,7 +181,8 @@ def test_acceptance_is_the_overlap_of_p_and_q():
 
 def test_the_tally_counts_rows_and_depths():
     """Catches depths mixed up: two drafts of which one stands were both looked at, of three of which none stands only the
-    first.""" tally = Tally()
+    first."""
+    tally = Tally()
     for drafts, stood in ((2, 1), (3, 0), (3, 3), (0, 0)):
         tally.add(drafts, stood, stood + 1)
     assert (tally.tried, tally.stood) == ([3, 2, 1], [2, 1, 1])
@@ -198,7 +199,8 @@ def test_tokens_per_step_follow_from_acceptance():
 
 def test_a_perfect_module_doubles_the_tokens_of_a_step():
     """Catches drafts thrown away: where the whole text is one token over and over, every draft stands, but those cut off by
-    the end.""" config = SMALL.replace(num_nextn_predict_layers=1, vocab_size=5)
+    the end."""
+    config = SMALL.replace(num_nextn_predict_layers=1, vocab_size=5)
     weights = make_weights(config.to_dict(), np.random.default_rng(0), mtp=1)
     weights["lm_head.weight"] = np.zeros((5, config.hidden_size))  # all logits equal: the lowest id
     it, tally = Impl(precision="float64").load(config, weights), Tally()
@@ -210,7 +212,8 @@ def test_a_perfect_module_doubles_the_tokens_of_a_step():
 def test_with_a_packed_cache_and_in_low_precision():
     """Catches a roll-back that unpacks and packs again, and drafts made outside the precision plan: greedy speculative text in
     FP8 with a cache in bytes is the plain one's. (Not promised where two logits are within a rounding; fixed weights, so it
-    holds or not.)""" config = SMALL.replace(num_nextn_predict_layers=1, vocab_size=3)
+    holds or not.)"""
+    config = SMALL.replace(num_nextn_predict_layers=1, vocab_size=3)
     weights = make_weights(config.to_dict(), np.random.default_rng(0), mtp=1)
     it = Impl(precision="bf16", kv_format="fp8").load(config, weights)
     prompts = np.array([[1, 2, 0], [2, 2, 1]])
