@@ -1,12 +1,15 @@
 """Inference: samplers as distributions, generation with the latent cache, drafts by MTP and their verification."""
 
+from .beam import Beam, beam_search
 from .drafter import Speculation
 from .draws import Draw, by_inverse, by_race, seeded
 from .settings import Request, Settings
 from .streaming import Completion, Token, generate, greedy, stream
+from .tokenizer import Tokenizer, eos_of
 from .verify import Tally, expected_tokens
 
 __all__ = [
+    "Beam",
     "Completion",
     "Draw",
     "Request",
@@ -14,8 +17,11 @@ __all__ = [
     "Speculation",
     "Tally",
     "Token",
+    "Tokenizer",
+    "beam_search",
     "by_inverse",
     "by_race",
+    "eos_of",
     "expected_tokens",
     "generate",
     "greedy",

@@ -44,7 +44,8 @@ def top_k(p: Array, k: int) -> Array:
 
 
 def top_p(p: Array, mass: float) -> Array:
-    """p on the smallest set of largest entries that holds `mass` (Holtzman et al. 2020, eq 2-3), renormalised.  p (V,) -> (V,)."""
+    """p on the smallest set of largest entries that holds `mass` (Holtzman et al. 2020, eq 2-3), renormalised.  p (V,) ->
+    (V,)."""
     order = _descending(p)
     before = np.cumsum(p[order]) - p[order]  # mass of all more likely tokens: while that is short of `mass`, one more
     return restricted(p, order[(before < mass) | (np.arange(len(p)) == 0)])

@@ -83,7 +83,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, its settings, where its draws come from (default: `settings.seed`), and what makes text of tokens."""
+    """A prompt of token ids, its settings, where its draws come from (default: `settings.seed`), and what makes text of
+    tokens."""
 
     prompt: Sequence[int]
     settings: Settings = Settings()
@@ -104,11 +105,16 @@ class Request:
                 require(
                     False, f"token id {bad[1]!r} at {bad[0]}: outside 0..{c.vocab_size - 1} (vocab_size={c.vocab_size})"
                 )
-            said = f"{len(ids)} tokens; the window (max_position_embeddings) holds {window}"
-            require(len(ids) < window, f"{said}, one of them new")
-        room = window - len(ids)
-        asked = s.max_tokens
-        require(asked is None or asked <= room, f"max_tokens is {asked}, the prompt {said}: at most {room} fit")
+            require(
+                len(ids) < window,
+                f"{len(ids)} tokens; the window (max_position_embeddings={window}) must have room for one more",
+            )
+        room, asked = window - len(ids), s.max_tokens
+        fits = asked is None or asked <= room
+        require(
+            fits,
+            f"max_tokens is {asked}; after {len(ids)} tokens the window (max_position_embeddings={window}) has room for {room}",
+        )
         for name, most in (("top_k", s.top_k), ("logprobs", s.logprobs)):
             require((most or 0) <= c.vocab_size, f"{name} is {most}; the vocabulary has {c.vocab_size} tokens")
         outside = [t for t in s.eos if not 0 <= t < c.vocab_size]

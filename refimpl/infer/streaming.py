@@ -50,6 +50,13 @@ class Completion:
     text: str = ""
     finish: Finish | None = None
 
+    def add(self, token: Token) -> None:
+        """One more token."""
+        self.tokens.append(token.id)
+        self.logprobs.append(token.logprob)
+        self.text += token.text
+        self.finish = token.finish
+
 
 class _Row:
     """A request on its way."""
@@ -151,8 +158,8 @@ def _steps(impl: Impl, rows: list[_Row], drafter: Drafter | None, tally: Tally) 
 
 
 def _draft(drafter: Drafter, rows: list[_Row], going: list[int], hidden: list[Array]) -> None:
-    """Give every row its drafts, no more than it has room for. A last token is never drafted: something must follow a draft. Drafts
-    without room are made for the others' sake and cost no draw, so that a row's draws are the same in every company.
+    """Give every row its drafts, no more than it has room for. A last token is never drafted: something must follow a draft.
+    Drafts without room are made for the others' sake and cost no draw, so that a row's draws are the same in every company.
     """
 
     def draft(b: int, logits: Array, before: Sequence[int]) -> Draft:
@@ -170,11 +177,7 @@ def generate(
     """Everything `stream` gives, gathered by request."""
     found = [Completion() for _ in requests]
     for token in stream(impl, requests, speculate=speculate, tally=tally):
-        whole = found[token.row]
-        whole.tokens.append(token.id)
-        whole.logprobs.append(token.logprob)
-        whole.text += token.text
-        whole.finish = token.finish
+        found[token.row].add(token)
     return found
 
 

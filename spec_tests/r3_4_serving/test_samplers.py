@@ -170,7 +170,8 @@ def test_settings_that_no_sampler_can_have(wrong, says):
 
 @given(st.integers(0, 10**6))
 def test_accepted_and_resampled_together_are_p(seed):
-    """P(x) = q(x) a(x) + (1 - sum q a) r(x) = p(x). Catches p/q upside down, a residual that is not cut at 0 or not normalised."""
+    """P(x) = q(x) a(x) + (1 - sum q a) r(x) = p(x). Catches p/q upside down, a residual that is not cut at 0 or not
+    normalised."""
     rng = np.random.default_rng(seed)
     p, q = (rng.dirichlet(np.full(5, 0.3)) for _ in range(2))
     p, q = (d.restricted(x, np.flatnonzero(x > x.max() * cut)) for x, cut in ((p, 0.1), (q, 0.02)))
