@@ -3,8 +3,9 @@
 from .beam import Beam, beam_search
 from .drafter import Speculation
 from .draws import Draw, by_inverse, by_race, seeded
+from .row import Token
 from .settings import Request, Settings
-from .streaming import Completion, Token, generate, greedy, stream
+from .streaming import Completion, generate, greedy, stream
 from .tokenizer import Tokenizer, eos_of
 from .verify import Tally, expected_tokens
 

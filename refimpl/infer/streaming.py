@@ -8,37 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from refimpl.autograd.errors import require, where
 from refimpl.autograd.tensor import Array
+from refimpl.layers.mla import Attend
 from refimpl.model import Impl
 
-from .distribution import log_softmax, one_hot
 from .drafter import Drafter, Speculation
 from .ragged import padded
+from .row import Finish, Row, Token, likeliest
 from .settings import Request, Settings
-from .text import TextStream
-from .verify import Draft, Tally, verify
-
-Finish = Literal["eos", "stop", "length"]
-"""Why a row ended: an end token, a stop text, or `max_tokens` (or the window)."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of request `row`: its id, its log-probability under the model itself (temperature 1, nothing cut), the most
-    likely (id, log-probability) beside it, the text that it made certain, and, if it was the last, why.
-    """
-
-    row: int
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    text: str = ""
-    finish: Finish | None = None
+from .verify import Draft, Tally
 
 
 @dataclass
@@ -58,61 +41,6 @@ class Completion:
         self.finish = token.finish
 
 
-class _Row:
-    """A request on its way."""
-
-    def __init__(self, number: int, request: Request, left: int) -> None:
-        self.number, self.left, self.settings = number, left, request.settings
-        self.tokens = [int(t) for t in request.prompt]
-        self.draw = request.draws()
-        self.text = TextStream(request.decode, request.settings.stop) if request.decode else None
-        self.pending = self.tokens.copy()  # decided, not yet seen by the model
-        self.drafts: list[Draft] = []
-        self.done = False
-
-    def fed(self) -> Array:
-        """What the model is to see next: what is decided, then the drafts."""
-        return np.array(self.pending + [d.token for d in self.drafts])
-
-    def target(self, logits: Array, drafts: Sequence[int]) -> Array:
-        """The distribution of the token after these drafts.  logits (V,) -> (V,)."""
-        return self.settings.distribution(logits, self.tokens + list(drafts))
-
-    def draft(self, logits: Array, before: Sequence[int], *, greedy: bool) -> Draft:
-        """A draft after those before, from what a module says.  logits (V,)."""
-        q = self.target(logits, before)
-        return self.likeliest(q) if greedy else Draft(self.draw(q), q)
-
-    def likeliest(self, p: Array) -> Draft:
-        """The most likely token, as a draft that could be no other.  p (V,), or its logits."""
-        best = int(np.argmax(p))
-        return Draft(best, one_hot(best, len(p)))
-
-    def verified(self, logits: Array) -> list[int]:
-        """The drafts that stand and the token that follows.  logits (1 + drafts, V)."""
-        ids = [d.token for d in self.drafts]
-        stood, last = verify(lambda j: self.target(logits[j], ids[:j]), self.drafts, self.draw)
-        return [*ids[:stood], last]
-
-    def take(self, token: int, logits: Array) -> Token:
-        """Append a token and see whether it was the last.  logits (V,) that foretold it."""
-        self.tokens.append(token)
-        self.left -= 1
-        scores = log_softmax(logits)
-        best = np.argsort(-scores, kind="stable")[: self.settings.logprobs]
-        end = token in self.settings.eos
-        text = self.text.push(token) if self.text and not end else ""
-        finish: Finish | None = "eos" if end else "stop" if self.text and self.text.stopped else None
-        finish = finish or (None if self.left else "length")
-        self.done = finish is not None
-        if self.text and self.done and finish != "stop":
-            text += self.text.finish()
-            finish = "stop" if self.text.stopped else finish
-        return Token(
-            self.number, token, float(scores[token]), tuple([(int(i), float(scores[i])) for i in best]), text, finish
-        )
-
-
 def stream(
     impl: Impl, requests: Sequence[Request], *, speculate: Speculation | None = None, tally: Tally | None = None
 ) -> Iterator[Token]:
@@ -124,49 +52,38 @@ def stream(
     require(len(requests) > 0, "no requests")
     for i, request in enumerate(requests):
         with where(f"in request {i}"):
-            rows.append(_Row(i, request, request.check(impl.model.config)))
+            rows.append(Row(i, request, request.check(impl.model.config)))
     return _steps(impl, rows, Drafter(impl, speculate) if speculate else None, tally or Tally())
 
 
-def _steps(impl: Impl, rows: list[_Row], drafter: Drafter | None, tally: Tally) -> Iterator[Token]:
+def _steps(impl: Impl, rows: list[Row], drafter: Drafter | None, tally: Tally) -> Iterator[Token]:
     state = impl.new_cache()
     while rows:
-        first = not state
         tokens, valid = padded([row.fed() for row in rows])
-        absorbed = None if first or impl.attend != "auto" else "absorbed"
-        out = impl.advance(tokens, state, valid=None if valid.all() else valid, attend=absorbed)
-        seen = []  # per row, how many of the tokens fed are decided now
+        steps = bool(state)  # the prompts are behind us; from now on latents are read, not expanded
+        attend: Attend | None = "absorbed" if steps and impl.attend == "auto" else None
+        out = impl.advance(tokens, state, valid=None if valid.all() else valid, attend=attend)
         for row, logits in zip(rows, out.logits, strict=True):
-            at = len(row.pending)
-            logits = logits[at - 1 : at + len(row.drafts)]
-            new = row.verified(logits)
-            seen.append(at + len(new) - 1)
-            for j, token in enumerate(new):
-                yield row.take(token, logits[j])
-                if row.done:
-                    break
-            if not first:
-                tally.add(len(row.drafts), len(new) - 1, j + 1)
+            yield from row.decide(logits, tally if steps else None)
         going = [b for b, row in enumerate(rows) if not row.done]
+        hidden = [h[: rows[b].seen] for b, h in enumerate(impl.model.mtp_start(out)) if not rows[b].done]
         rows = [rows[b] for b in going]
-        for row in rows:
-            row.pending, row.drafts = row.tokens[-1:], []
         if rows:
             state["kv"] = state["kv"].kept(np.array(going), np.array([len(row.tokens) - 1 for row in rows]))
         if drafter and any(row.left > 1 for row in rows):
-            _draft(drafter, rows, going, [h[: seen[b]] for b, h in enumerate(impl.model.mtp_start(out))])
+            _draft(drafter, rows, going, hidden)
 
 
-def _draft(drafter: Drafter, rows: list[_Row], going: list[int], hidden: list[Array]) -> None:
+def _draft(drafter: Drafter, rows: list[Row], going: list[int], hidden: list[Array]) -> None:
     """Give every row its drafts, no more than it has room for. A last token is never drafted: something must follow a draft.
     Drafts without room are made for the others' sake and cost no draw, so that a row's draws are the same in every company.
     """
 
     def draft(b: int, logits: Array, before: Sequence[int]) -> Draft:
         row = rows[b]
-        return row.draft(logits, before, greedy=drafter.greedy) if len(before) < row.left - 1 else row.likeliest(logits)
+        return row.draft(logits, before, greedy=drafter.greedy) if len(before) < row.left - 1 else likeliest(logits)
 
-    drafts = drafter.propose(going, [hidden[b] for b in going], [row.tokens for row in rows], draft)
+    drafts = drafter.propose(going, hidden, [row.tokens for row in rows], draft)
     for row, found in zip(rows, drafts, strict=True):
         row.drafts = found[: row.left - 1]
 
