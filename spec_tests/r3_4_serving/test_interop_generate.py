@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from refimpl import Impl, SpecError
+from refimpl.checkpoint import save
+from refimpl.cli import main
 from refimpl.infer import Request, Settings, Tokenizer, beam_search, by_inverse, by_race, generate, greedy
 from refimpl.record import hf_load
 from refimpl.record.torch_arrays import one_thread
 from refimpl.spec_tests import golden
+from refimpl.spec_tests.cases.configs import SMALL
+from refimpl.spec_tests.strategies.models import make_weights
 
 PROMPTS = golden.arrays("hf_tiny")["input_ids"][:, :7].tolist()
 SAMPLERS = [
@@ -191,6 +195,32 @@ def test_text_that_streams_is_the_whole_text(tmp_path):
     assert len(ids) > len(TEXT) and "" in pieces
     assert "".join(pieces) + stream.finish() == ours.decode(ids)
     assert not any("\ufffd" in p for p in pieces)
+
+
+def test_the_command_s_way_from_text_to_text(tmp_path, capsys):
+    """Catches a prompt without its template, special tokens in the text, the wrong file's end token, a stop text that is shown."""
+    ours, config = saved(tmp_path), SMALL.replace(vocab_size=300)
+    weights = {n: w.astype(np.float32) for n, w in make_weights(config.to_dict(), np.random.default_rng(0)).items()}
+    save(tmp_path, weights, config, dtype="float32")
+    impl = Impl().load(config, weights)
+
+    def said(*args):
+        assert main(["generate", str(tmp_path), "--max-tokens", "40", *args]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    def text(prompt, **how):
+        settings = Settings(temperature=0, max_tokens=40, **how)
+        return generate(impl, [Request(prompt, settings, decode=ours.decode)])[0]
+
+    whole = text(ours.encode(TEXT))
+    assert said("--prompt", TEXT) == said("--prompt", TEXT, "--stream") == whole.text == ours.decode(whole.tokens)
+    chat = [{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}]
+    assert said("--prompt", "hi", "--chat", "--system", "x") == text(ours.chat(chat)).text
+    stop = whole.text[5:8]
+    assert said("--prompt", TEXT, "--stop", stop) == whole.text[: whole.text.find(stop)]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [whole.tokens[4]]}))
+    assert said("--prompt", TEXT) == text(ours.encode(TEXT), eos=(whole.tokens[4],)).text
+    assert said("--prompt", TEXT, "--ignore-eos") == whole.text
 
 
 def test_templates_that_fail(tmp_path):
