@@ -17,8 +17,7 @@ of them enumerates all runs."""
 def inverse(p: Array, u: float) -> int:
     """The first i whose p_0 + ... + p_i exceeds u.  p (V,), u uniform in [0, 1)."""
     total = np.cumsum(p)
-    i = int(np.searchsorted(total, u * total[-1], side="right"))
-    return min(i, int(np.flatnonzero(p)[-1]))  # u * total rounded up to total itself
+    return int(np.searchsorted(total, u * total[-1], side="right"))  # u < 1, so the product is less than total[-1]
 
 
 def race(p: Array, e: Array) -> int:

@@ -14,9 +14,11 @@ CLOSE = {
 }  # absorbed against expanded attention in float64, a few layers deep; logits are of order 1
 
 
-def impl(modules=1, *, seed=0, **changes):
+def impl(modules=1, *, seed=0, sharp=1.0, **changes):
+    """A model of SMALL in float64; `sharp` multiplies its logits."""
     config = SMALL.replace(num_nextn_predict_layers=modules, **changes)
     weights = make_weights(config.to_dict(), np.random.default_rng(seed), mtp=modules)
+    weights["lm_head.weight"] = sharp * weights["lm_head.weight"]
     return Impl(precision="float64").load(config, weights)
 
 

@@ -3,20 +3,21 @@
 import numpy as np
 import pytest
 
-from refimpl.infer import Speculation, generate
+from refimpl.infer import Settings, Speculation, generate
 from refimpl.infer.drafter import Drafter
 from refimpl.layers import Dialect
 from refimpl.spec_tests.cases.generation import CLOSE, PROMPTS, impl, requests
 
 
 def spied(monkeypatch):
-    """A list that fills with what every draft was made from: (tokens decided, drafts before, logits)."""
+    """A list that fills with what every draft was made from and the draft: (tokens decided, drafts before, logits, draft)."""
     said, propose = [], Drafter.propose
 
     def spy(self, rows, hidden, tokens, draft):
         def noting(b, logits, before):
-            said.append((list(tokens[b]), list(before), logits))
-            return draft(b, logits, before)
+            made = draft(b, logits, before)
+            said.append((list(tokens[b]), list(before), logits, made))
+            return made
 
         return propose(self, rows, hidden, tokens, noting)
 
@@ -34,7 +35,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(monkeypatch, hidden, 
     it, said = impl(modules, dialect=dialect), spied(monkeypatch)
     generate(it, requests(*PROMPTS, temperature=6.0), speculate=Speculation(modules))
     assert len(said) > 12
-    for tokens, before, logits in said:
+    for tokens, before, logits, _ in said:
         text, depth = [*tokens, *before], len(before)
         whole = it.model(it.model.inputs([text + [0] * modules]), with_mtp=True)  # padded behind: nothing looks there
         at = len(text) - 2 - depth  # tokens t_0 .. t_m and `depth` drafts: entry m - 1
@@ -45,10 +46,10 @@ def test_a_recycled_module_goes_on_from_its_own_output(monkeypatch):
     """Catches recycling on the main model's hidden, at the old position, or without the entry before: by hand, the single
     module on entries 0 .. m-1 and then m, which has the module's own last h and the first draft."""
     it, said = impl(1), spied(monkeypatch)
-    generate(it, requests(PROMPTS[0], temperature=6.0, tokens=6), speculate=Speculation(3, recycle=True))
+    generate(it, requests(*PROMPTS, temperature=6.0, tokens=6), speculate=Speculation(3, recycle=True))
     model, deep = it.model, [s for s in said if s[1]]
     assert {len(s[1]) for s in deep} == {1, 2}
-    for tokens, before, logits in deep:
+    for tokens, before, logits, _ in deep:
         m = len(tokens) - 1
         h, ids = model(model.inputs([tokens[:m]])).hidden, [tokens[1:]]
         for n in range(len(before) + 1):
@@ -57,3 +58,15 @@ def test_a_recycled_module_goes_on_from_its_own_output(monkeypatch):
             if n < len(before):
                 h, ids = np.concatenate([h, own[:, -1:]], axis=1), [[*ids[0], before[n]]]
         np.testing.assert_allclose(logits, y[0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_drafts_come_from_the_request_s_own_distribution(monkeypatch, greedy):
+    """Catches a q without the request's temperature, or whose repetition penalty forgets the drafts before (what comes out
+    would still be right: only the acceptance suffers)."""
+    it, said, how = impl(2), spied(monkeypatch), {"temperature": 2.0, "top_k": 5, "repetition_penalty": 8.0}
+    generate(it, requests(PROMPTS[2], tokens=12, **how), speculate=Speculation(2, greedy=greedy))
+    assert len(said) > 6
+    for tokens, before, logits, made in said[:-4]:  # the last have no room, and cost no draw
+        q = Settings(**how).distribution(logits, tokens + before)
+        np.testing.assert_array_equal(made.q, np.eye(len(q))[q.argmax()] if greedy else q)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refimpl import Impl, SpecError
-from refimpl.infer import Request, Settings, Speculation, beam_search, generate, greedy, stream
+from refimpl.infer import Request, Settings, Speculation, generate, stream
 from refimpl.infer.text import TextStream
 from refimpl.model import Cache
 from refimpl.spec_tests.cases.generation import CLOSE, PROMPTS, impl, requests
@@ -149,33 +149,6 @@ def test_an_unlimited_request_fills_the_window():
     it = impl(0, max_position_embeddings=10)
     done = generate(it, [Request([1, 2, 3], Settings()), Request([1] * 9, Settings())])
     assert [(len(c.tokens), c.finish) for c in done] == [(7, "length"), (1, "length")]
-
-
-# ---- Beams
-
-
-def test_with_all_beginnings_kept_beam_search_is_exhaustive():
-    """Catches a beam that continues another's cache: the best of all 81 texts of four tokens, in order, and of those that may
-    end early with token 2, scored by mean log-probability."""
-    it = impl(0, vocab_size=3)
-
-    def logprob(text):
-        z = it.forward([[1, *text]])["logits"][0]
-        return sum(z[i, t] - np.log(np.exp(z[i]).sum()) for i, t in enumerate(text))
-
-    for eos, penalty in (((), 1.0), ((2,), 1.0), ((2,), 0.0), ((2,), -1.0)):
-        texts = [t for n in range(1, 5) for t in itertools.product(range(3), repeat=n)]
-        texts = [t for t in texts if not set(t[:-1]) & set(eos) and (len(t) == 4 or t[-1] in eos)]
-        best = sorted(texts, key=lambda t: -logprob(t) / len(t) ** penalty)[:27]
-        found = beam_search(it, [1], beams=27, max_tokens=4, eos=eos, length_penalty=penalty)
-        assert [b.tokens for b in found] == best
-        np.testing.assert_allclose([b.logprob for b in found], [logprob(t) for t in best], **CLOSE)
-
-
-def test_one_beam_is_greedy():
-    """Catches a search that does not go on from the best."""
-    it = impl(0)
-    assert list(beam_search(it, PROMPTS[0], beams=1, max_tokens=9)[0].tokens) == greedy(it, [PROMPTS[0]], 9)[0].tolist()
 
 
 # ---- Bad input

@@ -77,6 +77,14 @@ def test_top_p_always_keeps_one_and_stops_when_there_is_enough():
     np.testing.assert_array_equal(d.top_p(np.array([0.25, 0.5, 0.25]), 1e-300), [0, 1, 0])
 
 
+def test_min_p_keeps_what_just_reaches_it():
+    """Catches `>` for `>=` (Nguyen et al. 2024, eq 2), and a floor under 1 instead of under the largest."""
+    p = np.array([0.5, 0.25, 0.125, 0.125])
+    np.testing.assert_array_equal(d.min_p(p, 0.5), np.array([2, 1, 0, 0]) / 3)
+    np.testing.assert_array_equal(d.min_p(p, 0.25), p)
+    np.testing.assert_array_equal(d.min_p(p, 1), [1, 0, 0, 0])
+
+
 def test_a_masked_token_stays_impossible():
     """Catches NaN from -inf - -inf, and a penalty that turns -inf around."""
     z = np.array([-np.inf, 0.0, 1.0])
