@@ -83,8 +83,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, its settings, where its draws come from (default: `settings.seed`), and what makes text of
-    tokens."""
+    """A prompt of token ids, its settings, where its draws come from (default: `settings.seed`), what makes text of tokens."""
 
     prompt: Sequence[int]
     settings: Settings = Settings()
@@ -97,27 +96,25 @@ class Request:
 
     def check(self, c: Config) -> int:
         """How many tokens may come. SpecError for what the model of this config cannot take."""
-        ids, window, s = list(self.prompt), c.max_position_embeddings, self.settings
+        s, window = self.settings, c.max_position_embeddings
         with where("in the prompt"):
-            require(ids, "no tokens; expected at least one, such as the begin-of-sentence token")
-            bad = next(((i, t) for i, t in enumerate(ids) if not _id(t) or not 0 <= t < c.vocab_size), None)
-            if bad:
-                require(
-                    False, f"token id {bad[1]!r} at {bad[0]}: outside 0..{c.vocab_size - 1} (vocab_size={c.vocab_size})"
-                )
-            require(
-                len(ids) < window,
-                f"{len(ids)} tokens; the window (max_position_embeddings={window}) must have room for one more",
-            )
-        room, asked = window - len(ids), s.max_tokens
-        fits = asked is None or asked <= room
-        require(
-            fits,
-            f"max_tokens is {asked}; after {len(ids)} tokens the window (max_position_embeddings={window}) has room for {room}",
-        )
+            _check_prompt(list(self.prompt), c)
+        room = window - len(self.prompt)
+        said = f"after {len(self.prompt)} tokens the window (max_position_embeddings={window}) has room for {room}"
+        require(s.max_tokens is None or s.max_tokens <= room, f"max_tokens is {s.max_tokens}; {said}")
         for name, most in (("top_k", s.top_k), ("logprobs", s.logprobs)):
             require((most or 0) <= c.vocab_size, f"{name} is {most}; the vocabulary has {c.vocab_size} tokens")
         outside = [t for t in s.eos if not 0 <= t < c.vocab_size]
         require(not outside, f"eos {outside} is outside the vocabulary of {c.vocab_size} tokens")
         require(not s.stop or self.decode, "stop texts need a tokenizer to find them with; give decode=")
-        return room if asked is None else asked
+        return room if s.max_tokens is None else s.max_tokens
+
+
+def _check_prompt(ids: list[Any], c: Config) -> None:
+    require(ids, "no tokens; expected at least one, such as the begin-of-sentence token")
+    for i, t in enumerate(ids):
+        known = _id(t) and 0 <= t < c.vocab_size
+        require(known, f"token id {t!r} at {i}: outside 0..{c.vocab_size - 1} (vocab_size={c.vocab_size})")
+    window = c.max_position_embeddings
+    said = f"{len(ids)} tokens; the window (max_position_embeddings={window}) must have room for one more"
+    require(len(ids) < window, said)

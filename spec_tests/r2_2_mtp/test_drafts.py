@@ -1,8 +1,10 @@
 """R 2.2 "MTP in inference": the drafts are what the modules say, from a cache that forgets what fell."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from refimpl import Impl
 from refimpl.infer import Settings, Speculation, generate
 from refimpl.infer.drafter import Drafter
 from refimpl.layers import Dialect
@@ -70,3 +72,13 @@ def test_drafts_come_from_the_request_s_own_distribution(monkeypatch, greedy):
     for tokens, before, logits, made in said[:-4]:  # the last have no room, and cost no draw
         q = Settings(**how).distribution(logits, tokens + before)
         np.testing.assert_array_equal(made.q, np.eye(len(q))[q.argmax()] if greedy else q)
+
+
+def test_drafts_are_made_under_the_precision_plan(monkeypatch):
+    """Catches modules that run in plain float32 beside a model in bfloat16: every logit is a bfloat16 number."""
+    model, said = impl(1), spied(monkeypatch)
+    weights = {n: w for n, w in model.model.named_weights() if hasattr(w, "dtype")}
+    it = Impl(precision="bf16").load(model.model.config, weights)
+    generate(it, requests(PROMPTS[0], tokens=4), speculate=Speculation(2, recycle=True))
+    for _, _, logits, _ in said:
+        np.testing.assert_array_equal(logits, logits.astype(ml_dtypes.bfloat16).astype(logits.dtype))

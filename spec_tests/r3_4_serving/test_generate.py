@@ -210,6 +210,19 @@ def test_a_cache_of_another_model_is_refused(changes, says):
             go_on()
 
 
+def test_generation_computes_under_the_precision_plan():
+    """Catches `advance` in plain float32 where `forward` rounds: the same bits, with and without a cache in bytes."""
+    model = impl(0)
+    weights = {n: w for n, w in model.model.named_weights() if hasattr(w, "dtype")}
+    for kv_format in (None, "fp8"):
+        it = Impl(precision="bf16", kv_format=kv_format).load(model.model.config, weights)
+        ours, theirs = {}, {}
+        for tokens in ([[1, 2, 3]], [[4]]):
+            logits = it.advance(tokens, ours).logits
+            np.testing.assert_array_equal(logits, it.forward(tokens, cache=theirs)["logits"])
+        assert np.abs(logits - model.forward([[1, 2, 3, 4]])["logits"][:, -1:]).max() > 1e-4
+
+
 def test_what_a_cache_keeps():
     """Catches tokens of a neighbour, order lost, padding counted, a roll-back to more than there is."""
     layer = np.arange(24.0).reshape(3, 4, 2)
