@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     _watch(f"loading {args.checkpoint}")
     impl.load(checkpoint.config or {}, checkpoint)
     if args.beams is not None:
-        require(not args.stream and speculate is None, "--beams goes with neither --stream nor --speculative")
+        plain = not args.stream and speculate is None and args.temperature == 0 and not args.stop
+        require(plain, "--beams goes with none of --stream, --speculative, --temperature, --stop")
         return _beams(args, impl, requests, tokenizer)
     tally, started = Tally(), time.perf_counter()
     done, first = _generate(args, impl, requests, speculate, tally)

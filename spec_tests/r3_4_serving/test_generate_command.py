@@ -120,6 +120,7 @@ def test_what_came_before_an_interruption_is_printed(capsys, tiny, monkeypatch):
         ([TINY, "--tokens", IDS, "--top-p", "7"], "top_p is 7"),
         ([TINY, "--tokens", IDS, "--tokens", IDS, "--stream"], "needs --json"),
         ([TINY, "--tokens", IDS, "--beams", "2", "--stream"], "--beams goes with"),
+        ([TINY, "--tokens", IDS, "--beams", "2", "--temperature", "1"], "--beams goes with"),
         ([TINY, "--tokens", IDS, "--beams", "0"], "beams is 0"),
         ([TINY, "--tokens", IDS, "--stop", "x"], "no tokenizer.json"),
         ([TINY / "nowhere", "--tokens", IDS], "nowhere"),
