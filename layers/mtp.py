@@ -12,7 +12,7 @@ from refimpl.autograd.tensor import Array
 from .block import DecoderLayer
 from .common import rms_norm
 from .config import Config
-from .mla import Attend
+from .mla import KV, Attend
 from .module import Embedding, Linear, Module, RMSNorm, Unset
 from .stage import stage
 
@@ -88,7 +88,7 @@ class MTPLayer(DecoderLayer):
         first = self.config.dialect.mtp_concat == "hidden_first"
         return proj(cat(e, n, hidden_first=first), self.eh_proj.weight)
 
-    def block(self, x: Any, table: Any, mask: Any, attend: Attend) -> tuple[Any, Any]:
-        """The decoder layer and its last norm.  x (B, S-k, D) -> before the norm (B, S-k, D), after it (B, S-k, D)."""
-        x, _, _ = self(x, table, mask, None, attend)
-        return x, norm(x, self.shared_head.norm.weight, eps=self.config.rms_norm_eps)
+    def block(self, x: Any, table: Any, mask: Any, past: KV | None, attend: Attend) -> tuple[Any, Any, KV]:
+        """The decoder layer and its last norm.  x (B, S-k, D) -> before the norm (B, S-k, D), after it (B, S-k, D), its cache."""
+        x, kv, _ = self(x, table, mask, past, attend)
+        return x, norm(x, self.shared_head.norm.weight, eps=self.config.rms_norm_eps), kv

@@ -13,7 +13,7 @@ from refimpl.layers import mtp, router
 from refimpl.layers.block import DecoderLayer
 from refimpl.layers.common import embed, final_norm, logits, mask
 from refimpl.layers.config import Config
-from refimpl.layers.mla import Attend
+from refimpl.layers.mla import KV, Attend
 from refimpl.layers.module import Embedding, Module, RMSNorm, is_buffer
 from refimpl.layers.mtp import MTPLayer
 from refimpl.layers.rope import rope_tables
@@ -109,9 +109,8 @@ class ForCausalLM(Module):
                     routing[f"L{i}"] = routed
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
             y = logits(h, self._head)
-            start = h if self.config.dialect.mtp_hidden == "post_norm" else x
-            extra = self._mtp(inputs, start, attend) if with_mtp else []
-        return Output(y, x, h, Cache(tuple(kvs), *keys), routing, extra)
+            out = Output(y, x, h, Cache(tuple(kvs), *keys), routing)
+            return replace(out, mtp_logits=self._mtp(inputs, self.mtp_start(out), attend)) if with_mtp else out
 
     def _tables(self, inputs: Inputs) -> Array:
         c = self.config
@@ -127,16 +126,38 @@ class ForCausalLM(Module):
         require(inputs.tokens.shape[1] > self.n_mtp, f"{self.n_mtp} MTP modules need more than {self.n_mtp} tokens")
         tokens, out = inputs.tokens, []
         for k in range(1, self.n_mtp + 1):
-            layer = self.model.layers[self.config.num_hidden_layers + k - 1]
-            assert isinstance(layer, MTPLayer)
             with unit(f"mtp{k}"):
                 inputs = shrink(inputs)
-                x = layer.front(tokens, mtp.hidden(h), self.model.embed_tokens.weight, depth=k)
                 keys = (inputs.positions, inputs.valid, inputs.documents)
-                x, n = layer.block(x, self._tables(inputs), self._mask(inputs, keys), attend)
-                h = n if self.config.dialect.mtp_recycle == "post_norm" else x
-                out.append(logits(n, self._head))
+                y, h, _ = self.mtp_module(k, tokens, mtp.hidden(h), inputs, keys, ahead=k, attend=attend)
+            out.append(y)
         return out
+
+    def mtp_module(
+        self,
+        k: int,
+        tokens: Array,
+        h: Any,
+        inputs: Inputs,
+        keys: tuple[Any, Any, Any],
+        past: KV | None = None,
+        *,
+        ahead: int = 0,
+        attend: Attend = "auto",
+    ) -> tuple[Any, Any, KV]:
+        """Module k alone on h (B, S, D) of the depth before and tokens (B, ahead + S), of which the first `ahead` are skipped; the
+        positions, padding and documents of `inputs`, `keys` with those of the module's cache -> logits (B, S, V), h for the
+        next depth (B, S, D), the cache.
+        """
+        layer = self.model.layers[self.config.num_hidden_layers + k - 1]
+        assert isinstance(layer, MTPLayer)
+        x = layer.front(tokens, h, self.model.embed_tokens.weight, depth=ahead)
+        x, n, kv = layer.block(x, self._tables(inputs), self._mask(inputs, keys), past, attend)
+        return logits(n, self._head), n if self.config.dialect.mtp_recycle == "post_norm" else x, kv
+
+    def mtp_start(self, out: Output) -> Any:
+        """h^0, what the first module takes of a run (B, S, D): after the final norm or before (Dialect.mtp_hidden)."""
+        return out.hidden if self.config.dialect.mtp_hidden == "post_norm" else out.hidden_pre_norm
 
     def loss(self, inputs: Inputs, *, mtp_weight: float = 0.0, aux_weight: float = 0.0) -> tuple[Any, dict[str, Any]]:
         """Cross-entropy of the next token, + mtp_weight x mean MTP loss, + the balance loss with alpha = aux_weight.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import STAGES, Recorder, observing, tap_matches
 
 from . import packed_cache
-from .causal_lm import ForCausalLM
+from .causal_lm import ForCausalLM, Output
 from .inputs import Cache, Inputs
 from .weights import effective
 
@@ -125,10 +126,29 @@ class Impl:
         with observing(*self._observers(wanted, self.model, inputs, past)):
             out = self.model(inputs, past, attend=self.attend, with_mtp=wanted.any("mtp"))
         result = Taps(wanted.results(), logits=data_of(out.logits))
-        before = state.get("kv")
-        state["kv"] = packed_cache.pack(out.cache, before, self.kv_format) if self.kv_format else out.cache
+        self._remember(state, out.cache)
         result.cache = state
         return result
+
+    def advance(self, tokens: Any, cache: KVState, *, valid: Any = None, attend: Attend | None = None) -> Output:
+        """As `forward`, without taps, for those who also need the hidden: tokens (B, S) -> the model's Output; the cache grows in
+        place. On an error it is what it was.
+        """
+        past = self._past(cache)
+        with where("in the inputs of advance"):
+            inputs = self.model.inputs(tokens, valid=valid, cache=past)
+        with self.rounding():
+            out = self.model(inputs, past, attend=attend or self.attend)
+        self._remember(cache, out.cache)
+        return out
+
+    def rounding(self) -> AbstractContextManager[None]:
+        """A context in which stages compute under the precision plan."""
+        return observing(*([] if self.plan.name in ("float32", "float64") else [self.plan]))
+
+    def _remember(self, state: KVState, cache: Cache) -> None:
+        before = state.get("kv")
+        state["kv"] = packed_cache.pack(cache, before, self.kv_format) if self.kv_format else cache
 
     def step(self, token: Any, cache: KVState, taps: Iterable[str] = ()) -> Taps:
         """One decode step: token (B,), (B, 1) or one int -> {"logits": (B, 1, V)}; the cache grows in place."""
@@ -192,8 +212,11 @@ class Impl:
         if isinstance(kept, packed_cache.PackedCache):
             require(self.kv_format, "the cache is packed; give Impl the kv_format that packed it")
             assert self.kv_format is not None
-            return packed_cache.unpack(kept, self.model.config, self.kv_format, self.plan.dtype)
-        require(kept is None or self.kv_format is None, "the cache is not packed, but kv_format is set")
+            kept = packed_cache.unpack(kept, self.model.config, self.kv_format, self.plan.dtype)
+        else:
+            require(kept is None or self.kv_format is None, "the cache is not packed, but kv_format is set")
+        if kept is not None:
+            kept.check(self.model.config)
         return kept
 
     def _array(self, a: Any) -> Any:

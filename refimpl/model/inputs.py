@@ -28,6 +28,43 @@ class Cache:
     def __len__(self) -> int:
         return int(self.positions.shape[1])
 
+    def kept(self, rows: Array, counts: Array) -> Cache:
+        """A new cache of the sequences `rows` (R,), of each its first `counts` (R,) tokens: a roll-back, and whoever is done
+        leaves.
+
+        Padding goes behind the tokens, as much as the longest needs.
+        """
+        columns, valid = self.selection(rows, counts)
+        if columns is None:
+            return self
+        layers = tuple([(c[rows[:, None], columns], k[rows[:, None], columns]) for c, k in self.layers])
+        documents = None if self.documents is None else self.documents[rows[:, None], columns]
+        return Cache(layers, self.positions[rows[:, None], columns], valid, documents)
+
+    def selection(self, rows: Array, counts: Array) -> tuple[Array | None, Array | None]:
+        """Columns (R, T) of each row's first `counts` tokens, which of them are tokens (None: all). (None, _): all as it is."""
+        seen = np.ones(self.positions.shape, np.int64) if self.valid is None else self.valid
+        have = seen[rows].sum(axis=1)
+        require((counts <= have).all(), f"{counts.tolist()} tokens are to be kept of {have.tolist()} in the cache")
+        longest = int(counts.max(initial=0))
+        same = len(rows) == len(seen) and (rows == np.arange(len(rows))).all() and (counts == len(self)).all()
+        if same:
+            return None, None
+        columns = np.argsort(seen[rows] == 0, axis=1, kind="stable")[:, :longest]
+        valid = (np.arange(longest) < counts[:, None]).astype(np.int64)
+        return columns, None if valid.all() else valid
+
+    def check(self, c: Config) -> None:
+        """SpecError unless a model of this config could have filled the cache."""
+        require(
+            len(self.layers) == c.num_hidden_layers,
+            f"the cache has {len(self.layers)} layers, the model {c.num_hidden_layers}: it is another model's",
+        )
+        for i, pair in enumerate(self.layers):
+            found = tuple([int(a.shape[-1]) for a in pair])
+            expected = (c.kv_lora_rank, c.qk_rope_head_dim)
+            require(found == expected, f"the cache of layer {i} holds {found} numbers a token, the model {expected}")
+
 
 @dataclass(frozen=True)
 class Inputs:

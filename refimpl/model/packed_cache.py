@@ -29,6 +29,13 @@ class PackedCache:
     def __len__(self) -> int:
         return len(self.rest)
 
+    def kept(self, rows: Array, counts: Array) -> PackedCache:
+        """As `Cache.kept`: the first `counts` (R,) tokens of the sequences `rows` (R,)."""
+        columns, _ = self.rest.selection(rows, counts)
+        if columns is None:
+            return self
+        return PackedCache(tuple([a[rows[:, None], columns] for a in self.layers]), self.rest.kept(rows, counts))
+
 
 def kv_format(name: str) -> tuple[Format, str]:
     """The format of this name; SpecError lists them."""

@@ -27,6 +27,8 @@ INSIDE_FUNCTIONS = {
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",
+    "tokenizers": ("refimpl.infer.tokenizer", "refimpl.spec_tests.*.test_interop*"),
+    "jinja2": ("refimpl.infer.chat", "refimpl.spec_tests.*.test_interop*"),
 }
 
 
