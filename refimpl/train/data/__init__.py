@@ -1,0 +1,1 @@
+"""Text to tokens, tokens to packed shards, shards to batches (R 4.1)."""

@@ -1,0 +1,69 @@
+"""Every schedule of a run as a figure (matplotlib, extra `plot`): one panel a schedule, over tokens."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from refimpl.autograd.errors import SpecError
+
+from .run import SCHEDULES, Run
+
+PANELS = {
+    "lr": "learning rate",
+    "batch": "batch (sequences)",
+    "gamma": "bias speed γ",
+    "mtp_weight": "MTP weight λ",
+    "aux_weight": "balance weight α",
+    "sequence": "sequence (tokens)",
+}
+POINTS = 600
+
+
+def points(run: Run, n: int = POINTS) -> dict[str, list[float]]:
+    """`tokens` and every panel's values in `n` steps of each phase, its first, its last and those around its corners included."""
+    found: dict[str, list[float]] = {name: [] for name in ("tokens", *PANELS)}
+    first = 0
+    for phase in run.phases:
+        last = len(phase.steps) - 1
+        corners = [phase.steps.step(p.last) for s in (phase.batch, *phase.schedules.values()) for p in s.pieces]
+        evenly = [round(i * last / (n - 1)) for i in range(n)]
+        chosen = {min(max(k + d, 0), last) for k in corners for d in (-1, 0)} | set(evenly)
+        for k in sorted(chosen):
+            s = run.at(first + k)
+            values = {"tokens": s.tokens, "batch": s.batch, "sequence": s.sequence} | {
+                x: s.values[x] for x in SCHEDULES
+            }
+            for name, value in values.items():
+                found[name].append(value)
+        first += len(phase.steps)
+    return found
+
+
+def svg(run: Run) -> bytes:
+    """The figure as SVG, the same bytes for the same run. SpecError without matplotlib."""
+    figure = _figure(run)
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _figure(run: Run) -> Any:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SpecError('drawing needs matplotlib: pip install "deepseek-v3-refimpl[plot]"') from error
+
+    found = points(run)
+    with matplotlib.rc_context({"svg.hashsalt": run.name, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 8), layout="constrained")
+        figure.suptitle(run.name)
+        for i, (name, title) in enumerate(PANELS.items()):
+            axes = figure.add_subplot(3, 2, i + 1)
+            axes.plot(
+                found["tokens"], found[name], drawstyle="steps-post" if name in ("batch", "sequence") else "default"
+            )
+            axes.set(title=title, xlabel="tokens", ylim=(0, None))
+            axes.grid(alpha=0.3)
+    return figure
