@@ -12,12 +12,12 @@ from typing import NoReturn
 
 from refimpl.autograd.errors import SpecError
 
-from . import case, cluster, diff, info, precision, recipe, record, schedule, taps, trace
+from . import case, cluster, data, diff, info, precision, recipe, record, schedule, taps, trace
 
 BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
-COMMANDS = (diff, info, case, record, trace, taps, precision, schedule, cluster, recipe)
+COMMANDS = (diff, info, case, record, trace, taps, precision, schedule, cluster, recipe, data)
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 
 

@@ -40,7 +40,7 @@ def scaled(
     rate = 1.0 if lr is None else lr / peaks["lr"]
     optimizer = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run.optimizer).items() if v is not None}
     head: dict[str, Any] = {"name": run.name, "origin": run.origin, "unpublished": list(run.unpublished)}
-    if (a, b, c, rate) != (1, 1, 1, 1.0):
+    if any(factor != 1 for factor in (a, b, c, rate)):
         head["origin"] += (
             f"; scaled: tokens x {float(a):.3g}, batch x {float(b):.3g}, sequence x {float(c):.3g}, lr x {rate:.3g}"
         )
