@@ -26,7 +26,7 @@ INSIDE_FUNCTIONS = {
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",
-    "tokenizers": "refimpl.train.data*",
+    "tokenizers": ("refimpl.train.data*", *ADAPTERS),
 }
 
 

@@ -104,6 +104,8 @@ def build(out: Path, files: Sequence[Path], tokenizer: Tokenizer, how: Build) ->
 def _begin(out: Path, facts: dict[str, Any]) -> None:
     """Make the folder, or see that it is that of the same build; what a killed build left half-written goes."""
     started = out / "build.json"
+    for left in out.glob(".build.json.*.tmp" if not started.exists() else ".*.tmp"):
+        left.unlink()
     if started.exists():
         old = json_object(started)
         odd = [k for k in facts if json.loads(json.dumps(facts[k])) != old.get(k)]
@@ -115,8 +117,6 @@ def _begin(out: Path, facts: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with Transaction() as t, t.new(started) as f:
             f.write(json.dumps(facts, indent=1).encode())
-    for left in out.glob(".*.tmp"):
-        left.unlink()
 
 
 def _gather(

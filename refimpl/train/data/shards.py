@@ -30,7 +30,7 @@ from refimpl.checkpoint import json_object
 
 SCHEMA = "refimpl-shards/1"
 OPEN = 512
-"""Shards that stay mapped, so that memory and address space do not grow with the corpus."""
+"""Files that stay mapped, so that memory and address space do not grow with the corpus."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Shards:
         self.padded = any(s.tokens != s.rows * self.length for s in self.shards)
         for s in self.shards:
             self._check_size(s)
-        self._maps: OrderedDict[int, tuple[Array, Array]] = OrderedDict()
+        self._maps: OrderedDict[Path, Array] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -86,28 +86,33 @@ class Shards:
         rows = [[s.name, s.rows, s.pieces, *s.crc] for s in self.shards]
         return "sha256:" + sha256(json.dumps([self.length, self.tokenizer, rows]).encode()).hexdigest()
 
-    def mapped(self, shard: int) -> tuple[Array, Array]:
-        """Tokens (rows, S) and spans (pieces, 2) of a shard, as long as few others were mapped since."""
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
+    def tokens(self, shard: int) -> Array:
+        """The rows of a shard (rows, S), mapped."""
         s = self.shards[shard]
-        files = self._files(s)
-        tokens = np.memmap(files[0], self.dtype.newbyteorder("<"), "r", shape=(s.rows, self.length))
-        spans = np.memmap(files[1], "<i8", "r", shape=(s.pieces, 2))
-        self._maps[shard] = (
-            np.asarray(tokens),
-            np.asarray(spans),
-        )  # plain arrays: slicing a memmap costs several times as much
+        return self._mapped(self._files(s)[0], self.dtype.newbyteorder("<"), (s.rows, self.length))
+
+    def spans(self, shard: int) -> Array:
+        """First and last + 1 of each piece of a shard (pieces, 2), mapped."""
+        s = self.shards[shard]
+        return self._mapped(self._files(s)[1], np.dtype("<i8"), (s.pieces, 2))
+
+    def _mapped(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> Array:
+        if path in self._maps:
+            self._maps.move_to_end(path)
+            return self._maps[path]
+        found = np.asarray(
+            np.memmap(path, dtype, "r", shape=shape)
+        )  # a plain array: slicing a memmap costs several times as much
+        self._maps[path] = found
         if len(self._maps) > OPEN:
             self._maps.popitem(last=False)
-        return self._maps[shard]
+        return found
 
     def rows(self, which: Array) -> Array:
         """Rows (B,) of all shards together -> tokens (B, S), int64."""
         out = np.empty((len(which), self.length), np.int64)
         for shard, places, local in self._by_shard(which):
-            tokens, _ = self.mapped(shard)
+            tokens = self.tokens(shard)
             for place, row in zip(places, local, strict=True):
                 out[place] = tokens[row]
         return out
@@ -116,7 +121,7 @@ class Shards:
         """Rows (B,) -> documents (B, S): 0, 1, ... in each row by piece; -1 for padding."""
         out = np.full((len(which), self.length), -1, np.int64)
         for shard, places, local in self._by_shard(which):
-            _, spans = self.mapped(shard)
+            spans = self.spans(shard)
             for place, row in zip(places, local, strict=True):
                 begin = row * self.length
                 a, b = np.searchsorted(spans[:, 0], [begin, begin + self.length])
