@@ -64,11 +64,11 @@ def test_packing_keeps_every_token_once(lengths, size, pack):
     assert tokens.dtype == np.uint16 and tokens.shape[1] == size
     flat = tokens.reshape(-1)
     assert sorted(flat[flat > 0].tolist()) == list(range(1, sum(lengths) + 1))
-    for (first, last), piece in zip(spans.tolist(), pieces, strict=True):
+    for (first, last), piece in zip(spans.T.tolist(), pieces, strict=True):
         whole = texts[piece.document]
         assert flat[first:last].tolist() == whole[piece.start : piece.start + piece.length].tolist()
         assert first // size == (last - 1) // size
-    assert (np.diff(spans.reshape(-1)) >= 0).all()
+    assert (np.diff(spans.T.reshape(-1)) >= 0).all()
     if pack is best_fit:
         assert all(p.length == min(size, lengths[p.document]) or lengths[p.document] > size for p in pieces)
 

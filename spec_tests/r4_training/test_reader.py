@@ -12,6 +12,7 @@ from refimpl import train
 from refimpl.autograd import SpecError
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.presets import TINY
+from refimpl.spec_tests.oracles.shards import documents_of
 from refimpl.train.data import Bytes, Cursor, Permutation, Reader, Shards, build, random_generator, random_state
 from refimpl.train.data.building import Build
 from refimpl.train.data.shards import index_of
@@ -120,7 +121,7 @@ def test_a_generator_goes_on_from_its_state(seed, drawn):
 def test_padding_is_no_label_and_documents_are_isolated(shards):
     """Catches a loss on padding, and (R 5.1) a document's first token predicted from the document before it."""
     n = len(shards)
-    rows, documents = shards.rows(np.arange(n)), shards.documents(np.arange(n))
+    rows, documents = shards.rows(np.arange(n)), documents_of(shards)
     order = Reader(shards, 2).samples(0, n)
     plain, _ = Reader(shards, 2).take(Reader(shards, 2).start(), n)
     masked, _ = Reader(shards, 2, masked=True).take(Reader(shards, 2).start(), n)

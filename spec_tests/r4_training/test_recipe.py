@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.autograd import SpecError
+from refimpl.cli import main
 from refimpl.layers import PRESETS
 from refimpl.train.recipe import amount, document, load, read, recipes, render, rows, scaled, to_json, to_toml
 
@@ -180,6 +181,54 @@ def test_articles_are_named_and_no_default():
     assert load("article-fp16").optimizer.loss_scale == 65536
     with pytest.raises(SpecError, match="fp16"):
         load("article-fp16").recipe(0)
+
+
+# ---- The command and the figure
+
+
+def test_the_command(tmp_path, capsys):
+    """Catches an option that does not reach the recipe, output that cannot be read again, a wrong exit code."""
+    assert main(["recipe"]) == 0
+    assert "14.8T" in capsys.readouterr().out
+    assert main(["recipe", "--tokens", "20M", "--sequence", "64", "--batch", "40", "--lr", "3e-3", "--toml"]) == 0
+    file = tmp_path / "mine.toml"
+    file.write_text(capsys.readouterr().out)
+    small = load(file)
+    assert abs(small.tokens - 20_000_000) <= 2 and small.at(200).values["lr"] == 3e-3
+    assert main(["recipe", str(file), "--step", "200"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][-4] == ["lr", "0.003"]
+    assert main(["recipe", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == len(small)
+    for wrong in (["--tokens", "x"], ["--batch", "0.5"], ["--lr", "-1"], ["--step", "-1"], ["--tokens", "10"]):
+        assert main(["recipe", *wrong]) == 3, wrong
+
+
+def test_the_figure_shows_the_run():
+    """Catches a curve that misses a corner between two of its points, points out of order. Needs no matplotlib."""
+    from refimpl.train.recipe.plot import points
+
+    found = points(V3, n=50)
+    assert found["tokens"] == sorted(found["tokens"])
+    assert (
+        max(found["lr"]) == 2.2e-4
+        and set(found["gamma"]) == {0.0, 0.001}
+        and set(found["sequence"]) == {4096, 32768, 131072}
+    )
+    k = found["mtp_weight"].index(0.1)  # the switch at 10 T is between two neighbouring steps
+    assert (
+        found["tokens"][k] - found["tokens"][k - 1] == 15360 * 4096
+        and found["tokens"][k - 1] < 10 * T <= found["tokens"][k]
+    )
+
+
+def test_the_figure_is_an_svg_and_always_the_same(tmp_path):
+    """Catches a date or a random id in a file that one wants to keep in a repository, a panel left out."""
+    pytest.importorskip("matplotlib")
+    from refimpl.train.recipe.plot import PANELS, svg
+
+    assert main(["recipe", "--plot", str(tmp_path / "r.svg")]) == 0
+    text = (tmp_path / "r.svg").read_bytes()
+    assert text == svg(V3) and text.startswith(b"<?xml") and all(title.encode() in text for title in PANELS.values())
 
 
 # ---- Bad input

@@ -10,6 +10,7 @@ import pytest
 
 from refimpl.autograd import SpecError
 from refimpl.cli import main
+from refimpl.spec_tests.oracles.shards import documents_of
 from refimpl.train.data import Altering, Build, Bytes, Shards, build
 
 EOS = 257
@@ -37,7 +38,7 @@ def test_shards_hold_every_document_of_the_input(tmp_path):
     s = Shards(tmp_path / "out", tokenizer="bytes/1", vocab_size=262)
     lines = (tmp_path / "in" / "a.txt").read_text().splitlines(keepends=True) + [f"no {i} ü" for i in range(40)]
     expected = [t for line in lines for t in [*line.encode(), EOS]]
-    rows, documents = s.rows(np.arange(len(s))), s.documents(np.arange(len(s)))
+    rows, documents = s.rows(np.arange(len(s))), documents_of(s)
     assert rows[documents >= 0].tolist() == expected
     assert (rows[documents < 0] == Bytes.ids["<｜▁pad▁｜>"]).all() and s.padded
     assert len(s.shards) > 5 and (done[-1].documents, done[-1].tokens, done[-1].rows) == (80, len(expected), len(s))
@@ -50,17 +51,13 @@ def test_documents_of_rows_are_their_pieces(tmp_path):
     made(tmp_path)
     s = Shards(tmp_path / "out")
     assert s.padded
-    which = np.random.default_rng(0).permutation(len(s))
-    found = s.documents(which)
-    for row, documents in zip(which.tolist(), found.tolist(), strict=True):
-        shard = max(i for i in range(len(s.shards)) if s.first[i] <= row)
-        begin = (row - int(s.first[shard])) * 16
-        expected, n = [-1] * 16, 0
-        for first, last in s.spans(shard).tolist():
-            if begin <= first < begin + 16:
-                expected[first - begin : last - begin] = [n] * (last - first)
-                n += 1
-        assert documents == expected
+    which, owners = np.random.default_rng(0).permutation(len(s)), documents_of(s)
+    seen = {}
+    for place, pieces in s.pieces(which):
+        seen[place] = [-1] * 16
+        for number, (first, last) in enumerate(pieces):
+            seen[place][first:last] = [number] * (last - first)
+    assert [seen[k] for k in range(len(s))] == owners[which].tolist()
 
 
 # ---- Interrupted builds

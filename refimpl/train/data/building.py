@@ -143,7 +143,7 @@ def _write(
     tokens, spans = lay_out(pieces, found, how.length, facts["pad"], facts["dtype"])
     raw = [np.ascontiguousarray(a.astype(a.dtype.newbyteorder("<"))).data.cast("B") for a in (tokens, spans)]
     name = path.name.removesuffix(".shard.json")
-    record: dict[str, Any] = {"name": name, "rows": len(tokens), "pieces": len(spans), "tokens": sum(map(len, found))}
+    record: dict[str, Any] = {"name": name, "rows": len(tokens), "pieces": len(pieces), "tokens": sum(map(len, found))}
     record |= {"crc": [zlib.crc32(r) for r in raw], "next": list(place), "documents": number}
     with Transaction() as t:
         for suffix, data in zip((".tokens", ".spans", ".shard.json"), (*raw, json.dumps(record).encode()), strict=True):

@@ -75,7 +75,7 @@ PACKINGS: Mapping[str, Callable[[Sequence[int], int], list[Piece]]] = {"best-fit
 def lay_out(
     pieces: Sequence[Piece], documents: Sequence[Array], row_length: int, pad: int, dtype: str
 ) -> tuple[Array, Array]:
-    """Pieces, documents (n,) each -> tokens (rows, S) with `pad` where no piece lies, spans (pieces, 2): first and last + 1 of each
+    """Pieces, documents (n,) each -> tokens (rows, S) with `pad` where no piece lies, spans (2, pieces): first and last + 1 of each
     piece, counted over all rows.
     """
     require(pieces, "no document has a token")
@@ -83,4 +83,4 @@ def lay_out(
     for p in pieces:
         tokens[p.row, p.at : p.at + p.length] = documents[p.document][p.start : p.start + p.length]
     first = np.array([p.row * row_length + p.at for p in pieces], np.int64)
-    return tokens, np.stack([first, first + np.array([p.length for p in pieces], np.int64)], axis=1)
+    return tokens, np.stack([first, first + np.array([p.length for p in pieces], np.int64)])

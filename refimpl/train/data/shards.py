@@ -3,7 +3,7 @@
 A folder holds, for every shard NAME,
 
 NAME.tokens   (rows, S) uint16 or uint32, little-endian: the rows, one after the other
-NAME.spans    (pieces, 2) int64: the first and the last + 1 token of each piece of a document, ascending, counted over all rows;
+NAME.spans    (2, pieces) int64: the first and the last + 1 token of each piece of a document, ascending, counted over all rows;
               none goes over the end of a row; what lies in none is padding
 
 and `index.json`, written last: S, dtype, vocabulary, the tokenizer's fingerprint, how the documents were altered, and for every
@@ -92,9 +92,9 @@ class Shards:
         return self._mapped(self._files(s)[0], self.dtype.newbyteorder("<"), (s.rows, self.length))
 
     def spans(self, shard: int) -> Array:
-        """First and last + 1 of each piece of a shard (pieces, 2), mapped."""
+        """First and last + 1 of each piece of a shard (2, pieces), mapped."""
         s = self.shards[shard]
-        return self._mapped(self._files(s)[1], np.dtype("<i8"), (s.pieces, 2))
+        return self._mapped(self._files(s)[1], np.dtype("<i8"), (2, s.pieces))
 
     def _mapped(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> Array:
         if path in self._maps:
@@ -108,26 +108,24 @@ class Shards:
             self._maps.popitem(last=False)
         return found
 
-    def rows(self, which: Array) -> Array:
-        """Rows (B,) of all shards together -> tokens (B, S), int64."""
-        out = np.empty((len(which), self.length), np.int64)
+    def rows(self, which: Array, out: Array | None = None) -> Array:
+        """Rows (B,) of all shards together -> tokens (B, S), int64; into `out`, if given."""
+        out = np.empty((len(which), self.length), np.int64) if out is None else out
         for shard, places, local in self._by_shard(which):
-            tokens = self.tokens(shard)
-            for place, row in zip(places, local, strict=True):
-                out[place] = tokens[row]
+            out[places] = self.tokens(shard)[local]
         return out
 
-    def documents(self, which: Array) -> Array:
-        """Rows (B,) -> documents (B, S): 0, 1, ... in each row by piece; -1 for padding."""
-        out = np.full((len(which), self.length), -1, np.int64)
+    def pieces(self, which: Array) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """(place in `which`, first and last + 1 of its pieces) of rows (B,), counted from the row's first token. The pieces of a
+        row follow one another from its beginning; the rest of it is padding.
+        """
         for shard, places, local in self._by_shard(which):
             spans = self.spans(shard)
-            for place, row in zip(places, local, strict=True):
-                begin = row * self.length
-                a, b = np.searchsorted(spans[:, 0], [begin, begin + self.length])
-                sizes = spans[a:b, 1] - spans[a:b, 0]
-                out[place, : sizes.sum()] = np.repeat(np.arange(b - a), sizes)  # pieces fill a row from its beginning
-        return out
+            begins = local * self.length
+            bounds = [np.searchsorted(spans[0], at).tolist() for at in (begins, begins + self.length)]
+            for place, begin, a, b in zip(places.tolist(), begins.tolist(), *bounds, strict=True):
+                first, last = (spans[:, a:b] - begin).tolist()
+                yield place, list(zip(first, last, strict=True))
 
     def verify(self) -> Iterator[Shard]:
         """Read every shard and compare its CRC-32s; yields each as it is found whole. SpecError for the first that is not."""
@@ -142,14 +140,14 @@ class Shards:
                 )
             yield s
 
-    def _by_shard(self, which: Array) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(shard, places in `which`, rows of the shard) for every shard that has some."""
+    def _by_shard(self, which: Array) -> Iterator[tuple[int, Array, Array]]:
+        """(shard, places in `which` (n,), rows of the shard (n,)) for every shard that has some."""
         inside = bool(len(which) == 0 or (which.min() >= 0 and which.max() < len(self)))
         require(inside, f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
         owner = np.searchsorted(self.first, which, side="right") - 1
         for shard in np.unique(owner).tolist():
             places = np.flatnonzero(owner == shard)
-            yield shard, places.tolist(), (which[places] - self.first[shard]).tolist()
+            yield shard, places, which[places] - self.first[shard]
 
     def _files(self, s: Shard) -> tuple[Path, Path]:
         return self.folder / f"{s.name}.tokens", self.folder / f"{s.name}.spans"

@@ -114,7 +114,9 @@ breaks after it, white space.
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
-    """A byte-level BPE of this size learned from texts, with V3's pre-tokenizer and sentinels -> the text of its tokenizer.json."""
+    """A byte-level BPE of this size learned from texts, with V3's pre-tokenizer and sentinels -> the text of its tokenizer.json.
+    SpecError for texts too small to teach so many.
+    """
     lib = _library()
     least = 256 + len(SENTINELS)
     require(vocab_size >= least, f"vocab_size is {vocab_size}; bytes and sentinels alone are {least}")
@@ -128,6 +130,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
         vocab_size=vocab_size, special_tokens=list(SENTINELS), initial_alphabet=sorted(alphabet), show_progress=False
     )
     inner.train_from_iterator(texts, trainer)
+    found = inner.get_vocab_size()
+    require(found == vocab_size, f"the texts teach only {found} tokens, not {vocab_size}")
     text: str = inner.to_str(pretty=True)
     return text
 

@@ -42,28 +42,26 @@ def points(run: Run, n: int = POINTS) -> dict[str, list[float]]:
 
 def svg(run: Run) -> bytes:
     """The figure as SVG, the same bytes for the same run. SpecError without matplotlib."""
-    figure = _figure(run)
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
-
-
-def _figure(run: Run) -> Any:
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SpecError('drawing needs matplotlib: pip install "deepseek-v3-refimpl[plot]"') from error
 
-    found = points(run)
+    out = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": run.name, "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 8), layout="constrained")
-        figure.suptitle(run.name)
-        for i, (name, title) in enumerate(PANELS.items()):
-            axes = figure.add_subplot(3, 2, i + 1)
-            axes.plot(
-                found["tokens"], found[name], drawstyle="steps-post" if name in ("batch", "sequence") else "default"
-            )
-            axes.set(title=title, xlabel="tokens", ylim=(0, None))
-            axes.grid(alpha=0.3)
-    return figure
+        _draw(figure, run)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _draw(figure: Any, run: Run) -> None:
+    found = points(run)
+    figure.suptitle(run.name)
+    for i, (name, title) in enumerate(PANELS.items()):
+        axes = figure.add_subplot(3, 2, i + 1)
+        style = "steps-post" if name in ("batch", "sequence") else "default"
+        axes.plot(found["tokens"], found[name], drawstyle=style)
+        axes.set(title=title, xlabel="tokens", ylim=(0, None))
+        axes.grid(alpha=0.3)
