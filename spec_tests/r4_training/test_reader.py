@@ -16,6 +16,7 @@ from refimpl.spec_tests.oracles.shards import documents_of
 from refimpl.train.data import Bytes, Cursor, Permutation, Reader, Shards, build, random_generator, random_state
 from refimpl.train.data.building import Build
 from refimpl.train.data.shards import index_of
+from refimpl.train.recipe import load, read, scaled
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +196,38 @@ def test_ten_terabytes_in_constant_memory(tmp_path):
     tracemalloc.stop()
     assert found == [row % 129280 for row in marked.tolist() if row % 129280]
     assert peak < 8 * 2**20, f"{peak / 2**20:.1f} MiB"
+
+
+def test_a_run_by_recipe_and_shards_goes_on_bit_for_bit(tmp_path):
+    """Catches a state that neither cursor nor step number holds: five steps, then five from a saved cursor on two ranks' shares,
+    are ten steps, with V3's own schedules scaled down to a growing batch and a falling learning rate.
+    """
+    c = TINY.replace(vocab_size=262)
+    (tmp_path / "a.txt").write_text("".join(f"{i} " + "abcdefg"[: i % 7] * (i % 5) + "\n" for i in range(80)))
+    list(build(tmp_path / "out", [tmp_path / "a.txt"], Bytes(), Build(16, split="line")))
+    reader = Reader(Shards(tmp_path / "out"), seed=3, epochs=None)
+    document = scaled(load("deepseek-v3"), tokens=1000, sequence=16, batch=8, lr=1e-2)
+    document["optimizer"]["precision"] = "float32"
+    run = read(document)
+    assert (
+        len(run) >= 10
+        and len({run.at(k).batch for k in range(10)}) > 1
+        and len({run.at(k).values["lr"] for k in range(10)}) > 3
+    )
+
+    def go(state, cursor, first, last, ranks):
+        for k in range(first, last):
+            parts = [reader.take(cursor, run.at(k).batch, rank=r, ranks=ranks) for r in range(ranks)]
+            cursor = parts[0][1]
+            given = [p.inputs() for p, _ in parts if len(p.tokens)]
+            batch = {name: np.concatenate([g[name] for g in given]) for name in given[0]}
+            state, _ = train.step(c, state, recipe=run.recipe(k), **batch)
+        return state, cursor
+
+    start = train.State(train.init(c, std=run.optimizer.init_std))
+    whole, end = go(start, reader.start(), 0, 10, 1)
+    half, saved = go(start, reader.start(), 0, 5, 1)
+    again, there = go(half, Cursor.from_dict(json.loads(json.dumps(saved.to_dict()))), 5, 10, 2)
+    assert there == end
+    for name, w in whole.weights.items():
+        np.testing.assert_array_equal(again.weights[name], w)

@@ -83,6 +83,8 @@ def test_the_table_adds_up():
     assert sum(r.tokens for r in table if r.phase == "pre-training") == 14_800 * B
     assert sum(r.steps for r in table) == len(V3) == 244_785
     assert sum(r.tokens for r in table) == V3.tokens
+    warm_up = [batch * 4096 for _, (_, batch, *_) in zip(range(2000), pretraining(), strict=False)]
+    assert (table[0].steps, table[0].tokens) == (2000, sum(warm_up))
     assert [r.tokens for r in table if r.phase == "pre-training"][2:] == [9_531 * B, 4_300 * B, 333 * B, 167 * B]
     for a, b in pairwise(table):
         assert b.first == (a.first + a.tokens if a.phase == b.phase else 0)

@@ -141,7 +141,7 @@ def _write(
     """Pack documents and write their shard, `path` last -> its record."""
     pieces = PACKINGS[how.packing]([len(ids) for ids in found], how.length)
     tokens, spans = lay_out(pieces, found, how.length, facts["pad"], facts["dtype"])
-    raw = [np.ascontiguousarray(a.astype(a.dtype.newbyteorder("<"))).data.cast("B") for a in (tokens, spans)]
+    raw = [a.astype(a.dtype.newbyteorder("<")).tobytes() for a in (tokens, spans)]
     name = path.name.removesuffix(".shard.json")
     record: dict[str, Any] = {"name": name, "rows": len(tokens), "pieces": len(pieces), "tokens": sum(map(len, found))}
     record |= {"crc": [zlib.crc32(r) for r in raw], "next": list(place), "documents": number}

@@ -158,7 +158,7 @@ def random_state(rng: np.random.Generator) -> dict[str, Any]:
 
 def random_generator(state: Mapping[str, Any]) -> np.random.Generator:
     """The generator that goes on from a state. SpecError for what is none."""
-    bits = np.random.PCG64()
+    bits: Any = np.random.PCG64()
     try:
         bits.state = dict(state)
     except (TypeError, ValueError, KeyError, OverflowError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -112,8 +112,8 @@ class Run:
         """Step `step` in the form that `train.step` takes. SpecError where the precision is one that has only a name here."""
         o, v = self.optimizer, self.at(step).values
         adam = AdamW(v["lr"], o.betas, o.eps, o.weight_decay, o.moments, o.decays)
-        weights = {"gamma": v["gamma"], "mtp_weight": v["mtp_weight"], "aux_weight": v["aux_weight"]}
-        return replace(Recipe(plan(o.precision), adam, max_norm=o.clip), **weights)
+        gamma, mtp, aux = v["gamma"], v["mtp_weight"], v["aux_weight"]
+        return Recipe(plan(o.precision), adam, max_norm=o.clip, gamma=gamma, mtp_weight=mtp, aux_weight=aux)
 
     def config(self, step: int, base: Config) -> Config:
         """The model's config in a step: R 4.3 switches YaRN on by the phase."""
