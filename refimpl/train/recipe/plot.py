@@ -7,7 +7,7 @@ from typing import Any
 
 from refimpl.autograd.errors import SpecError
 
-from .run import SCHEDULES, Run
+from .run import SCHEDULES, Phase, Run
 
 PANELS = {
     "lr": "learning rate",
@@ -17,19 +17,15 @@ PANELS = {
     "aux_weight": "balance weight α",
     "sequence": "sequence (tokens)",
 }
-POINTS = 600
+POINTS = 50
 
 
 def points(run: Run, n: int = POINTS) -> dict[str, list[float]]:
-    """`tokens` and every panel's values in `n` steps of each phase, its first, its last and those around its corners included."""
+    """`tokens` and every panel's values: in n steps of every piece that is not constant, and on both sides of every corner."""
     found: dict[str, list[float]] = {name: [] for name in ("tokens", *PANELS)}
     first = 0
     for phase in run.phases:
-        last = len(phase.steps) - 1
-        corners = [phase.steps.step(p.last) for s in (phase.batch, *phase.schedules.values()) for p in s.pieces]
-        evenly = [round(i * last / (n - 1)) for i in range(n)]
-        chosen = {min(max(k + d, 0), last) for k in corners for d in (-1, 0)} | set(evenly)
-        for k in sorted(chosen):
+        for k in sorted(_steps(phase, n)):
             s = run.at(first + k)
             values = {"tokens": s.tokens, "batch": s.batch, "sequence": s.sequence} | {
                 x: s.values[x] for x in SCHEDULES
@@ -38,6 +34,16 @@ def points(run: Run, n: int = POINTS) -> dict[str, list[float]]:
                 found[name].append(value)
         first += len(phase.steps)
     return found
+
+
+def _steps(phase: Phase, n: int) -> set[int]:
+    last, chosen = len(phase.steps) - 1, set[int]()
+    for piece in [p for s in (phase.batch, *phase.schedules.values()) for p in s.pieces]:
+        a, b = phase.steps.step(piece.first), phase.steps.step(piece.last)
+        chosen |= {a, b - 1, b}
+        if piece.start != piece.end:
+            chosen |= {a + round(i * (b - a) / n) for i in range(n)}
+    return {min(k, last) for k in chosen}
 
 
 def svg(run: Run) -> bytes:
