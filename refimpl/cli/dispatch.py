@@ -12,13 +12,32 @@ from typing import NoReturn
 
 from refimpl.autograd.errors import SpecError
 
-from . import case, cluster, diff, explain, generate, impact, info, precision, record, repro, schedule, taps, trace
+from . import (
+    case,
+    cluster,
+    data,
+    diff,
+    explain,
+    generate,
+    impact,
+    info,
+    precision,
+    recipe,
+    record,
+    repro,
+    schedule,
+    taps,
+    trace,
+)
 from . import map as maps
 
 BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
-COMMANDS = (diff, impact, explain, repro, info, case, record, maps, trace, taps, generate, precision, schedule, cluster)
+COMMANDS = (
+    *(diff, impact, explain, repro, info, case, record, maps, trace, taps),
+    *(generate, recipe, data, precision, schedule, cluster),
+)
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 
 

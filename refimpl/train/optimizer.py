@@ -15,8 +15,9 @@ from refimpl.layers.numerics.formats import to_bf16
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight decay on every parameter; eps is not published (R 4.2 is silent), 1e-8 is PyTorch's. V3 keeps both
-    moments in bfloat16, masters and gradients in float32 (R 3.3.3): `moments="bf16"`.
+    """Decoupled weight decay on every parameter, or without the norms' gains: `decays="matrices"`. Which, and eps, is not published
+    (R 4.2 is silent); 1e-8 is PyTorch's. V3 keeps both moments in bfloat16, masters and gradients in float32 (R 3.3.3):
+    `moments="bf16"`.
     """
 
     lr: float = 2.2e-4
@@ -24,6 +25,12 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     moments: Literal["fp32", "bf16"] = "fp32"
+    decays: Literal["all", "matrices"] = "all"
+
+    def decay(self, name: str) -> float:
+        """The weight decay of a parameter, by its checkpoint name: a rank's shard of a matrix is flat, so shapes do not tell."""
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        return 0.0 if self.decays == "matrices" and "norm" in module else self.weight_decay
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,6 @@ def adamw(
 
     def step(n: str, p: Any) -> Array:
         denominator = np.sqrt(v[n] / (1 - b2**t)) + opt.eps
-        return p * (1 - opt.lr * opt.weight_decay) - (opt.lr / (1 - b1**t)) * m[n] / denominator
+        return p * (1 - opt.lr * opt.decay(n)) - (opt.lr / (1 - b1**t)) * m[n] / denominator
 
     return {n: step(n, p) for n, p in params.items()}, replace(state, m=m, v=v, t=t)

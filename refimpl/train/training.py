@@ -66,11 +66,22 @@ def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:
     return weights
 
 
-def step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State, Report]:
-    """Train on one batch, tokens (B, S): each predicts the next. -> the new state, what was seen."""
+def step(
+    c: Config,
+    state: State,
+    tokens: Array,
+    recipe: Recipe,
+    *,
+    labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
+) -> tuple[State, Report]:
+    """Train on one batch, tokens (B, S): each predicts the next, or what `labels` has there (-100: nothing). `valid` is 0 for
+    padding, attention stays inside `documents` (all as the model's inputs). -> the new state, what was seen.
+    """
     held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
     model = ForCausalLM.from_weights(c, held).with_gradients()
-    inputs = model.inputs(tokens, labels=tokens)
+    inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
     with observing(recipe.plan):
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
     grads = backward(out.loss)

@@ -1,0 +1,166 @@
+"""Batches out of shards, in an order that a seed decides, by a cursor that says how many samples are consumed (R 4.1).
+
+A cursor counts samples of all ranks together. So a run that was saved on W ranks goes on with W' ranks where it was: the batches
+are the same, only divided otherwise, and over all ranks every sample comes once an epoch, whatever W is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.errors import SpecError, require
+from refimpl.autograd.tensor import Array
+from refimpl.layers.loss import IGNORE
+
+from .order import Permutation
+from .shards import Shards
+
+BLOCK = 4096
+"""Positions whose samples are computed at once."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run is in its data: `samples` consumed by all ranks together, in the order of `seed`, of the shards with fingerprint
+    `data`. A checkpoint keeps `to_dict()`.
+    """
+
+    samples: int
+    seed: int
+    data: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` of it gives an equal cursor."""
+        return {"schema": "refimpl-cursor/1", "samples": self.samples, "seed": self.seed, "data": self.data}
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Cursor:
+        """SpecError for anything that is no cursor."""
+        require(isinstance(d, Mapping) and d.get("schema") == "refimpl-cursor/1", f"not a cursor: {d!r}")
+        found = cls(d.get("samples"), d.get("seed"), d.get("data"))  # type: ignore[arg-type]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (found.samples, found.seed))
+        require(whole and isinstance(found.data, str), f"not a cursor: {d!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens (B, S); labels (B, S), -100 on padding; valid (B, S), 0 on padding, None if there is none; documents (B, S) if
+    attention is to stay inside them (R 5.1), and then the first token of a document is no label either.
+    """
+
+    tokens: Array
+    labels: Array
+    valid: Array | None = None
+    documents: Array | None = None
+
+    def inputs(self) -> dict[str, Array]:
+        """As keyword arguments of the model's `inputs`."""
+        return {name: a for name, a in vars(self).items() if a is not None}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Rows of shards in the order of `seed`, another one in every epoch; None for epochs without end."""
+
+    shards: Shards
+    seed: int = 0
+    epochs: int | None = 1
+    masked: bool = False
+
+    def start(self) -> Cursor:
+        """The cursor of a run that begins."""
+        return Cursor(0, self.seed, self.shards.fingerprint)
+
+    def check(self, cursor: Cursor) -> None:
+        """SpecError for the cursor of other data, of another order, or past the end."""
+        theirs = f"the cursor is of shards {cursor.data}"
+        require(cursor.data == self.shards.fingerprint, f"{theirs}, these are {self.shards.fingerprint}")
+        require(cursor.seed == self.seed, f"the cursor is of the order of seed {cursor.seed}, not {self.seed}")
+        end = self.end
+        past = end is not None and cursor.samples > end
+        require(not past, f"the cursor is past the end: {cursor.samples} samples consumed, there are {end}")
+
+    @property
+    def end(self) -> int | None:
+        """Samples of all epochs."""
+        return None if self.epochs is None else len(self.shards) * self.epochs
+
+    def take(self, cursor: Cursor, batch: int, *, rank: int = 0, ranks: int = 1) -> tuple[Batch, Cursor]:
+        """My share of the next `batch` samples, and the cursor after all of them. Ranks take neighbouring shares whose sizes differ
+        by one at most; together they are the batch. The last batch of the run may be short. SpecError at the end.
+        """
+        require(batch >= 1 and 0 <= rank < ranks, f"batch {batch}, rank {rank} of {ranks}")
+        self.check(cursor)
+        if self.end is not None:
+            batch = min(batch, self.end - cursor.samples)
+        if batch == 0:
+            raise SpecError(f"the data is at its end: all {self.end} samples are consumed")
+        first, last = cursor.samples + batch * rank // ranks, cursor.samples + batch * (rank + 1) // ranks
+        return self._read(self.samples(first, last)), replace(cursor, samples=cursor.samples + batch)
+
+    def samples(self, first: int, last: int) -> Array:
+        """Which rows (last - first,) come at positions first to last - 1 of the run; nothing is read."""
+        n = len(self.shards)
+        parts = []
+        while first < last:
+            epoch, at = divmod(first, n)
+            block = at // BLOCK
+            found = _block(n, (self.seed, epoch), block)[at - block * BLOCK :][: last - first]
+            parts.append(found)
+            first += len(found)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _read(self, rows: Array) -> Batch:
+        if not (self.shards.padded or self.masked):
+            tokens = self.shards.rows(rows)
+            return Batch(tokens, tokens)
+        # One block for all: four arrays of a megabyte each go back to the system and come anew for every batch, and its page
+        # faults take twenty times as long as the copying.
+        block = np.empty((3 + self.masked, len(rows), self.shards.length), np.int64)
+        tokens, labels, valid = block[:3]
+        labels[:], valid[:] = self.shards.rows(rows, out=tokens), 1
+        documents = block[3] if self.masked else None
+        if documents is not None:
+            documents[:] = -1
+        for place, pieces in self.shards.pieces(rows):
+            end = pieces[-1][1]
+            labels[place, end:] = IGNORE
+            valid[place, end:] = 0
+            if documents is not None:
+                for number, (first, last) in enumerate(pieces):  # np.repeat takes ten times as long
+                    labels[place, first] = IGNORE
+                    documents[place, first:last] = number
+        return Batch(tokens, labels, valid, documents)
+
+
+@lru_cache(maxsize=16)
+def _block(n: int, seed: tuple[int, ...], block: int) -> Array:
+    found = Permutation(n, seed)(np.arange(block * BLOCK, min(n, (block + 1) * BLOCK)))
+    found.flags.writeable = False
+    return found
+
+
+# ---- Random generators of a run
+
+
+def random_state(rng: np.random.Generator) -> dict[str, Any]:
+    """The state of a generator, JSON-able, for a checkpoint."""
+    state: dict[str, Any] = dict(rng.bit_generator.state)
+    require(state["bit_generator"] == "PCG64", f"{state['bit_generator']}: expected np.random.default_rng's PCG64")
+    return state
+
+
+def random_generator(state: Mapping[str, Any]) -> np.random.Generator:
+    """The generator that goes on from a state. SpecError for what is none."""
+    bits: Any = np.random.PCG64()
+    try:
+        bits.state = dict(state)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise SpecError(f"not the state of a generator: {state!r}") from error
+    return np.random.Generator(bits)
