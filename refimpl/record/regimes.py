@@ -1,0 +1,271 @@
+"""Regimes: what a case must have for a mistake to show that a plain one hides. Each changes config, weights or inputs of a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import combinations
+
+from refimpl.autograd.errors import SpecError, require, where
+from refimpl.layers.config import Config
+
+from . import excite
+from .drafts import Draft
+
+
+def _same(c: Config) -> Config:
+    return c
+
+
+def _nothing(d: Draft) -> None:
+    pass
+
+
+def _always(c: Config) -> bool:
+    return True
+
+
+def _routed(c: Config) -> bool:
+    return c.n_routed_experts > 0
+
+
+def _biased(c: Config) -> bool:
+    return _routed(c) and c.topk_method == "noaux_tc"
+
+
+def _yarn(c: Config) -> bool:
+    return c.rope_scaling is not None and c.rope_scaling.factor > 1
+
+
+@dataclass(frozen=True)
+class Regime:
+    """id; `does`, what the case then has; `shows`, families of the corpus that need it, of which `only` are seen in no plain case;
+    `sets`, what it decides, which another regime then cannot; `config` and `change`, what it does; `needs`, of the config, or
+    it is refused for the reason `lacks`.
+    """
+
+    id: str
+    does: str
+    shows: tuple[str, ...]
+    sets: str
+    config: Callable[[Config], Config] = _same
+    change: Callable[[Draft], None] = _nothing
+    needs: Callable[[Config], bool] = _always
+    lacks: str = ""
+
+    def applied(self, c: Config) -> Config:
+        """The config in this regime; SpecError if it cannot be."""
+        with where(f"in regime {self.id}"):
+            require(self.needs(c), f"{self.lacks}, and this config has none")
+            return self.config(c)
+
+
+_EXPERTS, _BIAS, _YARN = "it is about routed experts", "it is about the selection bias (noaux_tc)", "it is about YaRN"
+
+REGIMES: dict[str, Regime] = {
+    r.id: r
+    for r in (
+        Regime(
+            "one-group",
+            "n_group and topk_group are 1",
+            ("R15b",),
+            "groups",
+            lambda c: c.replace(n_group=1, topk_group=1),
+            needs=_routed,
+            lacks=_EXPERTS,
+        ),
+        Regime(
+            "no-groups",
+            "n_group and topk_group are null in config.json",
+            ("R15b",),
+            "groups",
+            lambda c: c.replace(n_group=1, topk_group=1),
+            lambda d: d.written.update(n_group=None, topk_group=None),
+            needs=_routed,
+            lacks=_EXPERTS,
+        ),
+        Regime(
+            "raw-weights",
+            "norm_topk_prob is false: the chosen experts' scores are not renormalised",
+            ("R07b", "R08"),
+            "norm_topk_prob",
+            lambda c: c.replace(norm_topk_prob=False),
+            needs=_routed,
+            lacks=_EXPERTS,
+        ),
+        Regime(
+            "scaling-1",
+            "routed_scaling_factor is 1",
+            ("X07",),
+            "routed_scaling_factor",
+            lambda c: c.replace(routed_scaling_factor=1.0),
+            needs=_routed,
+            lacks=_EXPERTS,
+        ),
+        Regime(
+            "full-rank-q",
+            "q_lora_rank is null: queries have no latent",
+            ("A13d",),
+            "q_lora_rank",
+            lambda c: c.replace(q_lora_rank=None),
+        ),
+        Regime(
+            "mscale",
+            "mscale 0.707 and mscale_all_dim 1.3: their ratio multiplies cos and sin",
+            ("A06b",),
+            "mscale",
+            excite.unequal_mscale,
+            needs=_yarn,
+            lacks=_YARN,
+        ),
+        Regime(
+            "mtp-2",
+            "two MTP modules, one behind the other",
+            ("T08b",),
+            "num_nextn_predict_layers",
+            lambda c: c.replace(num_nextn_predict_layers=2),
+        ),
+        Regime(
+            "ragged-128",
+            "no matrix has a multiple of 128 rows or columns; most have more than 128, kv_a_proj has 129",
+            ("X50", "F01", "F02", "F03", "F16"),
+            "sizes",
+            excite.ragged,
+        ),
+        Regime(
+            "bias-positive",
+            "every selection bias is 8 or more, far above the scores, as in released weights",
+            ("R14",),
+            "bias",
+            change=excite.positive_bias,
+            needs=_biased,
+            lacks=_BIAS,
+        ),
+        Regime(
+            "bias-negative",
+            "every selection bias is below -1, so every biased score below 0",
+            ("R02",),
+            "bias",
+            change=excite.negative_bias,
+            needs=_biased,
+            lacks=_BIAS,
+        ),
+        Regime(
+            "near-ties",
+            "selection biases are float32 numbers; each token's closest decision is won by 1e-5 to 1e-3, which float32 tells apart",
+            ("R05", "R06"),
+            "closeness",
+            change=excite.near_ties,
+            needs=_biased,
+            lacks=_BIAS,
+        ),
+        Regime(
+            "ties",
+            "each token's closest decision is an exact tie, of two equal experts or groups of equal experts",
+            ("X06",),
+            "closeness router",
+            change=excite.ties,
+            needs=_routed,
+            lacks=_EXPERTS,
+        ),
+        Regime(
+            "extreme-logits",
+            "router logits of every fourth token below -110, of the next about 100 and more, of the next -10 to -20; biases about 12",
+            ("R12", "R13", "R14"),
+            "closeness router bias stream",
+            change=excite.extreme_logits,
+            needs=_biased,
+            lacks=_BIAS,
+        ),
+        Regime(
+            "small-latents",
+            "latents of queries and keys have a size of about 0.005 before their norms, where eps counts",
+            ("A12",),
+            "latents",
+            change=excite.small_latents,
+        ),
+        Regime(
+            "eps",
+            "rms_norm_eps is 1e-5 and embeddings are so small that it exceeds their mean square",
+            ("N01",),
+            "stream",
+            lambda c: c.replace(rms_norm_eps=excite.EPS),
+            excite.small_stream,
+        ),
+        Regime(
+            "padding",
+            "sequences of unequal lengths: the first is padded in front, the second behind",
+            ("A17g", "T05"),
+            "valid",
+            change=excite.padding,
+        ),
+        Regime(
+            "offset",
+            "positions start at 37 in the first sequence, at 74 in the second, and so on",
+            ("X24", "A20"),
+            "positions",
+            change=excite.offset,
+        ),
+        Regime(
+            "long-positions",
+            "positions run across the original length, and in other sequences from 257 to the last one there is",
+            ("A10", "A11", "A14"),
+            "positions",
+            change=excite.long_positions,
+        ),
+        Regime(
+            "fp8-weights",
+            "projections are stored as E4M3 codes with a float32 scale a block of 128 x 128, as released",
+            ("F01", "F02", "F03", "F04", "F05", "F07", "F10"),
+            "storage",
+            change=excite.fp8_weights,
+        ),
+    )
+}
+"""id -> regime, in the order in which they are applied: config, weights, inputs, storage."""
+
+NOT_REGIMES: dict[str, str] = {
+    "biases of both signs; scaling 2.5; four groups of which two; positions from 0; one dense layer": "the plain case has them",
+    "n_group 2 or 8": "--config; shows what four groups show (R03, R04c)",
+    "groups of one expert": "refused by the config: a group's score is the sum of its two best experts",
+    "topk_group = n_group, num_experts_per_tok = n_routed_experts": "hides R02, R03, R04c and R15, and shows nothing else",
+    "first_k_dense_replace 0 or 3": "--config; R11, their row, is a float16 overflow and shows as a factor in any dense layer",
+    "YaRN's factor 1": "equals no YaRN; hides A04 to A11",
+    "1 or 2 tokens": "show less; A19 is about a phase",
+    "chunked prefill, decoding, absorbed = expanded, MTP on = off (A18-A22, T07)": "phases of a run, not inputs: two traces of a case",
+    "FP8 activations: zero groups, subnormals, amax at 448, scales at powers of two (F08, F09, F11-F15)": (
+        "numbers inside a kernel: spec_tests/r3_3_fp8 gives them to the quantisers"
+    ),
+    "caches in FP8 (A21)": "a cache is part of decoding",
+    "MTP depth 0 and 1": "without and with --mtp",
+    "ignored labels (T05, T06), recomputation, micro-batches, capacity (L01-L08)": "a case has no labels and takes no training step",
+    "renamed, transposed, permuted, missing, extra tensors (R17, R18, F04)": "what a loader does to any case: the weights gate",
+}
+"""What else section by section of the corpus' needs there is -> why it is no regime of a case, or where it is."""
+
+
+def named(text: str) -> tuple[Regime, ...]:
+    """The regimes of ids with commas between, in the order of REGIMES. SpecError for unknown and for contradictory ones."""
+    ids = [i.strip() for i in text.split(",") if i.strip()]
+    for i in ids:
+        if i not in REGIMES:
+            near = get_close_matches(i, REGIMES, 1)
+            raise SpecError(
+                f"regime {i!r}{f'; did you mean {near[0]!r}?' if near else ''}\n  known: {', '.join(REGIMES)}"
+            )
+    chosen = tuple([r for r in REGIMES.values() if r.id in ids])
+    for a, b in combinations(chosen, 2):
+        both = set(a.sets.split()) & set(b.sets.split())
+        require(not both, f"regimes {a.id} and {b.id} contradict each other: both decide {', '.join(sorted(both))}")
+    return chosen
+
+
+def listing() -> Iterable[str]:
+    """Lines: every regime with what the case then has and what that makes visible; then what is no regime, and why."""
+    for r in REGIMES.values():
+        yield f"{r.id:<16}{r.does}"
+        yield f"{'':<16}shows {', '.join(r.shows)}"
+    yield "\nno regimes:"
+    for what, why in NOT_REGIMES.items():
+        yield f"  {what}\n      {why}"
