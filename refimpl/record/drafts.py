@@ -34,19 +34,26 @@ def _closest(gaps: Array) -> Array:
 
 WON = Goal("margin", _closest)
 """Every decision is won clearly."""
-NEAR = (1e-5, 1e-3)
-"""A near tie: more than float32 can turn (scores of size 1 move by 1e-6), less than rounding a bias to bfloat16 does."""
-NEARLY_TIED = Goal(
-    "near tie", lambda gaps: np.where(_closest(gaps) < NEAR[0], -np.inf, -_closest(gaps)), -NEAR[1], among=128
-)
+NEAR = (1e-5, 1e-3, 5e-3)
+"""A near tie: more than float32 can turn (scores of size 1 move by 1e-6); about what rounding a bias to bfloat16 does; at most."""
+
+
+def _near(gaps: Array) -> Array:
+    """Any near tie is as good as another, so that tokens stay various."""
+    closest = _closest(gaps)
+    return np.where(closest < NEAR[0], -np.inf, -np.maximum(closest, NEAR[1]))
+
+
+NEARLY_TIED = Goal("near tie", _near, -NEAR[2], among=128)
 """The closest decision is a near tie."""
 TIED = 1e-6
 """A gap below this is a tie of equal experts: two columns of one float32 product may differ in the last place."""
 
 
 def _beside_ties(gaps: Array) -> Array:
+    """Beyond 0.1, what is usual, any margin is as good as another."""
     tied = gaps < TIED
-    return np.where(tied.any(axis=-1), _closest(np.where(tied, np.inf, gaps)), -np.inf)
+    return np.where(tied.any(axis=-1), np.minimum(_closest(np.where(tied, np.inf, gaps)), 0.1), -np.inf)
 
 
 BESIDE_TIES = Goal("margin beside a tie", _beside_ties, among=128)

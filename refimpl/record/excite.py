@@ -59,22 +59,25 @@ def _edit(d: Draft, ending: str, change: Callable[[Array], Array]) -> None:
             d.weights[name] = to_bf16(change(w.astype(np.float32))).astype(w.dtype)
 
 
+def _biases(d: Draft, change: Callable[[Array], Array]) -> None:
+    """Replace every selection bias by change(it)."""
+    d.weights |= {name: change(b) for name, b in d.weights.items() if name.endswith(BIAS)}
+
+
 def positive_bias(d: Draft) -> None:
-    """The least bias of each layer becomes 8."""
-    _edit(d, BIAS, lambda b: b + (8.0 - b.min()))
+    """The least bias of each layer becomes 8; they are float32 numbers, which bfloat16 would move by up to 1/32."""
+    _biases(d, lambda b: b + (8 - b.min()))
 
 
 def negative_bias(d: Draft) -> None:
     """The greatest bias of each layer becomes -1.25; a score is at most 1."""
-    _edit(d, BIAS, lambda b: b - (1.25 + b.max()))
+    _biases(d, lambda b: to_bf16(b - (1.25 + b.max())))
 
 
 def near_ties(d: Draft) -> None:
     """Biases moved by up to 2**-8 of themselves, to numbers that bfloat16 has not."""
     d.goal = NEARLY_TIED
-    for name, b in d.weights.items():
-        if name.endswith(BIAS):
-            d.weights[name] = (b * (1 + 2.0**-8 * d.rng.uniform(-1, 1, b.shape))).astype(np.float32)
+    _biases(d, lambda b: (b * (1 + 2.0**-8 * d.rng.uniform(-1, 1, b.shape))).astype(np.float32))
 
 
 def ties(d: Draft) -> None:
@@ -88,15 +91,13 @@ def ties(d: Draft) -> None:
     if groups > 1:
         of[min(groups - 1, 2)] = of[min(groups - 1, 2) - 1]
     _edit(d, _GATE, lambda w: w[of.ravel()])
-    for name, b in d.weights.items():
-        if name.endswith(BIAS):
-            d.weights[name] = b[of.ravel()]
+    _biases(d, lambda b: b[of.ravel()])
 
 
 _DIAL = (0.0, -0.5, -8.0, 8.0)
 """Channel 0 of the embedding, by token id modulo 4: ordinary tokens, then those whose router logits it moves."""
-_TURN = 96.0
-"""Weight of channel 0 in the router: at a stream of size 2 to 5, logits of -10 to -24 and beyond 150."""
+_TURN = 160.0
+"""Weight of channel 0 in the router: where the stream has a size of 2 to 8, logits of -10 to -40 and beyond 160."""
 
 
 def extreme_logits(d: Draft) -> None:
@@ -107,10 +108,8 @@ def extreme_logits(d: Draft) -> None:
     dial = np.array([_DIAL[i % len(_DIAL)] for i in range(d.config.vocab_size)], np.float32)
     _edit(d, "embed_tokens.weight", lambda w: _with_first(w.T, dial).T)
     _edit(d, "post_attention_layernorm.weight", lambda w: _with_first(w, 1.0))
-    _edit(d, _GATE, lambda w: _with_first(w.T, _TURN).T)
-    for name, b in d.weights.items():
-        if name.endswith(BIAS):
-            d.weights[name] = _apart(d, len(b))
+    _edit(d, _GATE, lambda w: _with_first(w.T / 4, _TURN).T)
+    _biases(d, lambda b: _apart(d, len(b)))
 
 
 def _with_first(a: Array, value: float | Array) -> Array:

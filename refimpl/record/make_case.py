@@ -31,15 +31,15 @@ def new_case(
     seed: int = 0,
     batch: int = 2,
     length: int = 24,
-    margin: float = 0.02,
+    margin: float | None = None,
     mtp: bool = False,
     regimes: str = "",
 ) -> Path:
     """Write config.json, weights.safetensors and tokens.json; the same seed writes the same files. -> the folder.
 
     Tokens are drawn for routing decisions that are won clearly, by `margin` in score or more (0.1 is usual for preset
-    tiny, whose scores move by 0.06 in bfloat16): an implementation with other roundings makes the same ones, and is
-    compared number by number. MTP layers are written only with `mtp`. `regimes`, ids with commas between, make what is rare
+    tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other roundings
+    makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`, ids with commas between, make what is rare
     (`regimes.REGIMES`). Raises SpecError where the margin is not met, and for regimes that cannot be.
     """
     folder, chosen = Path(folder), named(regimes)
@@ -50,7 +50,7 @@ def new_case(
     for regime in chosen:
         draft.rng = np.random.default_rng([seed, zlib.crc32(regime.id.encode())])
         regime.change(draft)
-    run: dict[str, Any] = {"tokens": _draw(draft, seed, margin)}
+    run: dict[str, Any] = {"tokens": _draw(draft, seed, 0.04 * _mean_score(config) if margin is None else margin)}
     run |= {n: a.tolist() for n, a in (("positions", draft.positions), ("valid", draft.valid)) if a is not None}
     run |= {"regimes": [r.id for r in chosen]} if chosen else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,11 @@ def new_case(
             with files.new(folder / name) as f:
                 f.write(_json(content).encode())
     return folder
+
+
+def _mean_score(c: Config) -> float:
+    """A sigmoid is about 1/2, a softmax over E experts 1/E."""
+    return 0.5 if c.scoring_func == "sigmoid" else 1 / max(c.n_routed_experts, 1)
 
 
 def _json(content: Mapping[str, object]) -> str:

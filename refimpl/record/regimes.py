@@ -40,9 +40,8 @@ def _yarn(c: Config) -> bool:
 
 @dataclass(frozen=True)
 class Regime:
-    """id; `does`, what the case then has; `shows`, families of the corpus that need it, of which `only` are seen in no plain case;
-    `sets`, what it decides, which another regime then cannot; `config` and `change`, what it does; `needs`, of the config, or
-    it is refused for the reason `lacks`.
+    """id; `does`, what the case then has; `shows`, families of the corpus that a plain case hides; `sets`, what it decides, which
+    no other regime then can; `config` and `change`, how; `needs`, of the config, or it is refused for the reason `lacks`.
     """
 
     id: str
@@ -128,15 +127,15 @@ REGIMES: dict[str, Regime] = {
         ),
         Regime(
             "ragged-128",
-            "no matrix has a multiple of 128 rows or columns; most have more than 128, kv_a_proj has 129",
-            ("X50", "F01", "F02", "F03", "F16"),
+            "128 divides no size; most are above it, kv_a_proj has 129 rows; with fp8-weights, blocks that are cut off",
+            ("X50", "F01", "F02", "F03", "F04"),
             "sizes",
             excite.ragged,
         ),
         Regime(
             "bias-positive",
-            "every selection bias is 8 or more, far above the scores, as in released weights",
-            ("R14",),
+            "every selection bias is 8 or more, far above any score, and a float32 number",
+            ("R05", "R14"),
             "bias",
             change=excite.positive_bias,
             needs=_biased,
@@ -153,7 +152,7 @@ REGIMES: dict[str, Regime] = {
         ),
         Regime(
             "near-ties",
-            "selection biases are float32 numbers; each token's closest decision is won by 1e-5 to 1e-3, which float32 tells apart",
+            "each token's closest decision is won by 1e-5 to 5e-3, mostly below 1e-3: float32 tells that apart; biases are float32 numbers",
             ("R05", "R06"),
             "closeness",
             change=excite.near_ties,
@@ -171,7 +170,7 @@ REGIMES: dict[str, Regime] = {
         ),
         Regime(
             "extreme-logits",
-            "router logits of every fourth token below -110, of the next about 100 and more, of the next -10 to -20; biases about 12",
+            "router logits as usual, about -10 to -50, below -110 and above 90, token by token; biases of 12 and more decide there",
             ("R12", "R13", "R14"),
             "closeness router bias stream",
             change=excite.extreme_logits,
@@ -196,28 +195,28 @@ REGIMES: dict[str, Regime] = {
         Regime(
             "padding",
             "sequences of unequal lengths: the first is padded in front, the second behind",
-            ("A17g", "T05"),
+            ("A17g", "X24"),
             "valid",
             change=excite.padding,
         ),
         Regime(
             "offset",
             "positions start at 37 in the first sequence, at 74 in the second, and so on",
-            ("X24", "A20"),
+            ("X24",),
             "positions",
             change=excite.offset,
         ),
         Regime(
             "long-positions",
             "positions run across the original length, and in other sequences from 257 to the last one there is",
-            ("A10", "A11", "A14"),
+            ("A14", "X24"),
             "positions",
             change=excite.long_positions,
         ),
         Regime(
             "fp8-weights",
             "projections are stored as E4M3 codes with a float32 scale a block of 128 x 128, as released",
-            ("F01", "F02", "F03", "F04", "F05", "F07", "F10"),
+            ("F05", "F10"),
             "storage",
             change=excite.fp8_weights,
         ),
@@ -240,9 +239,10 @@ NOT_REGIMES: dict[str, str] = {
     "caches in FP8 (A21)": "a cache is part of decoding",
     "MTP depth 0 and 1": "without and with --mtp",
     "ignored labels (T05, T06), recomputation, micro-batches, capacity (L01-L08)": "a case has no labels and takes no training step",
-    "renamed, transposed, permuted, missing, extra tensors (R17, R18, F04)": "what a loader does to any case: the weights gate",
+    "renamed, transposed, permuted, missing, extra tensors (R17, R18)": "what a loader does to any case: the weights gate",
+    "other block sizes, scales that are powers of two (F07, F10)": "refimpl.checkpoint.save writes such weights",
 }
-"""What else section by section of the corpus' needs there is -> why it is no regime of a case, or where it is."""
+"""What else the corpus needs -> why it is no regime of a case, or where it is."""
 
 
 def named(text: str) -> tuple[Regime, ...]:
