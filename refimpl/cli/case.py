@@ -39,7 +39,10 @@ def add(commands: Commands) -> None:
     """Add `case`."""
     raw = argparse.RawDescriptionHelpFormatter
     case = commands.add_parser(
-        "case", help="write a small case with random weights to run on both sides", description=_TEXT, formatter_class=raw
+        "case",
+        help="write a small case with random weights to run on both sides",
+        description=_TEXT,
+        formatter_class=raw,
     )
     case.add_argument("out", type=Path)
     case.add_argument("--preset", default="tiny", help="tiny or mini")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -171,13 +170,16 @@ def offset(d: Draft) -> None:
 
 
 def long_positions(d: Draft) -> None:
-    """The first sequence runs across the original length (without YaRN: half of the greatest); the others go in growing steps
-    from 257 to the last position there is, by odd numbers, which bfloat16 has not.
+    """The first sequence runs across the original length (without YaRN, up to the last position); the others go in growing steps
+    from 257 to the last position, by odd numbers, which bfloat16 has not.
     """
     c, steps = d.config, np.arange(d.length)
     most = c.max_position_embeddings
-    require(most >= 512 + 4 * d.length, f"max_position_embeddings={most} is too few for positions that bfloat16 has not")
+    require(
+        most >= 512 + 4 * d.length, f"max_position_embeddings={most} is too few for positions that bfloat16 has not"
+    )
     across = c.rope_scaling.original_max_position_embeddings if c.rope_scaling else most
-    first = across - d.length // 2 if across < most else most // 2
-    far = np.exp(np.linspace(math.log(257), math.log(most - 1), d.length)).astype(np.int64) // 2 * 2 - 1
-    d.positions = np.array([first + steps, *[np.maximum.accumulate(far)] * (d.batch - 1)])[: d.batch]
+    first = min(max(across - d.length // 2, 0), most - d.length)
+    steeply = (steps / max(d.length - 1, 1)) ** 3 * ((most - 259) // 2 - d.length + 1)
+    far = 257 + 2 * (steps + steeply.astype(np.int64))
+    d.positions = np.array([first + steps, *[far] * (d.batch - 1)])[: d.batch]
