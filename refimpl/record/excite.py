@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 
 from refimpl.autograd.errors import require, where

@@ -38,9 +38,10 @@ def new_case(
     """Write config.json, weights.safetensors and tokens.json; the same seed writes the same files. -> the folder.
 
     Tokens are drawn for routing decisions that are won clearly, by `margin` in score or more (0.1 is usual for preset
-    tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other roundings
-    makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`, ids with commas between, make what is rare
-    (`regimes.REGIMES`). Raises SpecError where the margin is not met, and for regimes that cannot be.
+    tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other
+    roundings makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`,
+    ids with commas between, make what is rare (`regimes.REGIMES`). Raises SpecError where the margin is not met, and
+    for regimes that cannot be.
     """
     folder, chosen = Path(folder), named(regimes)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)

@@ -1,4 +1,4 @@
-"""Regimes: what a case must have for a mistake to show that a plain one hides. Each changes config, weights or inputs of a draft."""
+"""Regimes: what a case must have for a mistake to show that a plain one hides, as changes of config, weights and inputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import combinations
 
 from refimpl.autograd.errors import SpecError, require, where
+from refimpl.diff.corpus import MUTANTS, NOT_STAGES
 from refimpl.layers.config import Config
 
 from . import excite
@@ -22,26 +23,18 @@ def _nothing(d: Draft) -> None:
     pass
 
 
-def _always(c: Config) -> bool:
-    return True
-
-
-def _routed(c: Config) -> bool:
-    return c.n_routed_experts > 0
-
-
-def _biased(c: Config) -> bool:
-    return _routed(c) and c.topk_method == "noaux_tc"
-
-
-def _yarn(c: Config) -> bool:
-    return c.rope_scaling is not None and c.rope_scaling.factor > 1
+Need = tuple[Callable[[Config], bool], str]
+"""What a config must have, in words."""
+_ANY: Need = (lambda c: True, "")
+_EXPERTS: Need = (lambda c: c.n_routed_experts > 0, "routed experts")
+_BIAS: Need = (lambda c: c.n_routed_experts > 0 and c.topk_method == "noaux_tc", "the selection bias (noaux_tc)")
+_YARN: Need = (lambda c: c.rope_scaling is not None and c.rope_scaling.factor > 1, "YaRN")
 
 
 @dataclass(frozen=True)
 class Regime:
     """id; `does`, what the case then has; `shows`, families of the corpus that a plain case hides; `sets`, what it decides, which
-    no other regime then can; `config` and `change`, how; `needs`, of the config, or it is refused for the reason `lacks`.
+    no other regime then can; `config` and `change`, how; `needs`, without which it is refused.
     """
 
     id: str
@@ -50,17 +43,15 @@ class Regime:
     sets: str
     config: Callable[[Config], Config] = _same
     change: Callable[[Draft], None] = _nothing
-    needs: Callable[[Config], bool] = _always
-    lacks: str = ""
+    needs: Need = _ANY
 
     def applied(self, c: Config) -> Config:
         """The config in this regime; SpecError if it cannot be."""
         with where(f"in regime {self.id}"):
-            require(self.needs(c), f"{self.lacks}, and this config has none")
+            has, what = self.needs
+            require(has(c), f"it is about {what}, and this config has none")
             return self.config(c)
 
-
-_EXPERTS, _BIAS, _YARN = "it is about routed experts", "it is about the selection bias (noaux_tc)", "it is about YaRN"
 
 REGIMES: dict[str, Regime] = {
     r.id: r
@@ -71,8 +62,7 @@ REGIMES: dict[str, Regime] = {
             ("R15b",),
             "groups",
             lambda c: c.replace(n_group=1, topk_group=1),
-            needs=_routed,
-            lacks=_EXPERTS,
+            needs=_EXPERTS,
         ),
         Regime(
             "no-groups",
@@ -81,8 +71,7 @@ REGIMES: dict[str, Regime] = {
             "groups",
             lambda c: c.replace(n_group=1, topk_group=1),
             lambda d: d.written.update(n_group=None, topk_group=None),
-            needs=_routed,
-            lacks=_EXPERTS,
+            needs=_EXPERTS,
         ),
         Regime(
             "raw-weights",
@@ -90,8 +79,7 @@ REGIMES: dict[str, Regime] = {
             ("R07b", "R08"),
             "norm_topk_prob",
             lambda c: c.replace(norm_topk_prob=False),
-            needs=_routed,
-            lacks=_EXPERTS,
+            needs=_EXPERTS,
         ),
         Regime(
             "scaling-1",
@@ -99,8 +87,7 @@ REGIMES: dict[str, Regime] = {
             ("X07",),
             "routed_scaling_factor",
             lambda c: c.replace(routed_scaling_factor=1.0),
-            needs=_routed,
-            lacks=_EXPERTS,
+            needs=_EXPERTS,
         ),
         Regime(
             "full-rank-q",
@@ -115,8 +102,7 @@ REGIMES: dict[str, Regime] = {
             ("A06b",),
             "mscale",
             excite.unequal_mscale,
-            needs=_yarn,
-            lacks=_YARN,
+            needs=_YARN,
         ),
         Regime(
             "mtp-2",
@@ -138,8 +124,7 @@ REGIMES: dict[str, Regime] = {
             ("R05", "R14"),
             "bias",
             change=excite.positive_bias,
-            needs=_biased,
-            lacks=_BIAS,
+            needs=_BIAS,
         ),
         Regime(
             "bias-negative",
@@ -147,17 +132,15 @@ REGIMES: dict[str, Regime] = {
             ("R02",),
             "bias",
             change=excite.negative_bias,
-            needs=_biased,
-            lacks=_BIAS,
+            needs=_BIAS,
         ),
         Regime(
             "near-ties",
-            "each token's closest decision is won by 1e-5 to 5e-3, mostly below 1e-3: float32 tells that apart; biases are float32 numbers",
+            "each token's closest decision is won by 1e-5 to 5e-3, mostly below 1e-3, in float32; biases are float32 numbers",
             ("R05", "R06"),
             "closeness",
             change=excite.near_ties,
-            needs=_biased,
-            lacks=_BIAS,
+            needs=_BIAS,
         ),
         Regime(
             "ties",
@@ -165,8 +148,7 @@ REGIMES: dict[str, Regime] = {
             ("X06",),
             "closeness router",
             change=excite.ties,
-            needs=_routed,
-            lacks=_EXPERTS,
+            needs=_EXPERTS,
         ),
         Regime(
             "extreme-logits",
@@ -174,20 +156,19 @@ REGIMES: dict[str, Regime] = {
             ("R12", "R13", "R14"),
             "closeness router bias stream",
             change=excite.extreme_logits,
-            needs=_biased,
-            lacks=_BIAS,
+            needs=_BIAS,
         ),
         Regime(
             "small-latents",
             "latents of queries and keys have a size of about 0.005 before their norms, where eps counts",
-            ("A12",),
+            ("A12-q_a_norm-1e-05", "A12-c_kv-1e-05", "A12-q_a_norm-1e-12", "A12-c_kv-1e-12"),
             "latents",
             change=excite.small_latents,
         ),
         Regime(
             "eps",
             "rms_norm_eps is 1e-5 and embeddings are so small that it exceeds their mean square",
-            ("N01",),
+            ("N01-attn_norm-1e-06", "N01-ffn_norm-1e-06", "N01-final_norm-1e-06"),
             "stream",
             lambda c: c.replace(rms_norm_eps=excite.EPS),
             excite.small_stream,
@@ -232,15 +213,15 @@ NOT_REGIMES: dict[str, str] = {
     "first_k_dense_replace 0 or 3": "--config; R11, their row, is a float16 overflow and shows as a factor in any dense layer",
     "YaRN's factor 1": "equals no YaRN; hides A04 to A11",
     "1 or 2 tokens": "show less; A19 is about a phase",
-    "chunked prefill, decoding, absorbed = expanded, MTP on = off (A18-A22, T07)": "phases of a run, not inputs: two traces of a case",
+    "chunked prefill, decoding, absorbed = expanded, MTP on = off (A18-A22, T07)": "phases of a run, not inputs",
     "FP8 activations: zero groups, subnormals, amax at 448, scales at powers of two (F08, F09, F11-F15)": (
         "numbers inside a kernel: spec_tests/r3_3_fp8 gives them to the quantisers"
     ),
     "caches in FP8 (A21)": "a cache is part of decoding",
     "MTP depth 0 and 1": "without and with --mtp",
-    "ignored labels (T05, T06), recomputation, micro-batches, capacity (L01-L08)": "a case has no labels and takes no training step",
+    "ignored labels (T05, T06), recomputation, micro-batches, capacity (L01-L08)": "a case is no training step",
     "renamed, transposed, permuted, missing, extra tensors (R17, R18)": "what a loader does to any case: the weights gate",
-    "other block sizes, scales that are powers of two (F07, F10)": "refimpl.checkpoint.save writes such weights",
+    "other block sizes, scales that are powers of two (F07, F09)": "refimpl.checkpoint.save writes such weights",
 }
 """What else the corpus needs -> why it is no regime of a case, or where it is."""
 
@@ -265,7 +246,17 @@ def listing() -> Iterable[str]:
     """Lines: every regime with what the case then has and what that makes visible; then what is no regime, and why."""
     for r in REGIMES.values():
         yield f"{r.id:<16}{r.does}"
-        yield f"{'':<16}shows {', '.join(r.shows)}"
+        for mistake, ids in _mistakes(r).items():
+            yield f"{'':<16}  shows {', '.join(ids)}: {mistake}"
     yield "\nno regimes:"
     for what, why in NOT_REGIMES.items():
         yield f"  {what}\n      {why}"
+
+
+def _mistakes(r: Regime) -> dict[str, list[str]]:
+    """What is wrong, in the words of the corpus -> ids."""
+    found: dict[str, list[str]] = {}
+    for id in r.shows:
+        titles = [m.title for m in MUTANTS.values() if m.id == id or m.id.startswith(f"{id}-")]
+        found.setdefault(titles[0] if titles else NOT_STAGES[id].partition(":")[0], []).append(id)
+    return found
