@@ -199,6 +199,21 @@ def test_a_regime_does_what_it_says(regime):
     FACTS[regime]()
 
 
+@pytest.mark.parametrize(
+    "regime", ["padding", "offset", "long-positions", "mscale", "eps", "bias-positive", "fp8-weights"]
+)
+def test_decisions_are_won_clearly_in_a_regime_too(regime):
+    """Catches tokens drawn for other positions, padding or weights than the case has: their decisions would be anyone's."""
+    config, layers = made(regime).config, [tokens(a) for a in routers(regime, "choice")]
+    assert min(closest(list(t), config) for a in layers for t in a) > 0.019
+
+
+@pytest.mark.parametrize("regime", ["near-ties", "ties"])
+def test_tokens_stay_various(regime):
+    """Catches the closest decision taken for the best one again and again: a case of one token, which shows nothing else."""
+    assert all(len({t for row in made(regime, seed).tokens for t in row}) > 16 for seed in range(3))
+
+
 def test_a_plain_case_is_in_no_regime():
     """Catches facts that hold anyway, which would prove nothing."""
     assert made().positions is None and made().valid is None and raw("", "tokens.json").keys() == {"tokens"}
