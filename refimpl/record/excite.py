@@ -84,8 +84,8 @@ def ties(d: Draft) -> None:
     """
     d.goal, groups = BESIDE_TIES, d.config.n_group
     size = d.config.n_routed_experts // groups
-    of = np.arange(d.config.n_routed_experts)
-    of = np.where(of % size % 4 == 1, of - 1, of).reshape(groups, size)
+    e = np.arange(d.config.n_routed_experts)
+    of = np.where(e % size % 4 == 1, e - 1, e).reshape(groups, size)
     if groups > 1:
         of[min(groups - 1, 2)] = of[min(groups - 1, 2) - 1]
     _edit(d, _GATE, lambda w: w[of.ravel()])
