@@ -215,7 +215,7 @@ class _Run:
         admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
-        recorded = self._recorded(admitted, inputs)
+        recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
         comparison = Comparison(
             config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
         )
@@ -247,11 +247,19 @@ class _Run:
             return "absorbed" if absorbed else "expanded"
         return "absorbed" if told == "absorbed" else "auto" if told == "auto" else "expanded"
 
-    def _recorded(self, a: Admitted, inputs: Inputs) -> Recorded:
+    def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
         p = self.precision
         whole = {t: x for t, x in a.taps.items() if t not in a.picks}
         weights = LayerWeights(self.case.checkpoint, self.rounded)
-        return Recorded(whole, named(inputs, self.parts), weights, p.plan, Noise(p.unit, p.format), frozenset(a.picks))
+        return Recorded(
+            whole,
+            named(inputs, self.parts),
+            weights,
+            p.plan,
+            Noise(p.unit, p.format),
+            frozenset(a.picks),
+            layers=layers,
+        )
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

@@ -25,7 +25,7 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings.
+    roundings; how many `layers` the main model has.
     """
 
     taps: dict[str, Array]
@@ -35,6 +35,13 @@ class Recorded:
     noise: Noise
     outputs: frozenset[str] = frozenset()
     withdrawn: dict[str, Array] = field(default_factory=dict)
+    layers: int = 0
+
+    def weight(self, unit: str, end: str) -> str:
+        """The name of a unit's weight: MTP module k is the checkpoint's layer `layers` + k - 1."""
+        kind = unit.rpartition("/")[2]
+        index = self.layers + int(kind[3:]) - 1 if kind.startswith("mtp") else int(kind[1:])
+        return f"w/model.layers.{index}.{end}"
 
 
 @dataclass
