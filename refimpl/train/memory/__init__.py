@@ -1,0 +1,1 @@
+"""Memory of a training step: what it keeps, in pieces or once more."""
