@@ -18,7 +18,7 @@ def random_state(rng: np.random.Generator) -> dict[str, Any]:
 
 def generator(state: Mapping[str, Any]) -> np.random.Generator:
     """A generator that goes on where the saved one was. SpecError for a state NumPy does not know."""
-    known = [name for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")]
+    known = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
     name = state.get("bit_generator")
     require(name in known, f"random state of {name!r}; NumPy's generators are {', '.join(known)}")
     bits = getattr(np.random, str(name))()
