@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.autograd import Array, Gradients, SpecError, Tensor, backward, data_of, primitive
+from refimpl.autograd import Array, Gradients, Parameter, SpecError, Tensor, backward, data_of, primitive
 from refimpl.autograd.tensor import Vjp
 from refimpl.layers.config import Config
 from refimpl.layers.stage import Stage, observing, tap_name
@@ -62,7 +62,8 @@ def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe) -> str:
         if not watch.found:
             with contextlib.suppress(SpecError):
                 grads: Gradients = backward(out.loss)
-                bad = [n for n, w in model.named_weights() if w in grads and not np.isfinite(grads[w]).all()]
+                leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads]
+                bad = [n for n, w in leaves if not np.isfinite(grads[w]).all()]
                 if bad and not watch.found:
                     watch.found = f"backward: the gradient of {bad[0]}"
     return f"first seen in {watch.found}" if watch.found else "every single gradient is finite: their norm overflows"

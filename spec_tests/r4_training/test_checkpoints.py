@@ -1,5 +1,6 @@
 """A resumed run is one that never stopped, bit for bit; any mesh reads what any other wrote; what is damaged is named."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -75,8 +76,9 @@ class Run:
 # ---- Resume
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp8", "float64"])
-@pytest.mark.parametrize("how", ["save", "begin"])
+@pytest.mark.parametrize(
+    ("precision", "how"), [("float32", "save"), ("bf16", "begin"), ("fp8", "begin"), ("float64", "save")]
+)
 def test_a_resumed_run_never_stopped(tmp_path, precision, how):
     """Catches anything left out (a moment, the bias, the EMA, the step that the schedule and the bias correction count,
     a random stream, the cursor) or rounded on the way: six steps, with and without three stops, have the same bits.
@@ -98,7 +100,9 @@ def test_the_run_above_needs_all_that_is_saved(tmp_path):
     """Catches a test that would pass with less: leaving out any kind of tensor or fact changes the end."""
     run = Run.new(recipe("bf16")).go(2)
     s = run.snapshot()
-    end = Run(run.how, run.state, run.ema, dict(run.cursor), {n: generator(random_state(r)) for n, r in run.random.items()})
+    end = Run(
+        run.how, run.state, run.ema, dict(run.cursor), {n: generator(random_state(r)) for n, r in run.random.items()}
+    )
     end = end.go(2).bits()
     for i, kind in enumerate(("adam.m", "adam.v", "ema", "cursor", "data", "noise", "step")):
         kept = {n: p for n, p in s.pieces.items() if not n.startswith(f"{kind}/")}
@@ -300,7 +304,10 @@ def test_where_the_order_of_sums_is_fixed_another_mesh_gives_the_same_bits(tmp_p
     rank does, so saved on 4 ranks and resumed on 1 and 2 the end has the bits of 4 throughout.
     """
     how = Recipe(plan("float64"), max_norm=1e9, gamma=1e-2)
-    config, weights = CONFIG.replace(num_nextn_predict_layers=0), {n: w for n, w in WEIGHTS.items() if ".4." not in n[:15]}
+    config, weights = (
+        CONFIG.replace(num_nextn_predict_layers=0),
+        {n: w for n, w in WEIGHTS.items() if ".4." not in n[:15]},
+    )
     four = (Mesh(pp=4), "1f1b", 4)
     spmd(4, trained, tmp_path / "begin", 4, BATCHES[:2], how, config, weights, four)
     ends = []
@@ -318,9 +325,10 @@ def test_one_rank_reads_what_the_plain_step_wrote_and_the_other_way(tmp_path, on
     with Keeper(tmp_path) as keeper:
         keeper.save(serial.snapshot(resumed.state, facts(CONFIG)))
     spmd(2, trained, tmp_path, 2, BATCHES[2:])
+    got = tensors(tmp_path)
     for name, x in state.weights.items():
         # the plain step rounds gradients to float32: see test_one_rank_does_what_the_plain_training_step_does
-        np.testing.assert_allclose(tensors(tmp_path)[f"master/{name}"], x, rtol=0, atol=3e-7, err_msg=name)
+        np.testing.assert_allclose(got[f"master/{name}"], x, rtol=0, atol=3e-7, err_msg=name)
 
 
 def test_ranks_divide_the_bytes(tmp_path):
@@ -342,14 +350,14 @@ def divided(draw):
     axis = draw(st.integers(0, len(shape) - 1))
     cuts = [0, *sorted(draw(st.sets(st.integers(1, shape[axis]), max_size=3))), shape[axis]]
     pieces = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         if a < b:
             box = x.take(range(a, b), axis)
             start = tuple(a if i == axis else 0 for i in range(len(shape)))
             ends = [0, *sorted(draw(st.sets(st.integers(1, box.size), max_size=3))), box.size]
             pieces += [
                 Piece(Place(shape, start, box.shape, p, q), box.reshape(-1)[p:q])
-                for p, q in zip(ends, ends[1:], strict=False)
+                for p, q in itertools.pairwise(ends)
                 if p < q
             ]
     return x, draw(st.permutations(pieces))
@@ -378,7 +386,9 @@ def test_a_missing_or_doubled_piece_is_refused(case, data):
         assembled([*pieces, pieces[i]])
 
 
-@pytest.mark.parametrize("x", [np.array([1.5, -0.0, np.inf, np.nan, 2**-130], np.float32), np.zeros((0, 3), np.float32)])
+@pytest.mark.parametrize(
+    "x", [np.array([1.5, -0.0, np.inf, np.nan, 2**-130], np.float32), np.zeros((0, 3), np.float32)]
+)
 def test_narrow_numbers_come_back_bit_for_bit(x):
     """Catches a sign of zero, a NaN, a subnormal lost in two bytes."""
     there = narrowed(x)
@@ -415,7 +425,10 @@ DAMAGE = {
     "a truncated shard": (lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes()[:-5]), r"has \d+ bytes; expected"),
     "an empty shard": (lambda d: (d / THIRD).write_bytes(b""), r"has 0 bytes; expected \d+: truncated"),
     "a missing rank's shard": (lambda d: (d / THIRD).unlink(), rf"the shard {THIRD} is missing, one of 4"),
-    "a shard of another step": (lambda d: shutil.copy(d.parent / "step-00000001" / THIRD, d / THIRD), "checksum differs"),
+    "a shard of another step": (
+        lambda d: shutil.copy(d.parent / "step-00000001" / THIRD, d / THIRD),
+        "checksum differs",
+    ),
     "a truncated manifest": (
         lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text()[:-40]),
         "not UTF-8 JSON",
@@ -443,11 +456,18 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(ranks_of_four, what):
         assert keeper.newest().saved.step == 2
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_every_flipped_bit_is_seen(data):
+@pytest.fixture(scope="module")
+def one_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    Keeper(folder).save(snap(1))
+    return folder / "step-00000001"
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_every_flipped_bit_is_seen(one_checkpoint, data):
     """Catches bytes that no checksum covers: any bit of any file."""
-    folder = _one_checkpoint()
+    folder = one_checkpoint
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     before = path.read_bytes()
     at = data.draw(st.integers(0, 8 * len(before) - 1))
@@ -469,18 +489,6 @@ def _same_json(a, b):
         return json.loads(a) == json.loads(b)
     except ValueError:
         return False
-
-
-def _one_checkpoint(kept=[]):  # noqa: B006
-    if not kept:
-        import tempfile
-
-        kept.append(tempfile.TemporaryDirectory())
-        from pathlib import Path
-
-        Keeper(Path(kept[0].name)).save(snap(1))
-        kept.append(Path(kept[0].name) / "step-00000001")
-    return kept[1]
 
 
 def test_a_manifest_cannot_lie_about_places(ranks_of_four):

@@ -70,8 +70,10 @@ class Keeper:
 
     `save` returns when the checkpoint is there; `begin` copies the state and writes in a thread while training goes on:
     the checkpoint is there after `finish`, which the next save and the end of the `with` block do too, and on one rank
-    as soon as it is written (a thread of several ranks does not communicate). All ranks make the same calls. SpecError, on every rank, where one of them cannot write
-    (full disk, no permission): nothing is left of the new checkpoint then, and those before are as they were.
+    as soon as it is written (a thread of several ranks does not communicate). All ranks make the same calls.
+
+    SpecError, on every rank, where one of them cannot write (full disk, no permission): nothing is left of the new
+    checkpoint then, and those before are as they were.
     """
 
     def __init__(
