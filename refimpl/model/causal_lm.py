@@ -13,7 +13,7 @@ from refimpl.layers import mtp, router
 from refimpl.layers.block import DecoderLayer
 from refimpl.layers.common import embed, final_norm, logits, mask
 from refimpl.layers.config import Config
-from refimpl.layers.mla import Attend
+from refimpl.layers.mla import KV, Attend
 from refimpl.layers.module import Embedding, Module, RMSNorm, is_buffer
 from refimpl.layers.mtp import MTPLayer
 from refimpl.layers.rope import rope_tables
@@ -99,19 +99,28 @@ class ForCausalLM(Module):
             x = embed(inputs.tokens, self.model.embed_tokens.weight)
             keys = extend(cache, inputs)
             table, m = self._tables(inputs), self._mask(inputs, keys)
-            kvs, routing = [], {}
-            for i in range(self.config.num_hidden_layers):
-                with unit(f"L{i}"):
-                    past = cache.layers[i] if cache else None
-                    x, kv, routed = self.model.layers[i](x, table, m, past, attend)
-                kvs.append(kv)
-                if routed is not None:
-                    routing[f"L{i}"] = routed
+            x, kvs, routing = self.blocks(x, table, m, cache, attend)
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
             y = logits(h, self._head)
             start = h if self.config.dialect.mtp_hidden == "post_norm" else x
             extra = self._mtp(inputs, start, attend) if with_mtp else []
         return Output(y, x, h, Cache(tuple(kvs), *keys), routing, extra)
+
+    def blocks(
+        self, x: Any, table: Any, mask: Any, cache: Cache | None, attend: Attend
+    ) -> tuple[Any, list[KV], dict[str, Routing]]:
+        """The decoder layers in turn.  x (B, S, D), table (2, B, S, Dr/2), mask (B, 1, S, T) -> x (B, S, D), their
+        latent caches, the routing of those with experts.
+        """
+        kvs, routing = [], {}
+        for i in range(self.config.num_hidden_layers):
+            with unit(f"L{i}"):
+                past = cache.layers[i] if cache else None
+                x, kv, routed = self.model.layers[i](x, table, mask, past, attend)
+            kvs.append(kv)
+            if routed is not None:
+                routing[f"L{i}"] = routed
+        return x, kvs, routing
 
     def _tables(self, inputs: Inputs) -> Array:
         c = self.config
