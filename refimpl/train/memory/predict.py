@@ -148,10 +148,18 @@ def _only(p: Probe, prefixes: Sequence[str], policy: Policy) -> Frugal:
 
 
 def _part(model: Frugal, forward: Callable[[], Any], inputs: list[Any], dy: Any = None) -> Part:
-    """Measure a forward and its backward."""
-    y, most, _ = measured(forward)
-    weights = [w.data if isinstance(w, Tensor) else w for _, w in model.named_weights() if not isinstance(w, Unset)]
-    kept = held(y, known=[*inputs, *weights])
-    grads, beyond, _ = measured(lambda: backward(y, dy))
+    """Measure a forward and its backward, in one go: what backward frees of forward's counts as freed."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        y = forward()
+        there, most = tracemalloc.get_traced_memory()
+        weights = [w.data if isinstance(w, Tensor) else w for _, w in model.named_weights() if not isinstance(w, Unset)]
+        kept = held(y, known=[*inputs, *weights])
+        tracemalloc.reset_peak()
+        grads = backward(y, dy)
+        beyond = tracemalloc.get_traced_memory()[1] - there
+    finally:
+        tracemalloc.stop()
     sizes = [g.nbytes for leaf, g in grads.items() if type(leaf) is Parameter]
     return Part(kept, max(most, kept), beyond, sum(sizes))
