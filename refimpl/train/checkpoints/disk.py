@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
+BEHIND = 4  # writes whose sums may be outstanding: what they were given lives that long
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
 
 
@@ -76,6 +77,8 @@ class Summed:
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`, in chunks."""
+        if len(self._sums) > BEHIND:
+            self._sums[-BEHIND].result()
         self._sums.append(self._helpers.submit(zlib.crc32, data))
         n = write_all(self._file, data)
         self.nbytes += n
@@ -88,5 +91,5 @@ class Summed:
 
 
 def helpers() -> ThreadPoolExecutor:
-    """The threads that sum: crc32 leaves Python's lock to others."""
-    return ThreadPoolExecutor(2, "checksum")
+    """A thread beside the one that writes; crc32 and NumPy leave Python's lock to others."""
+    return ThreadPoolExecutor(1, "checkpoint")

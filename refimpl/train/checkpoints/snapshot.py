@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ import numpy as np
 from refimpl.autograd import Array, require, where
 from refimpl.checkpoint import SafetensorsFile, open_file
 from refimpl.checkpoint.header import NAMES
-from refimpl.checkpoint.safetensors import write_tensors
+from refimpl.checkpoint.safetensors import Pending, write_tensors
 
 from .disk import File, Summed, helpers
 from .manifest import Entry, Manifest, Shard, canonical, read_manifest
-from .pieces import Piece, assembled, narrowed, widened
+from .pieces import Piece, assembled, is_narrow, narrowed, widened
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,33 @@ def file_name(rank: int, size: int) -> str:
 
 def write_shard(f: File, snapshot: Snapshot) -> Shard:
     """A rank's pieces as a safetensors file -> what the manifest says of it."""
-    held = {name: narrowed(p.data) for name, p in snapshot.pieces.items()}
-    with helpers() as threads:
-        summed = Summed(f, threads)
-        order = write_tensors(summed, held)
+    with (
+        helpers() as summing,
+        helpers() as narrowing,
+    ):  # apart: what is summed later must not hold up what is written next
+        summed = Summed(f, summing)
+        order = write_tensors(summed, _stored(snapshot, narrowing))
         head, *sums = summed.sums
     dtypes = {name: NAMES[p.data.dtype] for name, p in snapshot.pieces.items()}
     entries = {
         name: Entry(crc, dtypes[name], snapshot.pieces[name].place) for name, crc in zip(order, sums, strict=True)
     }
     return Shard(summed.nbytes, head, entries)
+
+
+def _stored(snapshot: Snapshot, threads: Executor) -> dict[str, Array | Pending]:
+    """As a file holds it: bfloat16 numbers in two bytes, made in other threads shortly before it is their turn."""
+    held: dict[str, Array | Pending] = {name: p.data for name, p in snapshot.pieces.items()}
+    narrow = sorted([name for name, p in snapshot.pieces.items() if is_narrow(p.data)])  # in the order of the file
+    jobs: dict[str, Future[Array]] = {}
+    todo = iter(narrow)
+
+    def make(name: str) -> Array:
+        for ahead in itertools.islice(todo, 3 - len(jobs)):
+            jobs[ahead] = threads.submit(narrowed, snapshot.pieces[ahead].data)
+        return jobs.pop(name).result()
+
+    return held | {n: Pending("BF16", snapshot.pieces[n].data.shape, partial(make, n)) for n in narrow}
 
 
 class Saved:
