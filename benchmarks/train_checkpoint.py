@@ -1,4 +1,4 @@
-"""How fast a training checkpoint is written, against a plain sequential write of as many bytes: `python benchmarks/train_checkpoint.py`.
+"""How fast a training checkpoint is written, against a plain write of as many bytes: `python benchmarks/train_checkpoint.py`.
 
 plain       one file, written in 4 MiB pieces from memory and synced: what the disk gives
 save        `Keeper.save`: safetensors, checksums of every tensor, manifest, syncs, rename

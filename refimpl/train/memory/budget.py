@@ -19,6 +19,7 @@ from .predict import Probe, peak
 
 MODES: tuple[Mode, ...] = ("again", "report", "keep")
 """From the least kept to the most."""
+ENDS: tuple[Mode, ...] = ("keep", "report")
 
 
 def plan(probe: Probe, budget: int) -> Policy:
@@ -39,16 +40,17 @@ def plan(probe: Probe, budget: int) -> Policy:
 
 def candidates(c: Config) -> Iterator[Policy]:
     """For each kind of layer every number of layers in each mode, the least kept first; the ends kept, or not."""
-    kinds = [[i for i in range(c.num_hidden_layers) if c.is_moe(i) == moe] for moe in (False, True)]
-    for counts in itertools.product(*[_splits(len(layers)) for layers in kinds], ("keep", "report")):
-        modes: dict[int, Mode] = {}
-        for layers, split in zip(kinds, counts[:-1], strict=True):
-            modes |= zip(layers, [mode for mode, n in zip(MODES, split, strict=True) for _ in range(n)], strict=True)
-        yield Policy(tuple([Segment(i, i + 1, modes[i]) for i in range(c.num_hidden_layers)]), counts[-1])
+    dense, experts = ([i for i in range(c.num_hidden_layers) if c.is_moe(i) == moe] for moe in (False, True))
+    for first, then in itertools.product(_splits(len(dense)), _splits(len(experts))):
+        modes = dict(zip(dense, first, strict=True)) | dict(zip(experts, then, strict=True))
+        segments = tuple([Segment(i, i + 1, modes[i]) for i in range(c.num_hidden_layers)])
+        yield from [Policy(segments, ends) for ends in ENDS]
 
 
-def _splits(n: int) -> list[tuple[int, int, int]]:
-    return [(a, b, n - a - b) for a in range(n + 1) for b in range(n + 1 - a)]
+def _splits(n: int) -> list[list[Mode]]:
+    """n layers in three runs, one per mode, of any lengths."""
+    again, report, keep = ([mode] for mode in MODES)
+    return [again * a + report * b + keep * (n - a - b) for a in range(n + 1) for b in range(n + 1 - a)]
 
 
 def cost(probe: Probe, policy: Policy) -> float:
