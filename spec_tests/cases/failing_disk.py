@@ -1,7 +1,5 @@
 """A disk that stops in the middle: after so many calls the process is dead, and perhaps the power gone."""
 
-from contextlib import contextmanager
-
 from refimpl.train.checkpoints.disk import Disk
 
 
@@ -10,59 +8,70 @@ class Killed(BaseException):
 
 
 class DyingDisk(Disk):
-    """Dies in call number `alive`: before doing anything, or in a write having written half. Nothing works afterwards.
+    """Dies in call number `alive`: just before it does anything, or in a write having written half. Nothing works afterwards.
 
-    `power`: what was written and not synced is lost as well, so are names in folders not synced since (`names` False)
-    or they are there although what they name is not.
+    It remembers what a power failure would take with it: content not synced, names in folders not synced since.
     """
 
     def __init__(self, alive):
         self.alive, self.calls = alive, []
-        self.unsynced, self.renamed = set(), []
+        self.unsynced, self.fresh, self.renamed = set(), set(), []
 
     def _call(self, name, path):
         if len(self.calls) >= self.alive:
             raise Killed
         self.calls.append((name, path.name))
-        if len(self.calls) == self.alive and name not in ("write",):
+        if len(self.calls) == self.alive and name != "write":
             raise Killed
 
     def make_folder(self, path):
         self._call("make", path)
         super().make_folder(path)
 
-    @contextmanager
     def create(self, path):
         self._call("create", path)
+        self.fresh.add(path)
         self.unsynced.add(path)
-        with path.open("xb", buffering=0) as f:
-            yield _DyingFile(self, f, path)
-            self._call("sync", path)
-            self.unsynced.discard(path)
+        return super().create(path)
+
+    def writer(self, f, path):
+        return _DyingFile(self, f, path)
+
+    def sync(self, f, path):
+        self._call("sync", path)
+        super().sync(f, path)
+        self.unsynced.discard(path)
 
     def sync_folder(self, path):
         self._call("sync folder", path)
+        super().sync_folder(path)
+        self.fresh = {p for p in self.fresh if p.parent != path}
         self.renamed = [(old, new) for old, new in self.renamed if new.parent != path]
 
     def rename(self, old, new):
         self._call("rename", old)
         super().rename(old, new)
         self.renamed.append((old, new))
-        self.unsynced = {new / p.name if p.parent == old else p for p in self.unsynced}
+        self.unsynced, self.fresh = (
+            {new / p.name if p.parent == old else p for p in s} for s in (self.unsynced, self.fresh)
+        )
 
     def remove(self, path):
         self._call("remove", path)
         super().remove(path)
 
     def cut_power(self, *, names):
-        """What the next boot finds: unsynced files empty; with `names` False also the old names of unsynced folders."""
+        """What the next boot finds: unsynced files empty; with `names` False unsynced names are not there, renames undone."""
         for path in self.unsynced:
             if path.exists():
                 path.write_bytes(b"")
-        if not names:
-            for old, new in reversed(self.renamed):
-                if new.exists():
-                    new.rename(old)
+        if names:
+            return
+        for path in self.fresh:
+            path.unlink(missing_ok=True)
+        for old, new in reversed(self.renamed):
+            if new.exists():
+                new.rename(old)
 
 
 class _DyingFile:
@@ -83,10 +92,8 @@ class FullDisk(Disk):
     def __init__(self, room):
         self.room = room
 
-    @contextmanager
-    def create(self, path):
-        with path.open("xb", buffering=0) as f:
-            yield _FullFile(self, f)
+    def writer(self, f, path):
+        return _FullFile(self, f)
 
 
 class _FullFile:

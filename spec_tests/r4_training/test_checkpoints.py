@@ -422,6 +422,10 @@ DAMAGE = {
         lambda d: flip(d / THIRD, 8 + int.from_bytes((d / THIRD).read_bytes()[:8], "little") - 1),
         THIRD,
     ),
+    "another dtype in a header": (
+        lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"', 1)),
+        f"the header of {THIRD} is damaged",
+    ),
     "a truncated shard": (lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes()[:-5]), r"has \d+ bytes; expected"),
     "an empty shard": (lambda d: (d / THIRD).write_bytes(b""), r"has 0 bytes; expected \d+: truncated"),
     "a missing rank's shard": (lambda d: (d / THIRD).unlink(), rf"the shard {THIRD} is missing, one of 4"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, cast
+from typing import IO, Protocol, cast
 
 BEHIND = 4  # writes whose sums may be outstanding: what they were given lives that long
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
@@ -32,8 +32,16 @@ class Disk:
     def create(self, path: Path) -> Iterator[File]:
         """A new file to write to, on the disk when the block is left."""
         with path.open("xb", buffering=0) as f:
-            yield cast(File, f)
-            os.fsync(f.fileno())
+            yield self.writer(cast(File, f), path)
+            self.sync(f, path)
+
+    def writer(self, f: File, path: Path) -> File:
+        """What writes to a file that has been created."""
+        return f
+
+    def sync(self, f: IO[bytes], path: Path) -> None:
+        """Make what was written to a file durable."""
+        os.fsync(f.fileno())
 
     def sync_folder(self, path: Path) -> None:
         """Make the names in a folder durable; only POSIX can open a folder for it."""
