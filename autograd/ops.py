@@ -278,11 +278,7 @@ def cast(x: Array, *, dtype: Any) -> Result:
     """y = x in another floating dtype; the gradient is cast back.  x (*) -> y (*)."""
 
     before = x.dtype
-
-    def vjp_x(dy: Array) -> Array:
-        return dy.astype(before)
-
-    return x.astype(dtype), (vjp_x,)
+    return x.astype(dtype), (lambda dy: dy.astype(before),)
 
 
 @primitive

@@ -423,7 +423,7 @@ DAMAGE = {
         THIRD,
     ),
     "another dtype in a header": (
-        lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"', 1)),
+        lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes().replace(b'"dtype":"F64"', b'"dtype":"I64"', 1)),
         f"the header of {THIRD} is damaged",
     ),
     "a truncated shard": (lambda d: (d / THIRD).write_bytes((d / THIRD).read_bytes()[:-5]), r"has \d+ bytes; expected"),

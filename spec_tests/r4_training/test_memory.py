@@ -205,13 +205,14 @@ def test_each_policy_holds_less():
 )
 def test_the_peak_is_where_it_was_predicted(name, precision):
     """Catches a segment forgotten, or counted while it is not there. Predicted from one layer of each kind in each mode;
-    within 8 %: a layer probed alone has neighbours' small things (loads, routing, cotangents under way) missing.
+    within 10 %: a layer probed alone lacks small things of its neighbours (loads, routing, cotangents under way), and its
+    tokens are spread over the experts otherwise, which FP8's groups of rows feel.
     """
     how, policy = recipe(precision), POLICIES.get(name) or Policy.uniform(CONFIG, name)
     model = tracked(CONFIG, how, WEIGHTS, Frugal).following(policy, how.plan)
     batches = [model.inputs(LONG, labels=LONG)]
     _, most, _ = measured(lambda: memory.accumulate(model, batches, how))
-    assert abs(peak(Probe(CONFIG, *LONG.shape, how), policy) / most - 1) < 0.08
+    assert abs(peak(Probe(CONFIG, *LONG.shape, how), policy) / most - 1) < 0.1
 
 
 def test_the_peak_of_parts_by_hand():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol, cast
 
-BEHIND = 4  # writes whose sums may be outstanding: what they were given lives that long
+BEHIND = 16  # writes whose sums may be outstanding: what they were given lives that long
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
 
 

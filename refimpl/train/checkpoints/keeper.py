@@ -25,7 +25,7 @@ from refimpl.autograd import SpecError, require, where
 from refimpl.parallel_emulation.comm import Comm
 
 from .agree import by_rank_0, complaint, everyone
-from .disk import Disk, write_all
+from .disk import Disk, helpers, write_all
 from .manifest import MANIFEST, Manifest, Shard
 from .snapshot import Saved, Snapshot, file_name, write_shard
 
@@ -125,8 +125,10 @@ class Keeper:
 
     def _write(self, temporary: Path, snapshot: Snapshot) -> Shard:
         """In the thread: my shard; by myself also what makes a checkpoint of it."""
-        with self._disk.create(temporary / file_name(self._rank, self._size)) as f:
-            shard = write_shard(f, snapshot)
+        with helpers() as summing:
+            with self._disk.create(temporary / file_name(self._rank, self._size)) as f:
+                described = write_shard(f, snapshot, summing)
+            shard = described()
         if self._comm is None:
             self._commit(temporary, snapshot, [shard])
         return shard

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,20 +48,22 @@ def file_name(rank: int, size: int) -> str:
     return f"rank-{rank:05}-of-{size:05}.safetensors"
 
 
-def write_shard(f: File, snapshot: Snapshot) -> Shard:
-    """A rank's pieces as a safetensors file -> what the manifest says of it."""
-    with (
-        helpers() as summing,
-        helpers() as narrowing,
-    ):  # apart: what is summed later must not hold up what is written next
-        summed = Summed(f, summing)
+def write_shard(f: File, snapshot: Snapshot, summing: Executor) -> Callable[[], Shard]:
+    """A rank's pieces as a safetensors file -> what the manifest says of it, when all sums are done.
+
+    They are made in the threads of `summing`, so the last ones while the file is synced.
+    """
+    summed = Summed(f, summing)
+    with helpers() as narrowing:  # apart: what is summed later must not hold up what is written next
         order = write_tensors(summed, _stored(snapshot, narrowing))
+
+    def described() -> Shard:
         head, *sums = summed.sums
-    dtypes = {name: NAMES[p.data.dtype] for name, p in snapshot.pieces.items()}
-    entries = {
-        name: Entry(crc, dtypes[name], snapshot.pieces[name].place) for name, crc in zip(order, sums, strict=True)
-    }
-    return Shard(summed.nbytes, head, entries)
+        found = {name: snapshot.pieces[name] for name in order}
+        crcs = zip(sums, found.items(), strict=True)
+        return Shard(summed.nbytes, head, {name: Entry(crc, NAMES[p.data.dtype], p.place) for crc, (name, p) in crcs})
+
+    return described
 
 
 def _stored(snapshot: Snapshot, threads: Executor) -> dict[str, Array | Pending]:
