@@ -41,7 +41,9 @@ from refimpl.model import expected_tensors, read_inputs  # noqa: E402
 from refimpl.model.phases import named  # noqa: E402
 
 LAYERS, DENSE = 3, 1
-CONFIG = PRESETS["deepseek-v3"].replace(num_hidden_layers=LAYERS, first_k_dense_replace=DENSE, num_nextn_predict_layers=0)
+CONFIG = PRESETS["deepseek-v3"].replace(
+    num_hidden_layers=LAYERS, first_k_dense_replace=DENSE, num_nextn_predict_layers=0
+)
 
 
 class Synthetic(Mapping[str, Any]):
