@@ -1,13 +1,12 @@
-"""Write docs/claims.md from docs/claims/*.toml: what widely read articles say of DeepSeek-V3, held against what is published and measured.
+"""Write docs/claims.md from docs/claims/*.toml: what articles say of DeepSeek-V3, held against what is published and measured.
 
     python .ci/claims.py            rewrites the page
     python .ci/claims.py --check    exits 1 if the page is not what the rows say
 
-One TOML file an article. A `[[claim]]` has an id that is never reused, the section it stands `in` (", code" after it
-for code), what it `says`, a `verdict`, and
-evidence: `report` (sections, equations, tables), `config` (keys of the released config.json with their values), `why` (a sentence),
-`run` with what it `gives` (a command and text that it prints), `shown` (tests). `here` names stages, files or functions that hold
-the mechanism all the same. spec_tests/tools/test_claims.py checks every one of them.
+One TOML file an article. A `[[claim]]` has an id that is never reused, the place it stands `in` (", code" behind it for code),
+what it `says`, a `verdict`, and evidence: `report` (sections, equations, tables), `config` (keys of the released config.json),
+`why` (a sentence), `run` with what it `gives` (a command and text that it prints), `shown` (tests). `here` names stages, files or
+functions that hold the mechanism all the same. spec_tests/tools/test_claims.py checks every one of them.
 """
 
 import argparse
@@ -21,15 +20,15 @@ from typing import Any
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 VERDICTS = ("true of V3", "false", "not verifiable")
-TESTS = "spec_tests/tools/test_claims.py"
+TESTS = "spec_tests/tools/test_claims_code.py"
 HEAD = """\
 <!-- generated: `python .ci/claims.py` from docs/claims/*.toml; edit those -->
 
 # Claims
 
-What five widely read articles say of DeepSeek-V3, statement by statement, held against what is published and what can be measured
-here. R is the [technical report](https://arxiv.org/abs/2412.19437); `key` = value is the released `config.json`; a command prints what
-stands behind it. Where this repository has the mechanism all the same, its stage, file or function is named.
+What five widely read articles say of DeepSeek-V3, statement by statement, held against what is published and what can be
+measured here. R is the [technical report](https://arxiv.org/abs/2412.19437); `key` = value is the released `config.json`; a
+command prints what stands behind it. Where this repository has the mechanism all the same, its stage, file or function is named.
 
 - **true of V3**: the report, the released config or code says so, or we measured it. Benchmark scores are quoted, not measured.
 - **false**: one of them says otherwise, or the statement contradicts itself. What an article says the report says is false if the
@@ -90,7 +89,9 @@ def item(claim: dict[str, Any], kind: str) -> str:
     lines = [first, *evidence(claim)]
     if "here" in claim:
         lines.append("Here: " + ", ".join(f"`{h.replace(':', '`, `')}`" for h in claim["here"]) + ".")
-    wrapped = [textwrap.fill(x, 138, initial_indent="  " if i else "", subsequent_indent="  ") for i, x in enumerate(lines)]
+    wrapped = [
+        textwrap.fill(x, 138, initial_indent="  " if i else "", subsequent_indent="  ") for i, x in enumerate(lines)
+    ]
     return "\\\n".join(wrapped) + "\n"
 
 
