@@ -20,23 +20,27 @@ from refimpl.model import effective
 
 LARGE = 1 << 24
 """Numbers from which on a matrix is read a block at a time, and how many a block holds at most."""
+BUDGET = 1 << 27
+"""Bytes of decoded weights that are kept for the stages to come; more are let go when the stage is done."""
 _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\.|embed_tokens\.")
 """Matrices that a stage only multiplies by, or looks rows up in."""
 
 
 class StageWeights:
-    """Checkpoint name and plan -> the weight as that plan holds it. What the stage before has read is let go."""
+    """Checkpoint name and plan -> the weight as that plan holds it. What the stages before have read is let go if it is much."""
 
     def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
         self.checkpoint, self.rounded = checkpoint, rounded
         self.held: dict[tuple[str, str], Array] = {}
-        self.stage = ""
+        self.stage, self.size = "", 0
 
     def __call__(self, name: str, plan: Plan) -> Any:
         """The weight, or a `Streamed` one."""
         stage = re.sub(r"\.experts\.\d+", "", name).rpartition(".")[0]
         if stage != self.stage:
-            self.held, self.stage = {}, stage
+            self.stage = stage
+            if self.size > BUDGET:
+                self.held, self.size = {}, 0
         shape = self.checkpoint.shape(name)
         size = int(np.prod(shape)) * (self._experts(name) if ".experts." in name else 1)
         if size >= LARGE and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
@@ -44,6 +48,7 @@ class StageWeights:
         key = (name, plan.name)
         if key not in self.held:
             self.held[key] = self.read(name, plan, 0, shape[0] if shape else 1)
+            self.size += self.held[key].nbytes
         return self.held[key]
 
     def _experts(self, name: str) -> int:

@@ -61,8 +61,9 @@ def test_rows_of_fp8_weights_are_decoded_alone(tmp_path):
         np.testing.assert_array_equal(checkpoint.rows(name, a, b), whole[a:b])
 
 
-def test_only_one_stage_is_held():
+def test_only_one_stage_is_held(monkeypatch):
     """Catches the weights of a whole layer held at once, which of the released model are 45 GB."""
+    monkeypatch.setattr(module, "BUDGET", 0)
     weights = StageWeights(case().checkpoint, False)
     for end in ("self_attn.q_a_proj.weight", "self_attn.kv_b_proj.weight", "mlp.gate_proj.weight"):
         weights(f"model.layers.0.{end}", FLOAT32), weights(f"model.layers.0.{end}", FLOAT64)
