@@ -231,20 +231,22 @@ def test_ranks_that_disagree_are_a_finding(case, whole, tmp_path):
     """
 
     def change(rank, taps):
-        for tap in ("fwd/L2/attn_norm", "fwd/L1/resid", "fwd/L2/resid"):
+        for tap in ("fwd/L2/attn_norm", "fwd/L1/resid", "fwd/L1/router.scores"):
             off(tap, 0.25)(rank, taps)
 
     judgement = judge(case, Trace.read(tensor_parallel(tmp_path, whole, change)))
     found = gate(judgement)
     assert found.state == "FAIL" and judgement.verdict == "DIVERGES" and not judgement.culprits
-    assert found.text.startswith("fwd/L1/resid differs between tp ranks 0 and 2: worst row [")
+    assert found.text.startswith("fwd/L1/router.scores differs between tp ranks 0 and 2: worst row [")
     assert found.text.endswith("these ranks were meant to hold the same; and 2 more taps")
-    assert [d.split()[0] for d in found.details] == ["fwd/L1/resid", "fwd/L2/attn_norm", "fwd/L2/resid"]
+    assert [d.split()[0] for d in found.details] == ["fwd/L1/router.scores", "fwd/L1/resid", "fwd/L2/attn_norm"]
 
 
 def test_rank_0_counts(case, plain, tmp_path):
     """Catches the replay fed by another rank than the lowest: what is wrong on rank 0 is wrong in the run as well."""
-    judgement = judge(case, Trace.read(tensor_parallel(tmp_path, plain, off("fwd/L1/resid", 0.25, on=0))))
+    folder = tensor_parallel(tmp_path, plain, off("fwd/L1/resid", 0.25, on=0))
+    (folder / "r0.safetensors").rename(folder / "z.safetensors")  # ranks are told by their headers
+    judgement = judge(case, Trace.read(folder))
     assert "fwd/L1/resid" in {f.tap for f in judgement.culprits}
     assert gate(judgement).text.startswith("fwd/L1/resid differs between tp ranks 0 and 1, 2: ")
 
@@ -259,18 +261,31 @@ def test_replicas_may_differ_by_rounding(case, whole, tmp_path, roundoffs, state
     assert ("1 of them to rounding" in found.text) == (state == "ok")
 
 
+def test_small_rows_of_scores(case, plain, tmp_path):
+    """Catches replicas held to more than a candidate is: a row of scores counts as a tenth of the largest one at least."""
+    tap = "fwd/L1/mla.scores"
+    scores = np.asarray(plain.taps[tap]).copy()
+    scores[0, 0, 15] = 0.01
+    for rank in range(2):
+        write(tmp_path, plain, rank, {"tp": (rank, 2)}, {tap: scores}, expected=[])
+        scores[0, 0, 15] *= np.float32(1 + 30 * 2.0**-24)
+    text = "2 ranks: 0 taps put together, 1 agree between ranks, 1 of them to rounding"
+    assert gate(judge(case, Trace.read(tmp_path))).text == text
+
+
 def test_ids_and_holes_have_no_rounding(case, plain, tmp_path):
     """Catches integers compared within a tolerance, and a NaN that compares as nothing."""
 
     def change(rank, taps):
         if rank:
-            taps["fwd/L1/router.ids"] = np.asarray(taps["fwd/L1/router.ids"]) ^ (np.arange(4) == rank)
+            taps["fwd/L1/router.ids"] = np.asarray(taps["fwd/L1/router.ids"]) ^ (np.arange(4) >= 4 - rank)
+        else:
             taps["fwd/L2/resid"] = np.where(np.arange(48) == 5, np.nan, taps["fwd/L2/resid"])
 
     found = gate(judge(case, Trace.read(tensor_parallel(tmp_path, plain, change))))
     ids, hole = found.details
     assert ids.startswith(
-        "fwd/L1/router.ids differs between tp ranks 0 and 1, 2: 32 of 128 elements, the first at [0, 0, 1];"
+        "fwd/L1/router.ids differs between tp ranks 0 and 1, 2: 64 of 128 elements, the first at [0, 0, 2];"
     )
     assert hole.startswith("fwd/L2/resid differs between tp ranks 0 and 1, 2: worst row [0, 0] by inf")
 
@@ -285,12 +300,16 @@ def test_what_does_not_fit_is_left_out(case, plain, tmp_path):
             taps["fwd/L1/attn_norm"] = taps["fwd/L1/attn_norm"][..., :7]
             taps["fwd/L1/mla.q"] = taps["fwd/L1/mla.q"].reshape(2, 16, -1)
             taps["fwd/L1/resid"] = taps["fwd/L1/resid"].astype(np.float64)
+            taps["fwd/L2/mla.q"] = taps["fwd/L2/mla.q"][..., :7]
+            taps["fwd/L2/attn_out"] = taps["fwd/L2/attn_out"][:, :15]
             del taps["fwd/L2/mla.ctx"]
 
     found = Trace.read(tensor_parallel(tmp_path, plain, change))
-    assert len(found.taps) == len(plain.taps) - 4
+    assert len(found.taps) == len(plain.taps) - 6
     details = gate(judge(case, found)).details
-    assert [d.split()[0] for d in details] == ["fwd/L1/attn_norm", "fwd/L1/mla.q", "fwd/L1/resid"]
+    where = ["fwd/L1/attn_norm", "fwd/L1/mla.q", "fwd/L1/resid", "fwd/L2/mla.q", "fwd/L2/attn_out"]
+    assert [d.split()[0] for d in details] == where
+    assert "do not fit together along axis 2" in details[3] and "to be summed" in details[4]
     assert "its dims must say so" in details[0] and "in brackets" in details[1] and "float32 and float64" in details[2]
     assert found.taps.missing == {"fwd/L2/mla.ctx": "no rank at tp 1 recorded it"}
 
@@ -303,7 +322,28 @@ def test_what_a_rank_was_meant_to_record(case, plain, tmp_path):
     assert judgement.verdict == "INCONCLUSIVE"
 
 
+def test_self_checks_of_all_ranks(plain, tmp_path):
+    """Catches one rank's failed self-check hidden by another's, and notes that are lost or said once a rank."""
+    for rank, off_by in enumerate((0, 0.5, 0)):
+        header = {"self_check": {"taps": off_by, f"own{rank}": 0}, "notes": "eager" if rank else "graphs"}
+        write(tmp_path, plain, rank, {"tp": (rank, 3)}, **header)
+    found = Trace.read(tmp_path).header
+    assert found.self_check == {"taps": 0.5, "own0": 0, "own1": 0, "own2": 0} and found.notes == "graphs\neager"
+
+
 # ---- What is no run
+
+
+@pytest.mark.parametrize(("dims", "alone"), [("B S D", True), ("B S@tp D", False), ("B S D +tp", False)])
+def test_one_rank_alone(plain, tmp_path, dims, alone):
+    """Catches a part taken for the whole; a rank whose taps are whole is a trace."""
+    tap = "fwd/L1/resid"
+    path = write(tmp_path, plain, 1, {"tp": (1, 2)}, {tap: np.asarray(plain.taps[tap])}, {tap: dims}, expected=[])
+    if alone:
+        assert list(Trace.read(path).taps) == [tap]
+    else:
+        with pytest.raises(SpecError, match=r"rank 0 of 2 is missing; there is r1.safetensors"):
+            Trace.read(path)
 
 
 def test_refused(plain, tmp_path):
