@@ -68,7 +68,8 @@ def _disagreement(tap: str, stage: str, same: list[Rank], allowed: float, taps: 
 
 
 def _bits_equal(a: Array, b: Array) -> bool:
-    return np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b)))
+    first, second = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    return np.array_equal(first, second)
 
 
 def _integers(x: Array, e: Array) -> tuple[float, str]:
