@@ -252,13 +252,30 @@ def test_rank_0_counts(case, plain, tmp_path):
 
 
 @pytest.mark.parametrize(("roundoffs", "state"), [(3, "ok"), (30, "FAIL")])
-def test_replicas_may_differ_by_rounding(case, whole, tmp_path, roundoffs, state):
-    """Catches a bound that asks for equal bits, or none: 8 units of roundoff, 2^-24 in float32 and 2^-9 in bfloat16."""
-    tap, half = "fwd/L0/resid", whole.taps["fwd/L0/resid"].dtype != np.float32
+@pytest.mark.parametrize("tap", ["fwd/L0/resid", "fwd/L1/router.logits"])
+def test_replicas_may_differ_by_rounding(case, whole, tmp_path, tap, roundoffs, state):
+    """Catches a bound that asks for equal bits, or none: 8 units of roundoff, 2^-24 in float32 and 2^-9 in bfloat16, in which
+    router logits are kept in float32 and yet follow what is rounded to bfloat16.
+    """
+    assert whole.taps["fwd/L1/router.logits"].dtype == np.float32
+    half = whole.taps["fwd/L0/resid"].dtype != np.float32
     shift = roundoffs * (2.0**-9 if half else 2.0**-24)
     found = gate(judge(case, Trace.read(tensor_parallel(tmp_path, whole, off(tap, shift)))))
     assert found.state == state
     assert ("1 of them to rounding" in found.text) == (state == "ok")
+
+
+@pytest.mark.parametrize(("before", "state"), [(0, "FAIL"), (6, "ok"), (4, "FAIL")])
+def test_drift_grows(case, plain, tmp_path, before, state):
+    """Catches ranks that round differently called wrong where a later stage magnifies it: 20 units of roundoff are too many, unless
+    an earlier tap differs by a quarter of that.
+    """
+
+    def change(rank, taps):
+        off("fwd/L1/resid", before * 2.0**-24)(rank, taps)
+        off("fwd/L2/ffn_norm", 20 * 2.0**-24)(rank, taps)
+
+    assert gate(judge(case, Trace.read(tensor_parallel(tmp_path, plain, change)))).state == state
 
 
 def test_small_rows_of_scores(case, plain, tmp_path):
