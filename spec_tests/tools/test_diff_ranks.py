@@ -202,6 +202,7 @@ def test_a_training_step(case, tmp_path):
         taps[split] = taps[split][:, 30:] if tp else taps[split][:, :30]
         if tp and dp:
             taps["fwd/loss.total"] = taps["fwd/loss.total"] * np.float32(2)
+            taps[summed] = taps[summed] * np.float32(2)
         dims = {split: "D F@tp", summed: "D +dp"}
         write(tmp_path, trace, rank, {"tp": (tp, 2), "dp": (dp, 2)}, taps, dims)
     found = Trace.read(tmp_path)
@@ -209,7 +210,9 @@ def test_a_training_step(case, tmp_path):
         np.testing.assert_array_equal(np.asarray(found.taps[tap]), a, err_msg=tap)
     judgement = judge(case, found)
     assert not judgement.culprits, render(judgement)
-    assert gate(judgement).text.startswith("fwd/loss.total differs between ranks 0 and 3: worst row [] by 1.0e+00")
+    loss, gradient = gate(judgement).details
+    assert loss.startswith("fwd/loss.total differs between ranks 0 and 3: worst row [] by 1.0e+00")
+    assert gradient.startswith(f"{summed} differs between tp ranks 0 and 1 (at dp 1): worst row [] by 1.0e+00")
 
 
 # ---- Replicas
@@ -272,8 +275,8 @@ def test_drift_grows(case, plain, tmp_path, before, state):
     """
 
     def change(rank, taps):
-        off("fwd/L1/resid", before * 2.0**-24)(rank, taps)
-        off("fwd/L2/ffn_norm", 20 * 2.0**-24)(rank, taps)
+        off("fwd/L1/router.scores", before * 2.0**-24)(rank, taps)
+        off("fwd/L1/resid", 20 * 2.0**-24)(rank, taps)
 
     assert gate(judge(case, Trace.read(tensor_parallel(tmp_path, plain, change)))).state == state
 
