@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 _TEXT = """Judge a recorded run of another implementation, stage by stage.
 
 CASE is a folder with config.json, weights.safetensors and tokens.json; CANDIDATE is a trace: a safetensors file whose
-tensors are named by tap (`refimpl record hf` writes one; so can any language). Each recorded stage is re-run on the
-candidate's own recorded inputs, so a wrong stage shows up alone, wherever it is. With a second trace, the two are refereed.
+tensors are named by tap (`refimpl record hf` writes one; so can any language), or a folder of the traces that the ranks of
+a parallel engine wrote, which are put together (docs/taps.md). Each recorded stage is re-run on the candidate's own
+recorded inputs, so a wrong stage shows up alone, wherever it is. With a second trace, the two are refereed.
 
   refimpl diff refimpl/cases/tiny refimpl/cases/tiny/hf-bug.safetensors --html report.html
+  refimpl diff CASE ranks/          # ranks/rank0.safetensors, ranks/rank1.safetensors, ...
 
 exit code: 0 conforms (also in another gauge, or in a contested dialect, which is named), 1 diverges, 2 inconclusive
 (something needed was not recorded), 3 bad input"""
@@ -36,7 +38,7 @@ def add(commands: Commands) -> None:
         "diff", help="judge another implementation's trace", description=_TEXT, formatter_class=raw
     )
     diff.add_argument("case", type=Path)
-    diff.add_argument("candidate", type=Path)
+    diff.add_argument("candidate", type=Path, help="a trace, or a folder of the traces of all ranks")
     diff.add_argument("other", type=Path, nargs="?", help="a second trace: which of the two left the specification?")
     diff.add_argument("--all", action="store_true", help="list every tap in model order")
     diff.add_argument("--quiet", action="store_true", help="print the verdict only")

@@ -25,6 +25,7 @@ from refimpl.model import ForCausalLM, Inputs, read_inputs
 from refimpl.model.phases import Part, is_part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
+from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Shown, Track
@@ -115,7 +116,9 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
     run = _Run(case, trace, precision, rounded, pictures=pictures)
-    result = run.settle(case.config.replace(dialect=trace.config.dialect), track)
+    config = case.config.replace(dialect=trace.config.dialect)
+    gates += ranks_gate(trace, precision, run.program(config)[0])
+    result = run.settle(config, track)
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
 
