@@ -15,6 +15,8 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.stage import Call
 
+from .fp8_taps import SCALE
+
 Alternative = tuple[str, Array]
 """What to declare, and the tap in our arrangement."""
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
@@ -35,10 +37,18 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         yield "the softmax scale is multiplied into q", x / x.dtype.type(c.softmax_scale)
     if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
         yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
+    if call.stage == SCALE and x.shape[-1] > 1:
+        yield "activation scales group-major: token t of tile g at [g, t]", group_major(x)
     for order in permutations(range(x.ndim)):
         turned = x.transpose(order) if order != tuple(range(x.ndim)) else None
         if turned is not None and turned.shape == x.shape:
             yield f"axes in the order {' '.join(map(str, order))}", turned
+
+
+def group_major(s: Array) -> Array:
+    """Scales that lie in memory a tile after the other, read so.  s (..., G) -> (..., G)"""
+    g = s.shape[-1]
+    return s.reshape(g, -1).T.reshape(s.shape)
 
 
 def swap_pairs(x: Array, *, to_interleaved: bool) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
 from refimpl.diff import Case, Header, Trace, digest
+from refimpl.diff.fp8_taps import RECORDED, stored, with_codes
 from refimpl.diff.gradients import backward_of, gradient_name
 from refimpl.diff.training import PHASES, Training, read_training
 from refimpl.layers.mla import Attend
@@ -44,7 +45,11 @@ def trace_case(
     held, t = effective(case.weights(), used), None if training is None else read_training(training)
     parts = parts_of(listed, len(case.tokens[0]), attend)
     with observing(*patches, used):
-        found, program = _run(case, held, parts, t, patterns)
+        found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
+    program = with_codes(program, used, ()) if used.gemms else program
+    with observing(*patches):
+        for call in [c for c in program if c.stage in RECORDED]:
+            found[call.tap] = call.of(*[found[n] for n in call.args], **call.static)
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -104,5 +109,7 @@ def _update(model: ForCausalLM, out: Output, t: Training) -> None:
 
 
 def _stored(a: Array, call: Call, used: Plan) -> Array:
+    if call.stage in RECORDED:
+        return stored(call.stage, a)
     bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16"
     return np.ascontiguousarray(a.astype(ml_dtypes.bfloat16) if bf16 else a)
