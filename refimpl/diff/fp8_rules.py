@@ -8,7 +8,8 @@ the function's values at both ends of that interval: most often they are the sam
   optional. Of a tile of zeros every finite scale is right, as its codes are 0.
 * Code: the E4M3 number nearest to x / s, up to QUOTIENT; by a power of two every way to divide is exact, so there every code is,
   and a tie goes to the even one.
-* Where x was not recorded it is known as well as the twins agree on it.
+* Where x was not recorded it is known as well as the twins agree on it. If that is worse than a code's own rounding (another FP8
+  product lies between), single codes say nothing: then q s is held to x, a tile by its norm.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ BEYOND = 464.0
 """From here on x / s rounds beyond 448: saturated, or NaN in a cast that does not saturate."""
 ALIKE = 1 / 64
 """Share of the codes that may be next to those of a known mistake that is to be named."""
+COARSE = 2.0**-4
+"""The largest rounding of a code, relative."""
 RULES = {
     SCALE: "exact, up to 4 roundings of amax / 448",
     CODES: "exact, up to 4 roundings of x / s at the boundary between two codes",
@@ -50,17 +53,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The input of a product in tiles: rows (..., K), amax (..., G), and how far it may be another (relative), a number a tile."""
+    """The input of a product in tiles: rows (..., K), amax (..., G); how far it may be another (relative), 0 if it was recorded;
+    which tiles count.
+    """
 
     rows: Array
     amax: Array
-    doubt: Array
+    doubt: float
+    sure: Array
     how: Fp8
-
-    @property
-    def floors(self) -> tuple[float | None, ...]:
-        """The floor under amax, and none."""
-        return tuple(dict.fromkeys([self.how.inputs.clamp, None]))
 
     def ends(self, extra: float = 0.0) -> Iterator[tuple[Array, Array]]:
         """The smallest and the largest right scale of every tile, with a floor under amax and without."""
@@ -79,26 +80,37 @@ class Tiles:
         zero = (self.amax == 0) & np.isfinite(s) & (s >= 0)
         return within | zero | ~np.isfinite(self.amax)
 
+    def close(self, s: Array, q: Array) -> Array:
+        """Which tiles of q s are as near to x, by their norm, as x is known."""
+        away = tiles_of(q * spread(s, q.shape[-1]) - self.rows)
+        limit = (self.doubt + COARSE) * np.linalg.norm(tiles_of(self.rows), axis=-1)
+        return np.linalg.norm(away, axis=-1) <= limit
+
     def unsure(self, s: Array, width: int) -> Array:
         """How far x / s may be off (..., K) because x was computed: a share of itself, or of what is usual in its tile."""
+        if not self.doubt:
+            return np.zeros(self.rows.shape)
         tiled = tiles_of(self.rows)
         filled = np.minimum(TILE, width - TILE * np.arange(tiled.shape[-2]))
         usual = np.linalg.norm(tiled, axis=-1) / np.sqrt(filled)
-        by = spread(self.doubt, width) * np.maximum(np.abs(self.rows), spread(usual, width)) / spread(s, width)
-        return np.where(spread(self.doubt, width) > 0, np.abs(by), 0)
+        return self.doubt * np.maximum(np.abs(self.rows), spread(usual, width)) / np.abs(spread(s, width))
 
 
-def tiles(step: Step, pick: Pick, computed: bool) -> Tiles:
+def tiles(step: Step, pick: Pick, settled: Array | None, computed: bool) -> Tiles:
     """What the call reads, and how far the twins are apart on it if it was `computed`."""
     lead, how = step.call.static["lead"], step.call.static["how"]
-    given = step.inputs()
-    rows = rows_of(cut(np.asarray(next(given)[0], np.float64), pick), lead)
+    given = [
+        tiles_of(rows_of(cut(np.asarray(x, np.float64), pick), lead)) for x, *_ in (step.inputs() if computed else ())
+    ]
+    rows = rows_of(cut(np.asarray(next(step.inputs())[0], np.float64), pick), lead)
     tiled = tiles_of(rows)
-    doubt = np.zeros(tiled.shape[:-1])
-    for x, *_ in given if computed else ():
-        away = np.linalg.norm(tiles_of(rows_of(cut(np.asarray(x, np.float64), pick), lead)) - tiled, axis=-1)
-        doubt = np.maximum(doubt, away / np.maximum(np.linalg.norm(tiled, axis=-1), 1e-300))
-    return Tiles(rows, np.abs(tiled).max(axis=-1), FACTOR * doubt, how)
+    size, sure = np.linalg.norm(tiled, axis=-1), np.ones(tiled.shape[:-1], bool)
+    if settled is not None:
+        sure &= settled.reshape(*sure.shape[:-1], -1).all(axis=-1)[..., None]
+    known = sure & np.isfinite(size) & (size > 0)
+    away = [np.linalg.norm(x - tiled, axis=-1)[known] / size[known] for x in given]
+    doubt = max([float(np.nan_to_num(a, nan=np.inf).max(initial=0)) for a in away], default=0.0)
+    return Tiles(rows, np.abs(tiled).max(axis=-1), FACTOR * doubt, sure, how)
 
 
 def fit(step: Step, x: Array, pick: Pick, stages: tuple[str, ...], settled: Array | None) -> Fit | None:
@@ -108,50 +120,41 @@ def fit(step: Step, x: Array, pick: Pick, stages: tuple[str, ...], settled: Arra
     lead = step.call.static["lead"]
     if any(axis >= lead for axis in pick):
         return None
-    t = tiles(step, pick, bool(set(stages) - {SCALE, CODES}))
+    t = tiles(step, pick, settled, bool(set(stages) - {SCALE, CODES}))
     x = np.asarray(x, np.float64)
-    sure = np.ones(t.amax.shape, bool)
-    if settled is not None:
-        sure &= settled.reshape(*t.amax.shape[:-1], -1).all(axis=-1)[..., None]
     if step.call.stage == SCALE:
-        return _scales(t, x, cut(step.exact, pick), sure)
+        return _scales(t, x, cut(step.exact, pick))
     s = cut(np.asarray(next(step.inputs())[1], np.float64), pick)
-    return _codes(t, s, rows_of(x, lead), sure, SCALE in stages)
+    return _codes(t, s, rows_of(x, lead), SCALE in stages)
 
 
-def _scales(t: Tiles, s: Array, e: Array, sure: Array) -> Fit:
-    right = t.right(s) | ~sure
+def _scales(t: Tiles, s: Array, e: Array) -> Fit:
+    right = t.right(s) | ~t.sure
     if right.all():
         return Fit(right, 0.0, "")
     off = np.abs(s / e - 1)[~right]
     return Fit(right, float(np.where(np.isfinite(off), off, np.inf).max()), _said(right, "scales", s, e))
 
 
-def _codes(t: Tiles, s: Array, q: Array, sure: Array, computed: bool) -> Fit:
+def _codes(t: Tiles, s: Array, q: Array, computed: bool) -> Fit:
     """By the scale that was given; where that is itself wrong, or was not recorded, by any right one too."""
-    right = fits(t, s, q)
+    right, whole = fits(t, s, q), ~t.sure
     other = ~t.right(s) | computed
     if other.any():
-        whole = _all(right) | ~sure
-        for ends in t.ends(QUOTIENT):
-            for own in ends:
-                whole |= other & _all(fits(t, own, q, QUOTIENT))
-        right |= spread(whole, q.shape[-1])
-    right |= spread(~sure, q.shape[-1])
+        for own in (end for ends in t.ends(QUOTIENT) for end in ends):
+            whole |= other & ~tiles_of(~fits(t, own, q, QUOTIENT)).any(axis=-1)
+    right |= spread(whole, q.shape[-1])
     if right.all():
         return Fit(right, 0.0, "")
     e = to_e4m3(quotient(t.rows, spread(s, q.shape[-1])))
     return Fit(right, float(1 - right.mean()), _said(right, "codes", q, e))
 
 
-def _all(right: Array) -> Array:
-    """Whether a tile's codes all are right."""
-    return ~tiles_of(~right).any(axis=-1)
-
-
 def fits(t: Tiles, s: Array, q: Array, extra: float = 0.0) -> Array:
     """Which codes (as numbers) are those of x / s, s a number a tile."""
     width = q.shape[-1]
+    if t.doubt > COARSE:
+        return spread(t.close(s, q) | ~np.isfinite(t.amax), width)
     v = quotient(t.rows, spread(s, width))
     inexact = np.where(np.frexp(s)[0] == 0.5, 0.0, QUOTIENT + extra)
     by = np.abs(v) * spread(inexact, width) + t.unsure(s, width)

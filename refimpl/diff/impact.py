@@ -122,9 +122,8 @@ def _positions(g: Grounds, logits: Array) -> Array:
 def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[str, ...]]:
     """Taps that are grafted together: those of one stage, in model order."""
     forward = [f for f in j.findings if is_part(f.tap.partition("/")[0])]  # a gradient moves no logit of its own run
-    forward = (
-        [f for f in forward if set(f.region) <= set(j.grounds.calls)] if j.grounds else forward
-    )  # codes have no place there
+    assert j.grounds is not None
+    forward = [f for f in forward if set(f.region) <= set(j.grounds.calls)]  # codes have no place there
     blamed = [f for f in forward if not f.ok]
     wanted = [f for f in forward if any(tap_matches(f.tap, p) for p in patterns)] if patterns else _usable(blamed)
     require(wanted or not patterns, f"no recorded tap matches {', '.join(patterns)}")
