@@ -21,9 +21,9 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.fp8 import Fp8
+from refimpl.layers.fp8_parts import CODES, SCALE, TILE, exact_scales, quotient, rows_of, spread, tiles_of, to_e4m3
 from refimpl.layers.numerics.formats import E4M3
 
-from .fp8_taps import CODES, SCALE, TILE, exact_scales, quotient, rows_of, spread, tiles_of, to_e4m3
 from .reading import Pick, cut
 from .replay import Step
 from .tolerance import FACTOR

@@ -13,9 +13,8 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
+from refimpl.layers.fp8_parts import SCALE, group_major
 from refimpl.layers.stage import Call
-
-from .fp8_taps import SCALE
 
 Alternative = tuple[str, Array]
 """What to declare, and the tap in our arrangement."""
@@ -43,12 +42,6 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         turned = x.transpose(order) if order != tuple(range(x.ndim)) else None
         if turned is not None and turned.shape == x.shape:
             yield f"axes in the order {' '.join(map(str, order))}", turned
-
-
-def group_major(s: Array) -> Array:
-    """Scales that lie in memory a tile after the other, read so.  s (..., G) -> (..., G)"""
-    g = s.shape[-1]
-    return s.reshape(g, -1).T.reshape(s.shape)
 
 
 def swap_pairs(x: Array, *, to_interleaved: bool) -> Array:

@@ -12,9 +12,10 @@ import numpy as np
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
 from refimpl.diff import Case, Header, Trace, digest
-from refimpl.diff.fp8_taps import RECORDED, stored, with_codes
+from refimpl.diff.fp8_taps import stored, with_codes
 from refimpl.diff.gradients import backward_of, gradient_name
 from refimpl.diff.training import PHASES, Training, read_training
+from refimpl.layers.fp8_parts import RECORDED
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import Plan, plan
