@@ -47,10 +47,8 @@ def trace_case(
     parts = parts_of(listed, len(case.tokens[0]), attend)
     with observing(*patches, used):
         found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
-    program = with_codes(program, used, ()) if used.gemms else program
     with observing(*patches):
-        for call in [c for c in program if c.stage in RECORDED]:
-            found[call.tap] = call.of(*[found[n] for n in call.args], **call.static)
+        program = _codes(program, found, used) if used.gemms else program
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -88,6 +86,14 @@ def _run(
         found |= _gradients(model, recorder, out.loss)
         program += backward_of(program, {n: w.shape for n, w in held.items() if not is_buffer(n)})
     return found, program
+
+
+def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Call]:
+    """The program with what its FP8 products read, which is added to what was found."""
+    program = with_codes(program, used, ())
+    for call in [c for c in program if c.stage in RECORDED]:
+        found[call.tap] = call.of(*[found[n] for n in call.args], **call.static)
+    return program
 
 
 def _gradients(model: ForCausalLM, recorder: Recorder, loss: Any) -> dict[str, Array]:
