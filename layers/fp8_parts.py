@@ -107,12 +107,12 @@ class _OnCodes(Plain):
     def __init__(self, codes: Array, s: Array, how: Fp8) -> None:
         self.codes, self.s, self.how = codes, s, how
 
-    def linear(self, x: Array, w: Array, b: Array | None = None) -> Array:  # type: ignore[override]
+    def linear(self, x: Array, w: Array, b: Array | None = None) -> Array:
         """y = x wT (+ b)."""
         y = self._product(slice(None), w).reshape(*x.shape[:-1], len(w))
         return y if b is None else y + b
 
-    def grouped_linear(self, rows: Array, ids: Array, *ws: Array) -> Array:  # type: ignore[override]
+    def grouped_linear(self, rows: Array, ids: Array, *ws: Array) -> Array:
         """y[m] = rows[m] w_e(m)T."""
         y = np.zeros((len(rows), len(ws[0])), rows.dtype)
         for span, w in zip(expert_spans(ids, len(ws)), ws, strict=True):

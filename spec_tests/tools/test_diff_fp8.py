@@ -186,6 +186,20 @@ def test_no_part_of_a_run_with_codes_is_called_wrong(case, traces, precision, se
     assert not judgement.culprits, render(judgement)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8_ue8m0"])
+def test_behind_another_product_codes_are_held_to_a_norm(case, traces, precision):
+    """Catches single codes judged by an input that quantising has moved by several per cent, and nothing judged there at all."""
+    codes = ("attn_out.act.q", "ffn_out.act.q", "moe.shared.act.q", "moe.down.act.q")
+    kept = ("attn_norm", "ffn_norm", "router.ids", "router.weights", *codes)
+    few = only(traces[precision], lambda t: t.endswith(kept))
+    assert not judge(case, few).culprits
+    tap = "fwd/L0/ffn_out.act.q"
+    assert "fwd/L0/mlp.act" in next(f.region for f in judge(case, few).findings if f.tap == tap)
+    q = np.array(few.taps[tap])
+    q.view(np.uint8)[0, 5, 128:] ^= 128
+    assert blamed(case, changed(few, {tap: q})) == {tap}
+
+
 def test_every_way_to_write_them_is_read(case, traces):
     """Catches bytes taken for numbers: codes as uint8, scales as E8M0 numbers and as their bytes, tokens flattened."""
     trace, taps = traces["fp8_ue8m0"], {}
@@ -273,6 +287,17 @@ def test_beyond_the_range_it_saturates_or_is_nan():
         for code in (416.0, 448.0, None):
             q = np.array([[np.nan if code is None else code]])
             assert fits(tiles(np.array([[v]])), np.ones((1, 1)), q)[0, 0] == (code in allowed), (v, code)
+
+
+def test_an_input_that_is_known_to_a_fifth_is_a_norm():
+    """Catches single codes asked of an input that quantising another product has moved: one may be anything, forty may not."""
+    x = np.random.default_rng(0).choice([-1.0, 1.0], (1, 128)) * 448
+    vague = dataclasses.replace(tiles(x), doubt=0.2)
+    one, forty = x.copy(), x.copy()
+    one[0, 5], forty[0, :40] = 0, -forty[0, :40]
+    assert fits(vague, np.ones((1, 1)), one).all() and not fits(vague, np.ones((1, 1)), forty).any()
+    clear = dataclasses.replace(vague, doubt=0.01)
+    assert np.flatnonzero(~fits(clear, np.ones((1, 1)), one)[0]).tolist() == [5]
 
 
 # ---- Scales
