@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
-from . import tolerance
+from . import fp8_rules, tolerance
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
@@ -65,6 +65,8 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     settled = settled_rows(step, pick)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
+    if call.stage in fp8_rules.RULES:
+        return _codes(step, x, chained, settled, units, pick)
     if kind == "set":
         return _sets(step, x, exact, chained, settled)
     if kind == "exact":
@@ -72,6 +74,15 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         note = f"{wrong} of {x.size} elements differ" if wrong else ""
         return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
     return _values(step, x, exact, chained, settled, units, pick)
+
+
+def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
+    """Scales or codes of a quantised product's input."""
+    call, found = step.call, fp8_rules.fit(step, x, pick, units.stages, settled)
+    if found is None:
+        return Finding(call.tap, call.stage, True, 0.0, note="parts of tiles were recorded: not compared", open=True)
+    drift = _drift(x, chained)
+    return Finding(call.tap, call.stage, not found.note, found.error, note=found.note, chained=drift)
 
 
 def settled_rows(step: Step, pick: Pick) -> Array | None:

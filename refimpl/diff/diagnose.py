@@ -20,6 +20,7 @@ from refimpl.layers.stage import Call
 
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
+from .fp8_rules import RULES, alike
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
@@ -103,6 +104,8 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
 
 
 def _near(f: Finding, x: Array, ours: Array) -> bool:
+    if f.stage in RULES:
+        return alike(f.stage, x, ours)
     same_holes = bool((np.isnan(x) == np.isnan(ours)).all())
     found = distance(f.stage, x, ours)
     return same_holes and found.worst <= f.allowed and found.lean <= f.upright
@@ -144,7 +147,7 @@ def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Record
 
 def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
     """Whether twins of the region in that dtype err as far as the candidate does, and most rows are off: a dtype spares none."""
-    if region[-1].of.compare in ("exact", "set"):
+    if region[-1].of.compare in ("exact", "set") or f.stage in RULES:
         return False
     narrow = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32"))
     exact, family = Lane(FLOAT64), 0.0

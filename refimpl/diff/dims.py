@@ -10,7 +10,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.stage import Call, Stage
 from refimpl.model.phases import Part, parts_of
 
-_TERM = re.compile(r"(\d+)?([A-Z][a-z]?)?(?:([+/-])(\w+))?")
+_TERM = re.compile(r"(\d+)?([A-Z][a-z]?)?(?:([+*-])(\w+))?")
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,15 @@ def shape_of(call: Call, c: Config, sizes: Sizes) -> tuple[int, ...]:
 
 
 def size_of(axis: str, numbers: Mapping[str, int]) -> int:
-    """The length of one axis: a number, a letter, `2D`, or two of them with + - / between."""
-    found = _TERM.fullmatch(axis)
+    """The length of one axis: a number, a letter, `2D`, two of them with + - * between; `/128` behind it: how many parts of 128,
+    the last one ragged.
+    """
+    whole, _, part = axis.partition("/")
+    found = _TERM.fullmatch(whole)
     assert found, f"axis {axis!r}"
     times, letter, sign, other = found.groups()
     value = int(times or 1) * (numbers[letter] if letter else 1)
-    if sign is None:
-        return value
-    operand = numbers[other] if other in numbers else int(other)
-    return {"+": value + operand, "-": value - operand, "/": value // operand}[sign]
+    if sign is not None:
+        operand = numbers[other] if other in numbers else int(other)
+        value = {"+": value + operand, "-": value - operand, "*": value * operand}[sign]
+    return -(-value // int(part)) if part else value

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from . import tolerance
 from .comparison import Shown
+from .fp8_rules import RULES
 from .tolerance import CONSTANTS, EXTRA, FACTOR, FLOOR, LEAN, ROUNDINGS
 
 
 def explained(shown: Shown, storage: str) -> list[str]:
     """Lines, in the order in which the limit is made."""
     f, u = shown.finding, shown.units
+    if f.stage in RULES:
+        return [f"{f.tap}: stage {f.stage}, declared storage {storage}", f"  allowed                {RULES[f.stage]}"]
     worst, lean = (max(getattr(t, name) for t in shown.twins) for name in ("worst", "lean"))
     inner = ", ".join(u.stages[:-1]) or "none: every input was recorded"
     extra, why = EXTRA.get(f.stage, (1.0, ""))

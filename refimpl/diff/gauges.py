@@ -13,6 +13,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
+from refimpl.layers.fp8_parts import SCALE, group_major
 from refimpl.layers.stage import Call
 
 Alternative = tuple[str, Array]
@@ -35,6 +36,8 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         yield "the softmax scale is multiplied into q", x / x.dtype.type(c.softmax_scale)
     if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
         yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
+    if call.stage == SCALE and x.shape[-1] > 1:
+        yield "activation scales group-major: token t of tile g at [g, t]", group_major(x)
     for order in permutations(range(x.ndim)):
         turned = x.transpose(order) if order != tuple(range(x.ndim)) else None
         if turned is not None and turned.shape == x.shape:

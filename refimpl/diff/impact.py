@@ -122,6 +122,8 @@ def _positions(g: Grounds, logits: Array) -> Array:
 def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[str, ...]]:
     """Taps that are grafted together: those of one stage, in model order."""
     forward = [f for f in j.findings if is_part(f.tap.partition("/")[0])]  # a gradient moves no logit of its own run
+    assert j.grounds is not None
+    forward = [f for f in forward if set(f.region) <= set(j.grounds.calls)]  # codes have no place there
     blamed = [f for f in forward if not f.ok]
     wanted = [f for f in forward if any(tap_matches(f.tap, p) for p in patterns)] if patterns else _usable(blamed)
     require(wanted or not patterns, f"no recorded tap matches {', '.join(patterns)}")
@@ -153,7 +155,9 @@ def _own(
     g, title = j.grounds, _cause(group, mistakes)
     assert g is not None
     regions = {t for f in j.findings if f.tap in group for t in f.region}
-    by_stage = {m.stage: m for m in MUTANTS.values() if title and m.title == title and m.applies(g.config)}
+    by_stage = {
+        m.stage: m for m in MUTANTS.values() if title and m.title == title and m.applies(g.config) and m.regime != "fp8"
+    }
     found = {t: of_mistake(by_stage[g.calls[t].stage]) for t in regions if g.calls[t].stage in by_stage}
     return found or {t: apart[t] for t in group}
 

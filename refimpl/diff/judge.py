@@ -32,6 +32,7 @@ from .comparison import Comparison, Shown, Track
 from .diagnose import Diagnosis, diagnose
 from .dims import Sizes
 from .explained import explained
+from .fp8_taps import decoded, has_codes, with_codes
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
@@ -108,7 +109,7 @@ def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = Fal
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, trace, gates, track, pictures)
+        return _judged(case, decoded(trace), gates, track, pictures)
 
 
 def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool) -> Judgement:
@@ -125,6 +126,7 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
 
 def explain(case: Case, trace: Trace, tap: str) -> list[str]:
     """Lines that say how far a tap may be off, and why. SpecError for a tap that the trace does not hold."""
+    trace = decoded(trace)
     precision = precision_of(trace.header, trace.taps)
     _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     run = _Run(case, trace, precision, rounded, tap)
@@ -220,7 +222,8 @@ class _Run:
         """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
         header = self.trace.header
         check_layouts(header.layouts)
-        program, inputs = self.program(config)
+        plain, inputs = self.program(config)
+        program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
         sizes = Sizes(len(inputs.tokens), self.parts)
         admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
         ours = [c.tap for c in program]
@@ -239,7 +242,7 @@ class _Run:
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
         found.grounds = Grounds(
-            config, [c for c in program if is_part(c.tap.partition("/")[0])], recorded, admitted, self.precision
+            config, [c for c in plain if is_part(c.tap.partition("/")[0])], recorded, admitted, self.precision
         )
         return found
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import FLOAT32, FLOAT64
@@ -26,8 +27,8 @@ from .tolerance import TWINS
 
 @dataclass(frozen=True)
 class Step:
-    """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, and the tokens (B, S) that
-    rounding alone may send to other experts, or None.
+    """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, the tokens (B, S) that
+    rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's.
     """
 
     call: Call
@@ -35,6 +36,7 @@ class Step:
     chained: Array
     twins: Callable[[], Iterator[Array]]
     unsettled: Array | None
+    inputs: Callable[[], Iterator[list[Any]]]
 
 
 Watch = Callable[[str, Array], None]
@@ -61,9 +63,9 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
-            yield Step(
-                call, exact.values[call.tap], chained.values[call.tap], _lazy(call, twins, r), unsettled.of(call)
-            )
+            inputs = _inputs(call, (exact, *twins), r)
+            ours, doubt = chained.values[call.tap], unsettled.of(call)
+            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs)
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
         for lane in lanes:
@@ -79,3 +81,7 @@ def _compute(call: Call, twins: list[Lane], r: Recorded) -> None:
 
 def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array]]:
     return lambda: (r.noise.outer(call, lane.run(call, r)) for lane in twins)
+
+
+def _inputs(call: Call, lanes: tuple[Lane, ...], r: Recorded) -> Callable[[], Iterator[list[Any]]]:
+    return lambda: ([lane.value(a, call, r) for a in call.args] for lane in lanes)

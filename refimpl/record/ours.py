@@ -12,8 +12,10 @@ import numpy as np
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
 from refimpl.diff import Case, Header, Trace, digest
+from refimpl.diff.fp8_taps import stored, with_codes
 from refimpl.diff.gradients import backward_of, gradient_name
 from refimpl.diff.training import PHASES, Training, read_training
+from refimpl.layers.fp8_parts import RECORDED
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import Plan, plan
@@ -44,7 +46,9 @@ def trace_case(
     held, t = effective(case.weights(), used), None if training is None else read_training(training)
     parts = parts_of(listed, len(case.tokens[0]), attend)
     with observing(*patches, used):
-        found, program = _run(case, held, parts, t, patterns)
+        found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
+    with observing(*patches):
+        program = _codes(program, found, used) if used.gemms else program
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -84,6 +88,14 @@ def _run(
     return found, program
 
 
+def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Call]:
+    """The program with what its FP8 products read, which is added to what was found."""
+    program = with_codes(program, used, ())
+    for call in [c for c in program if c.stage in RECORDED]:
+        found[call.tap] = call.of(*[found[n] for n in call.args], **call.static)
+    return program
+
+
 def _gradients(model: ForCausalLM, recorder: Recorder, loss: Any) -> dict[str, Array]:
     """Of every tap and weight, from one tape over the whole run."""
     inner = {gradient_name(tap): a for tap, a in recorder.taps.items() if isinstance(a, Tensor)}
@@ -104,5 +116,7 @@ def _update(model: ForCausalLM, out: Output, t: Training) -> None:
 
 
 def _stored(a: Array, call: Call, used: Plan) -> Array:
+    if call.stage in RECORDED:
+        return stored(call.stage, a)
     bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16"
     return np.ascontiguousarray(a.astype(ml_dtypes.bfloat16) if bf16 else a)

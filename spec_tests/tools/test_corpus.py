@@ -11,6 +11,7 @@ from refimpl.diff import Case, Trace, render
 from refimpl.diff.corpus import MUTANTS, NOT_STAGES
 from refimpl.diff.judge import judge
 from refimpl.layers import STAGES, Recorder, observing
+from refimpl.layers.fp8_parts import RECORDED
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import Patch, tap_name
 from refimpl.model import ForCausalLM, effective, introduce
@@ -43,10 +44,12 @@ LOUD = [
     for m in MUTANTS.values()
     if m.applies(case().config)
     and m.id not in QUIET
-    and m.regime not in ("cache", "training")
+    and m.regime not in ("cache", "training", "fp8")
     and m.stage[:4] != "mtp."
 ]
-"""What one forward pass of the case shows; MTP has a test below, caches and training are test_diff_phases.py's."""
+"""What one forward pass of the case shows; MTP has a test below, caches and training are
+test_diff_phases.py's, FP8 is test_diff_fp8.py's.
+"""
 
 
 def test_every_family_has_its_mutant_or_its_reason():
@@ -61,7 +64,7 @@ def test_every_family_has_its_mutant_or_its_reason():
 def test_mutants_are_well_formed():
     """Catches an id used twice, a stage that does not exist, a thread without its number."""
     for id, m in MUTANTS.items():
-        assert id == m.id and m.stage in STAGES and m.title[0] != " " and not m.title.endswith("."), id
+        assert id == m.id and m.stage in (*STAGES, *RECORDED) and m.title[0] != " " and not m.title.endswith("."), id
         assert all(re.fullmatch(r"[\w/.-]+ #\d+", t) for t in m.threads), (id, m.threads)
         assert re.fullmatch(r"[RAFTLNX]\d\d[a-z]?(-[\w.-]+)?|A0[12][qk]", id), id
 
