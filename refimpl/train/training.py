@@ -4,13 +4,15 @@ balancing bias moved by the batch's expert loads (R 2.1.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array, Parameter, backward, data_of
 from refimpl.layers.config import Config
+from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import BF16, Plan
 from refimpl.layers.router import bias_update, counts
 from refimpl.layers.stage import observing, phase, unit
@@ -84,14 +86,8 @@ def step(
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
     with observing(recipe.plan):
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-    grads = backward(out.loss)
-    named = {
-        n: grads[w].astype(np.float32) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads
-    }
-    named, norm = clip(named, max_norm=recipe.max_norm)
-    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
-    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, opt)
-    weights, load = state.weights | trained, {}
+    state, norm = descend(state, dict(model.named_weights()), out.loss, recipe)
+    weights, load = dict(state.weights), {}
     with phase("upd"):
         for place, routing in out.routing.items():
             load[place] = counts.fn(routing.ids, n_experts=c.n_routed_experts)
@@ -100,7 +96,30 @@ def step(
                 zero_sum = c.dialect.bias_update == "zero_sum"
                 with unit(place):
                     weights[name] = bias_update(weights[name], load[place], gamma=recipe.gamma, zero_sum=zero_sum)
-    return State(weights, adam), Report(adam.t, float(data_of(out.loss)), norm, load)
+    return replace(state, weights=weights), Report(state.adam.t, float(data_of(out.loss)), norm, load)
+
+
+def descend(state: State, leaves: Mapping[str, Any], loss: Any, recipe: Recipe) -> tuple[State, float]:
+    """Clipped AdamW down the gradient of a loss () with respect to those of `leaves` that it depends on, Parameters by the names of
+    their masters in `state` -> the new state, the gradient's norm before clipping.
+    """
+    grads = backward(loss)
+    named = {n: grads[w].astype(np.float32) for n, w in leaves.items() if isinstance(w, Parameter) and w in grads}
+    named, norm = clip(named, max_norm=recipe.max_norm)
+    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
+    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, opt)
+    return State(state.weights | trained, adam), norm
+
+
+def step_on(state: State, objective: Callable[[dict[str, Parameter]], Any], recipe: Recipe) -> tuple[State, Report]:
+    """One step down any objective: a function of all of `state.weights`, as leaves by name, that gives a loss (). For what `step`
+    does not train: other losses, adapters beside frozen weights. Balancing biases stay where they are.
+    """
+    leaves = {n: Parameter(recipe.plan.weight(n, w)) for n, w in state.weights.items() if not is_buffer(n)}
+    with observing(recipe.plan):
+        loss = objective(leaves)
+    state, norm = descend(state, leaves, loss, recipe)
+    return state, Report(state.adam.t, float(data_of(loss)), norm, {})
 
 
 def train(
