@@ -21,17 +21,19 @@ PREFIX = "base_model.model."
 """What PEFT's names put in front of a module's."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-_ABSENT: Mapping[str, Any] = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_parameters": None,
-}
-"""Keys that change what an adapter computes, with the only value read or written here."""
+_OTHER = (
+    *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication"),
+    *(
+        "lora_bias",
+        "modules_to_save",
+        "monteclora_config",
+        "rank_pattern",
+        "target_parameters",
+        "trainable_token_indices",
+    ),
+    *("use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config"),
+)
+"""Keys that change what an adapter computes when they are set; none of it is here."""
 
 
 def save(folder: str | os.PathLike[str], adapters: Mapping[str, Array], lora: Lora, *, base: str = "") -> None:
@@ -53,7 +55,10 @@ def save(folder: str | os.PathLike[str], adapters: Mapping[str, Array], lora: Lo
         "lora_dropout": 0.0,
         "target_modules": list(lora.target_modules),
         "init_lora_weights": True,
-        **_ABSENT,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
     }
     with where(f"while saving {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ def save(folder: str | os.PathLike[str], adapters: Mapping[str, Array], lora: Lo
 
 def load(folder: str | os.PathLike[str]) -> tuple[Lora, dict[str, Array]]:
     """The settings and the adapters by our names, float32. SpecError for what is no LoRA, or one with mechanisms that are not
-    here (DoRA, rsLoRA, biases, ranks that differ).
+    here (`_OTHER`).
     """
     folder = Path(folder)
     config = json_object(folder / CONFIG)
@@ -83,8 +88,8 @@ def load(folder: str | os.PathLike[str]) -> tuple[Lora, dict[str, Array]]:
 
 def _settings(config: Mapping[str, Any]) -> Lora:
     require(config.get("peft_type") == "LORA", f"peft_type is {config.get('peft_type')!r}; expected LORA")
-    for key, only in _ABSENT.items():
-        require(config.get(key, only) in (only, None), f"{key} is {config.get(key)!r}; only {only!r} is known here")
+    used = [k for k in _OTHER if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
+    require(not used, f"{', '.join(used)}: set, and not known here")
     r, alpha, targets = (config.get(k) for k in ("r", "lora_alpha", "target_modules"))
     require(
         isinstance(r, int) and isinstance(alpha, int | float), f"r is {r!r}, lora_alpha {alpha!r}; expected numbers"
