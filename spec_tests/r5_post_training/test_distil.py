@@ -80,8 +80,8 @@ def test_a_student_learns_from_logits(loss):
 
 
 def test_a_student_learns_from_generated_answers():
-    """The teacher's answers, those that a rule rejects left out, are examples for fine-tuning (R 5.1). Catches answers under the wrong
-    prompts, a filter that lets pass what it should not.
+    """The teacher's answers, those that a rule rejects left out, are examples for fine-tuning (R 5.1). Catches answers under the
+    wrong prompts, a filter that lets pass what it should not.
     """
     teacher, rng = toys.both(), np.random.default_rng(0)
     prompts = [e.prompt for e in toys.some(toys.COPY, 200, rng)]

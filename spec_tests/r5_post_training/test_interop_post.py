@@ -18,6 +18,8 @@ from refimpl.spec_tests import golden
 from refimpl.spec_tests.cases import post
 from refimpl.train.post import lora, peft_format
 
+# PEFT asks transformers for a property by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 LIMIT = 2e-5  # float32 in PEFT's model
 
 
@@ -249,7 +251,7 @@ def test_peft_reads_what_we_save(tmp_path):
 def test_we_read_what_peft_saves(tmp_path):
     """Catches a key that PEFT writes and we refuse, a name that we do not know."""
     given = post.adapters(3)
-    peft_model(given).save_pretrained(tmp_path)
+    peft_model(given).save_pretrained(tmp_path, save_embedding_layers=False)  # else it asks the network for a config
     found, mine = peft_format.load(tmp_path)
     assert found == lora.Lora(2, 3.0, tuple(sorted(post.LORA.target_modules)))
     assert mine.keys() == given.keys()
@@ -268,7 +270,7 @@ def record():
     lora_part = {"lora/logits": logits, "lora/loss": loss} | {f"lora/grad/{n}": g for n, g in grads.items()}
     np.savez_compressed(golden.FOLDER / "post.npz", **theirs(post.draw()), **lora_part)
     with tempfile.TemporaryDirectory() as folder:
-        peft_model(post.adapters()).save_pretrained(folder)
+        peft_model(post.adapters()).save_pretrained(folder, save_embedding_layers=False)
         for name in (peft_format.CONFIG, peft_format.TENSORS):
             shutil.copy(f"{folder}/{name}", golden.FOLDER / f"post.{name}")
     config = golden.FOLDER / f"post.{peft_format.CONFIG}"

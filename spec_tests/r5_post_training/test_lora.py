@@ -12,7 +12,9 @@ from refimpl.train.post.examples import one_a_row
 from refimpl.train.post.likelihood import logits_of
 
 ATTENTION = lora.Lora(4, 8.0, ("q_b_proj", "kv_b_proj", "o_proj"))
-EVERYWHERE = lora.Lora(4, 8.0, (*ATTENTION.target_modules, "q_a_proj", "gate_proj", "up_proj", "down_proj"))
+EVERYWHERE = lora.Lora(
+    4, 8.0, (*ATTENTION.target_modules, "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "down_proj")
+)
 
 
 def drawn(weights, setting, seed=0):
@@ -105,7 +107,7 @@ def test_adapters_learn_while_the_weights_stand_still():
     weights, rng = toys.both(), np.random.default_rng(1)
     state = State(lora.init(EVERYWHERE, weights))
     start, kept = state.weights, {n: w.copy() for n, w in weights.items()}
-    for _ in range(80):
+    for _ in range(100):
         batch = one_a_row(toys.some(toys.REVERSE, 16, rng, front=toys.COPY))
 
         def objective(leaves, batch=batch):

@@ -29,7 +29,7 @@ def test_which_weights():
     assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight" in names
     assert not [n for n in names if "norm" in n or "embed" in n or "lm_head" in n or "gate.weight" in n]
-    with pytest.raises(SpecError, match="share is 1.5"):
+    with pytest.raises(SpecError, match=r"share is 1\.5"):
         magnitude.masks(toys.both(), 1.5)
     with pytest.raises(SpecError, match="no weight's name fits"):
         magnitude.masks(toys.both(), 0.5, pattern="*.bias")
@@ -38,9 +38,9 @@ def test_which_weights():
 
 
 def test_training_on_brings_back_what_pruning_took_and_zeros_stay():
-    """Catches a mask that the gradient does not know. 60 % of the linear layers' weights leave."""
+    """Catches a mask that the gradient does not know. 85 % of the linear layers' weights leave."""
     weights, rng = toys.both(), np.random.default_rng(0)
-    masks = magnitude.masks(weights, 0.6)
+    masks = magnitude.masks(weights, 0.85)
     state = State(magnitude.masked(weights, masks))
     asked = toys.every(toys.COPY) + toys.every(toys.REVERSE)
     before = toys.accuracy(state.weights, asked)
@@ -52,9 +52,9 @@ def test_training_on_brings_back_what_pruning_took_and_zeros_stay():
             return sft.loss(logits_of(toys.TOY, held | magnitude.masked(leaves, masks), batch), batch.labels)
 
         state, _ = step_on(state, objective, recipe)
-    assert before < 0.7 and toys.accuracy(state.weights, asked) > 0.9
+    assert before < 0.7 and toys.accuracy(state.weights, asked) > 0.85
     for n, m in masks.items():
-        assert not state.weights[n][m == 0].any() and (m == 0).mean() == pytest.approx(0.6, abs=0.01)
+        assert not state.weights[n][m == 0].any() and (m == 0).mean() == pytest.approx(0.85, abs=0.01)
 
 
 # ---- Experts
@@ -80,8 +80,8 @@ def kept_everywhere(c, per_group, seed=0):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_smaller_model_is_the_larger_one_that_never_chooses_what_left(seed):
-    """Catches experts renumbered unlike their router's rows, a bias not cut, groups mixed. Told by a bias of -100, which no affinity in
-    0..1 outweighs and which enters no weight.
+    """Catches experts renumbered unlike their router's rows, a bias not cut, groups mixed. Told by a bias of
+    -100, which no affinity in 0..1 outweighs and which enters no weight.
     """
     whole = small(seed)
     c = whole.config

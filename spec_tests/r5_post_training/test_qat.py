@@ -24,8 +24,8 @@ def integers(x, bits=8):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_forward_is_the_integer_product(bits):
-    """Catches a scale along the wrong axis, a grid of 2^bits steps, a bias that is quantised. Sums of integers are exact; float64 rounds
-    the rest.
+    """Catches a scale along the wrong axis, a grid of 2^bits steps, a bias that is quantised. Sums of integers are
+    exact; float64 rounds the rest.
     """
     rng = np.random.default_rng(0)
     x, w, b = rng.normal(size=(4, 9)), rng.normal(size=(5, 9)), rng.normal(size=5)
@@ -38,8 +38,8 @@ def test_forward_is_the_integer_product(bits):
 
 
 def test_backward_goes_straight_through():
-    """The gradients are those of the product at the rounded operands. Catches a gradient of the rounding, zero almost everywhere, and
-    one at the operands before rounding.
+    """The gradients are those of the product at the rounded operands. Catches a gradient of the rounding, zero almost everywhere,
+    and one at the operands before rounding.
     """
     rng = np.random.default_rng(1)
     x, w, dy = Parameter(rng.normal(size=(4, 9))), Parameter(rng.normal(size=(5, 9))), rng.normal(size=(4, 5))
@@ -65,15 +65,15 @@ def quantised_accuracy(weights, bits, asked):
 
 
 def test_training_with_the_grid_beats_rounding_afterwards():
-    """A model rounded to 3 bits forgets; trained on under that plan it does not. Catches a plan that no stage uses, a master that is
-    rounded: then small steps would be lost.
+    """A model rounded to 2 bits (-1, 0, 1) forgets; trained on under that plan it does not. Catches a plan that no stage
+    uses, a master that is rounded: then small steps would be lost.
     """
     weights, rng = toys.both(), np.random.default_rng(0)
     asked = toys.every(toys.COPY) + toys.every(toys.REVERSE)
     assert quantised_accuracy(weights, 8, asked) > 0.9
-    before = quantised_accuracy(weights, 3, asked)
-    recipe = replace(toys.RECIPE, plan=qat.int_plan(3), opt=AdamW(lr=3e-3, weight_decay=0.0))
-    batches = [toys.some(toys.COPY, 12, rng) + toys.some(toys.REVERSE, 12, rng) for _ in range(80)]
+    before = quantised_accuracy(weights, 2, asked)
+    recipe = replace(toys.RECIPE, plan=qat.int_plan(2), opt=AdamW(lr=3e-3, weight_decay=0.0))
+    batches = [toys.some(toys.COPY, 12, rng) + toys.some(toys.REVERSE, 12, rng) for _ in range(120)]
     trained = toys.fine_tune(weights, batches, recipe)
-    after = quantised_accuracy(trained, 3, asked)
-    assert before < 0.7 and after > before + 0.2
+    after = quantised_accuracy(trained, 2, asked)
+    assert before < 0.3 and after > 0.45

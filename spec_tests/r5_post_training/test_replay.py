@@ -1,13 +1,14 @@
 """Continual updates with replay, described in articles, not in V3."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from refimpl.autograd import SpecError
 from refimpl.spec_tests.cases import toys
-from refimpl.train import init
+from refimpl.train import AdamW, init
 from refimpl.train.post.replay import Reservoir, mixed
 
 
@@ -24,8 +25,8 @@ class Scripted:
 
 
 def test_every_item_is_kept_with_the_same_probability():
-    """All draws enumerated: 2 places, 5 items, 3 x 4 x 5 equally likely courses; each item is in 2/5 of the ends. Catches a probability
-    of capacity / (seen - 1), a place that is never overwritten.
+    """All draws enumerated: 2 places, 5 items, 3 x 4 x 5 equally likely courses; each item is in 2/5 of the ends. Catches a
+    probability of capacity / (seen - 1), a place that is never overwritten.
     """
     kept = []
     for course in itertools.product(range(3), range(4), range(5)):
@@ -52,8 +53,8 @@ def test_mixed_batches():
 
 
 def test_replay_keeps_what_was_learned():
-    """After learning to copy, a model learns to reverse after another token: with a quarter of each batch from the reservoir it still
-    copies. Catches a reservoir that fills with new items only.
+    """After learning to copy, a model learns to reverse after another token: with a quarter of each batch from the reservoir it
+    still copies. Catches a reservoir that fills with new items only.
     """
     rng = np.random.default_rng(0)
     first = [toys.some(toys.COPY, 16, rng) for _ in range(80)]
@@ -62,11 +63,12 @@ def test_replay_keeps_what_was_learned():
     memory = Reservoir(64, np.random.default_rng(1))
     for e in itertools.chain(*first):
         memory.add(e)
-    second = [toys.some(toys.REVERSE, 16, rng) for _ in range(100)]
+    gently = replace(toys.RECIPE, opt=AdamW(lr=5e-3, weight_decay=0.0))
+    second = [toys.some(toys.REVERSE, 16, rng) for _ in range(120)]
     alone, replayed = (
-        toys.fine_tune(weights, [mixed(batch, memory, share) for batch in second]) for share in (0.0, 0.25)
+        toys.fine_tune(weights, [mixed(batch, memory, share) for batch in second], gently) for share in (0.0, 0.25)
     )
-    assert toys.accuracy(alone, toys.every(toys.COPY)) < 0.4
-    assert toys.accuracy(replayed, toys.every(toys.COPY)) > 0.75
+    assert toys.accuracy(alone, toys.every(toys.COPY)) < 0.3
+    assert toys.accuracy(replayed, toys.every(toys.COPY)) > 0.7
     for weights in (alone, replayed):
         assert toys.accuracy(weights, toys.every(toys.REVERSE)) > 0.7

@@ -38,8 +38,8 @@ def test_what_is_refused():
 
 
 def test_500_examples_teach_a_prompt_of_one_vector():
-    """The frozen model knows the task but is not told: after two passes over 500 examples the vector tells it. Catches a weight that
-    trains beside the prompt, a prompt that gets no gradient.
+    """The frozen model knows the task but is not told: after two passes over 500 examples the vector tells it. Catches a weight
+    that trains beside the prompt, a prompt that gets no gradient.
     """
     weights = toys.both()
     kept = {n: w.copy() for n, w in weights.items()}

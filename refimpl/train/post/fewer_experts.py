@@ -37,12 +37,7 @@ def pruned(c: Config, weights: Mapping[str, Array], kept: Mapping[int, Array]) -
     """The model of the kept experts, counted anew in their order -> its config, its weights. SpecError if layers keep different
     numbers, a group more than another, or a layer of experts is not told.
     """
-    counts = {
-        layer: np.bincount(ids // (c.n_routed_experts // c.n_group), minlength=c.n_group) for layer, ids in kept.items()
-    }
-    first = next(iter(counts.values()))
-    same = all((n == first[0]).all() for n in counts.values())
-    require(same, f"every group of every layer must keep as many: { ({k: n.tolist() for k, n in counts.items()}) }")
+    n = _number_kept(c, kept)
     place = {layer: {int(e): i for i, e in enumerate(np.sort(ids))} for layer, ids in kept.items()}
     new = {}
     for name, w in weights.items():
@@ -52,7 +47,20 @@ def pruned(c: Config, weights: Mapping[str, Array], kept: Mapping[int, Array]) -
                 w = w[sorted(place[int(router[1])])]
         if renamed:
             new[renamed] = w
-    return c.replace(n_routed_experts=int(first.sum())), new
+    return c.replace(n_routed_experts=n), new
+
+
+def _number_kept(c: Config, kept: Mapping[int, Array]) -> int:
+    """How many experts every layer keeps. SpecError unless all keep as many in every group."""
+    require(kept, "no layer keeps any expert")
+    size, counts = c.n_routed_experts // c.n_group, {}
+    for layer, ids in kept.items():
+        known = bool(np.all((ids >= 0) & (ids < c.n_routed_experts)))
+        require(known, f"layer {layer}: an expert out of range, 0..{c.n_routed_experts - 1}")
+        require(len(np.unique(ids)) == len(ids), f"layer {layer}: an expert is kept twice")
+        counts[layer] = np.bincount(ids // size, minlength=c.n_group).tolist()
+    require(len({n for by_group in counts.values() for n in by_group}) == 1, f"groups must keep as many each: {counts}")
+    return len(next(iter(kept.values())))
 
 
 def _renamed(name: str, place: Mapping[int, Mapping[int, int]]) -> str | None:
