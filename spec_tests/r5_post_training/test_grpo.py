@@ -181,6 +181,43 @@ def test_the_first_ratio_is_one_under_the_plan_of_the_step(plan):
     assert abs(report.loss) < 1e-7  # float32 sum of 8 numbers of order 0.1
 
 
+def test_a_group_is_answers_to_one_prompt():
+    """Catches groups that mix prompts, rewards in another order than their rows, an answer that is not scored by its own tokens."""
+    start, asked = init(toys.TOY, std=0.1), []
+
+    def reward(prompt, answer):
+        asked.append((list(prompt), list(answer)))
+        return prompt[0] + answer[0] / 100
+
+    seen = grpo_step.rollout(toys.TOY, State(start), start, PROMPTS[:3], reward, SETTINGS, group=4, plan=FLOAT32)
+    np.testing.assert_array_equal(seen.rewards.astype(int), [[0] * 4, [1] * 4, [2] * 4])
+    for row, (prompt, answer) in enumerate(asked):
+        assert seen.batch.tokens[row].tolist() == [*prompt, *answer]
+        assert seen.rewards.reshape(-1)[row] == prompt[0] + answer[0] / 100
+    np.testing.assert_array_equal(seen.old, seen.reference)
+    assert len({tuple(answer) for _, answer in asked}) > 6  # drawn apart: of 12 answers to 3 prompts few are alike
+
+
+@pytest.mark.parametrize(("variant", "factor"), [(grpo.dr_grpo(3), 10.0), (grpo.DAPO, 1.0)], ids=["dr_grpo", "dapo"])
+def test_only_an_unscaled_advantage_grows_with_the_rewards(variant, factor):
+    """Catches Dr. GRPO with the deviation divided out after all. The deviation's 1e-4 is a thousandth of the smallest."""
+    norms = []
+    for size in (1.0, 10.0):
+        state = State(init(toys.TOY, std=0.1))
+        seen = grpo_step.rollout(
+            toys.TOY,
+            state,
+            None,
+            PROMPTS,
+            lambda p, a, size=size: size * repeats(p, a),
+            SETTINGS,
+            group=8,
+            plan=FLOAT32,
+        )
+        norms.append(grpo_step.update(toys.TOY, state, seen, toys.RECIPE, variant=variant)[1].norm)
+    assert norms[1] / norms[0] == pytest.approx(factor, rel=2e-3)
+
+
 def test_a_group_of_equal_rewards_teaches_nothing():
     """Catches a gradient made of rounding: where every answer is rewarded alike the loss has none but the KL's, absent here."""
     state = State(init(toys.TOY, std=0.1))
