@@ -8,7 +8,7 @@ if __name__ != "refimpl.autograd":
 from . import attention_op, expert_ops, nn_ops, operators, ops
 from .errors import SpecError, require, where
 from .gradcheck import directional
-from .recompute import recompute
+from .recompute import discard, recompute
 from .tensor import Array, Gradients, Parameter, Tensor, backward, data_of, primitive
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "backward",
     "data_of",
     "directional",
+    "discard",
     "expert_ops",
     "nn_ops",
     "ops",

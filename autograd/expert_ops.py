@@ -4,6 +4,9 @@ results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from .nn_ops import once
@@ -35,38 +38,45 @@ def dispatch(x: Array, ids: Array, *, n_experts: int) -> Result:
     """rows[m] = x[token of m], sorted by expert.  x (..., D), ids (..., K) -> rows (M, D), M = N K."""
     k = ids.shape[-1]
     order, inverse, _ = by_expert(ids, n_experts)
+    before = x.shape
 
     def vjp_x(drows: Array) -> Array:
         dx = drows[inverse[:, 0]]
         for slot in range(1, k):
             dx += drows[inverse[:, slot]]
-        return dx.reshape(x.shape)
+        return dx.reshape(before)
 
     return x.reshape(-1, x.shape[-1])[order // k], (vjp_x, None)
 
 
 @primitive
-def grouped_linear(rows: Array, ids: Array, *ws: Array) -> Result:
+def grouped_linear(rows: Array, ids: Array, *ws: Array, again: Callable[[], Array] | None = None) -> Result:
     """y[m] = rows[m] w_e(m)T, one matrix per expert.  rows (M, D), ids (..., K), E times w (F, D) -> y (M, F).
 
-    Experts without rows are not touched, so a lazily read matrix of theirs is never read.
+    Experts without rows are not touched, so a lazily read matrix of theirs is never read. `again`: as in `linear`.
     """
     spans = expert_spans(ids, len(ws))
     busy = [e for e, s in enumerate(spans) if s.start < s.stop]
     y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
     for e in busy:
         np.matmul(rows[spans[e]], ws[e].T, out=y[spans[e]])  # Fprop
+    before = rows.shape
 
     def dgrad(dy: Array) -> Array:
-        drows = np.empty_like(rows)
+        drows = np.empty_like(dy, shape=before)
         for e in busy:
             np.matmul(dy[spans[e]], ws[e], out=drows[spans[e]])
         return drows
 
-    def wgrad(e: int) -> Vjp:
-        return lambda dy: dy[spans[e]].T @ rows[spans[e]]
+    def wgrad_of(e: int, kept: Callable[[], Array]) -> Vjp:
+        return lambda dy: dy[spans[e]].T @ kept()[spans[e]]
 
-    return y, (dgrad, None, *[wgrad(e) for e in range(len(ws))])
+    kept = again or partial(_same, rows)
+    return y, (dgrad, None, *[wgrad_of(e, kept) for e in range(len(ws))])
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 @primitive

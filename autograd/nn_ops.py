@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .errors import require
 from .ops import Result, unbroadcast
-from .tensor import Array, primitive
+from .tensor import Array, Vjp, primitive
 
 
 def once(fn: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -25,24 +26,32 @@ def once(fn: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 @primitive
-def linear(x: Array, w: Array, b: Array | None = None) -> Result:
-    """y = x wT + b.  x (..., D), w (F, D) as a checkpoint stores it, b (F,) or None -> y (..., F)."""
+def linear(x: Array, w: Array, b: Array | None = None, *, again: Callable[[], Array] | None = None) -> Result:
+    """y = x wT + b.  x (..., D), w (F, D) as a checkpoint stores it, b (F,) or None -> y (..., F).
+
+    `again`: makes x once more for wgrad, so that it need not be kept.
+    """
     require(x.shape[-1] == w.shape[-1], f"linear: x {x.shape} does not fit w {w.shape}")
-    rows = x.reshape(-1, x.shape[-1])  # (N, D)
+    before = x.shape
+    rows = x.reshape(-1, before[-1])  # (N, D)
     y = rows @ w.T  # Fprop
     if b is not None:
         y += b
 
     def dgrad(dy: Array) -> Array:  # (N, F) (F, D) -> (N, D)
-        return (dy.reshape(-1, w.shape[0]) @ w).reshape(x.shape)
+        return (dy.reshape(-1, w.shape[0]) @ w).reshape(before)
 
-    def wgrad(dy: Array) -> Array:  # (F, N) (N, D) -> (F, D)
-        return dy.reshape(-1, w.shape[0]).T @ rows
+    def wgrad_of(kept: Callable[[], Array]) -> Vjp:
+        return lambda dy: dy.reshape(-1, w.shape[0]).T @ kept().reshape(-1, before[-1])  # (F, N) (N, D)
 
     def vjp_b(dy: Array) -> Array:
         return dy.reshape(-1, w.shape[0]).sum(axis=0)
 
-    return y.reshape(*x.shape[:-1], w.shape[0]), (dgrad, wgrad, vjp_b)
+    return y.reshape(*before[:-1], w.shape[0]), (dgrad, wgrad_of(again or partial(_same, rows)), vjp_b)
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 @primitive
@@ -61,7 +70,7 @@ def rms_norm(x: Array, w: Array, *, eps: float) -> Result:
         return dxhat
 
     def vjp_w(dy: Array) -> Array:
-        return unbroadcast(dy * xhat, w)
+        return unbroadcast(dy * xhat, w.shape)
 
     return xhat * w, (vjp_x, vjp_w)
 
@@ -173,10 +182,11 @@ def nll(logits: Array, labels: Array, *, denominator: float | None = None) -> Re
     picked = np.take_along_axis(e, target, axis=-1)
     np.exp(e, out=e)
     total = e.sum(axis=-1, keepdims=True)  # (N', 1)
+    shape = logits.shape
 
     def vjp_logits(dy: Array) -> Array:
         scale = dy / count
-        d = np.zeros_like(logits) if len(valid) < len(labels) else np.empty_like(logits)
+        d = (np.zeros_like if len(valid) < len(labels) else np.empty_like)(e, shape=shape)
         part = e * (scale / total)
         np.put_along_axis(part, target, np.take_along_axis(part, target, axis=-1) - scale, axis=-1)
         d[valid] = part

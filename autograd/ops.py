@@ -13,9 +13,8 @@ from .tensor import Array, Vjp, primitive
 Result = tuple[Array, tuple[Vjp | None, ...]]
 
 
-def unbroadcast(g: Array, like: Array) -> Array:
-    """Sum g over the axes along which an array shaped as `like` was broadcast (g is returned as it is if none)."""
-    shape = np.shape(like)
+def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+    """Sum g over the axes along which an array of that shape was broadcast (g is returned as it is if none)."""
     if g.shape == shape:
         return g
     g = g.sum(axis=tuple(range(g.ndim - len(shape))))
@@ -26,12 +25,13 @@ def unbroadcast(g: Array, like: Array) -> Array:
 @primitive
 def add(a: Array, b: Array) -> Result:
     """y = a + b.  a (*), b (*) -> y (*), broadcast."""
+    shape_a, shape_b = np.shape(a), np.shape(b)  # a vjp that needs a shape must not hold the array
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy, a)
+        return unbroadcast(dy, shape_a)
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(dy, b)
+        return unbroadcast(dy, shape_b)
 
     return a + b, (vjp_a, vjp_b)
 
@@ -39,12 +39,13 @@ def add(a: Array, b: Array) -> Result:
 @primitive
 def sub(a: Array, b: Array) -> Result:
     """y = a - b.  a (*), b (*) -> y (*), broadcast."""
+    shape_a, shape_b = np.shape(a), np.shape(b)
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy, a)
+        return unbroadcast(dy, shape_a)
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(-dy, b)
+        return unbroadcast(-dy, shape_b)
 
     return a - b, (vjp_a, vjp_b)
 
@@ -54,10 +55,10 @@ def mul(a: Array, b: Array) -> Result:
     """y = a b, elementwise.  a (*), b (*) -> y (*), broadcast."""
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy * b, a)
+        return unbroadcast(dy * b, np.shape(a))
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(dy * a, b)
+        return unbroadcast(dy * a, np.shape(b))
 
     return a * b, (vjp_a, vjp_b)
 
@@ -68,10 +69,10 @@ def div(a: Array, b: Array) -> Result:
     y = a / b
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy / b, a)
+        return unbroadcast(dy / b, np.shape(a))
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(-dy * y / b, b)
+        return unbroadcast(-dy * y / b, np.shape(b))
 
     return y, (vjp_a, vjp_b)
 
@@ -122,10 +123,10 @@ def maximum(a: Array, b: Array) -> Result:
     """y = max(a, b), elementwise; where equal, a gets the gradient.  a (*), b (*) -> y (*), broadcast."""
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy * (a >= b), a)
+        return unbroadcast(dy * (a >= b), np.shape(a))
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(dy * (a < b), b)
+        return unbroadcast(dy * (a < b), np.shape(b))
 
     return np.maximum(a, b), (vjp_a, vjp_b)
 
@@ -136,10 +137,10 @@ def matmul(a: Array, b: Array) -> Result:
     require(a.ndim >= 2 and b.ndim >= 2, f"matmul takes matrices, not shapes {a.shape} and {b.shape}")
 
     def vjp_a(dy: Array) -> Array:
-        return unbroadcast(dy @ b.swapaxes(-1, -2), a)
+        return unbroadcast(dy @ b.swapaxes(-1, -2), np.shape(a))
 
     def vjp_b(dy: Array) -> Array:
-        return unbroadcast(a.swapaxes(-1, -2) @ dy, b)
+        return unbroadcast(a.swapaxes(-1, -2) @ dy, np.shape(b))
 
     return a @ b, (vjp_a, vjp_b)
 
@@ -147,11 +148,11 @@ def matmul(a: Array, b: Array) -> Result:
 @primitive
 def sum(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Result:
     """y = sum of x over `axis` (all axes by default).  x (*) -> y."""
-    axes = tuple(range(x.ndim)) if axis is None else axis
+    axes, before = tuple(range(x.ndim)) if axis is None else axis, x.shape
 
     def vjp_x(dy: Array) -> Array:
         dy = dy if keepdims else np.expand_dims(dy, axes)
-        return np.broadcast_to(dy, x.shape)
+        return np.broadcast_to(dy, before)
 
     return x.sum(axis=axes, keepdims=keepdims), (vjp_x,)
 
@@ -195,9 +196,10 @@ def swapaxes(x: Any, a: int, b: int) -> Any:
 @primitive
 def broadcast(x: Array, *, shape: tuple[int, ...]) -> Result:
     """y = x repeated along axes of size 1 or in front."""
+    before = x.shape
 
     def vjp_x(dy: Array) -> Array:
-        return unbroadcast(dy, x)
+        return unbroadcast(dy, before)
 
     return np.broadcast_to(x, shape), (vjp_x,)
 
@@ -208,8 +210,10 @@ def getitem(x: Array, *, index: Any) -> Result:
     parts = index if isinstance(index, tuple) else (index,)
     basic = all(p is None or p is Ellipsis or isinstance(p, int | slice) for p in parts)
 
+    before = x.shape
+
     def vjp_x(dy: Array) -> Array:
-        dx = np.zeros_like(x)
+        dx = np.zeros_like(dy, shape=before)
         if basic:
             dx[index] = dy
         else:
@@ -227,10 +231,11 @@ def concat(parts: list[Any] | tuple[Any, ...], *, axis: int = -1) -> Any:
 @primitive
 def _concat(*parts: Array, axis: int) -> Result:
     """y = [x_1; x_2; ...]."""
-    ends = np.cumsum([p.shape[axis] for p in parts]).tolist()
+    sizes = [p.shape[axis] for p in parts]
+    ends = np.cumsum(sizes).tolist()
 
     def part(i: int) -> Vjp:
-        span = slice(ends[i] - parts[i].shape[axis], ends[i])
+        span = slice(ends[i] - sizes[i], ends[i])
 
         def vjp(dy: Array) -> Array:
             where: list[Any] = [slice(None)] * dy.ndim
@@ -257,13 +262,13 @@ def take_rows(w: Array, ids: Array) -> Result:
 @primitive
 def take_along(x: Array, ids: Array) -> Result:
     """y[..., k] = x[..., ids[..., k]].  x (*, E), ids (*, K) -> y (*, K)."""
-    rows = math.prod(ids.shape[:-1])
+    rows, before = math.prod(ids.shape[:-1]), x.shape
 
     def vjp_x(dy: Array) -> Array:
-        dx = np.zeros_like(x, shape=(rows, x.shape[-1]))  # a view of zeros_like(x) would be a copy if x is strided
+        dx = np.zeros_like(dy, shape=(rows, before[-1]))
         at = (np.arange(rows, like=ids)[:, None], ids.reshape(rows, ids.shape[-1]))
         np.add.at(dx, at, dy.reshape(rows, ids.shape[-1]))
-        return dx.reshape(x.shape)
+        return dx.reshape(before)
 
     return np.take_along_axis(x, ids, axis=-1), (vjp_x, None)
 
@@ -272,10 +277,8 @@ def take_along(x: Array, ids: Array) -> Result:
 def cast(x: Array, *, dtype: Any) -> Result:
     """y = x in another floating dtype; the gradient is cast back.  x (*) -> y (*)."""
 
-    def vjp_x(dy: Array) -> Array:
-        return dy.astype(x.dtype)
-
-    return x.astype(dtype), (vjp_x,)
+    before = x.dtype
+    return x.astype(dtype), (lambda dy: dy.astype(before),)
 
 
 @primitive

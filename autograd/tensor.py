@@ -10,7 +10,8 @@ Works on NumPy and on CuPy arrays alike: ops use NumPy functions, which dispatch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,56 @@ from .errors import SpecError
 
 Array = Any  # numpy.ndarray or cupy.ndarray; shapes are tested, not typed
 Vjp = Callable[[Array], Array]
+Edges = tuple[tuple["Node | Tensor", Vjp], ...]
+
+
+class Node:
+    """What backward needs of a Tensor that an op made: its edges, (parent, vjp) pairs, and of its array the shape.
+
+    The array itself is not here: it lives until backward if a vjp closes over it, and else no longer than its Tensor.
+    `edges` is None once backward has used them.
+    """
+
+    __slots__ = ("__weakref__", "edges", "op", "shape")
+
+    def __init__(self, edges: Edges, op: str, shape: tuple[int, ...]) -> None:
+        self.edges: Edges | None = edges
+        self.op, self.shape = op, shape
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.op}, shape={self.shape})"
 
 
 class Tensor:
-    """An array on the tape. `edges` holds (parent, vjp) pairs; a leaf has none; None once backward has used it.
+    """An array on the tape; a leaf, unless an op made it.
 
     `saved`, if set, gives what the vjps of later ops may use in place of `data`: an activation kept in fewer bits, or
-    recomputed (R 3.3.3).
+    recomputed (R 3.3.3). `again`, if set, gives the same bits as `data`, made once more: later ops that know of it keep it
+    instead of the array.
     """
 
-    __slots__ = ("__weakref__", "data", "edges", "op", "saved")
+    __slots__ = ("__weakref__", "_made", "again", "data", "saved")
     __array_ufunc__ = None  # ndarray + Tensor asks Tensor.__radd__ instead of looping over elements
 
-    def __init__(self, data: Array, edges: tuple[tuple[Tensor, Vjp], ...] | None = (), op: str = "leaf") -> None:
-        self.data, self.edges, self.op = data, edges, op
+    def __init__(self, data: Array, made: Node | None = None) -> None:
+        self.data, self._made = data, made
         self.saved: Callable[[], Array] | None = None
+        self.again: Callable[[], Array] | None = None
+
+    @property
+    def node(self) -> Node | Tensor:
+        """Where edges that lead here end: the node of the op that made it, or the leaf itself."""
+        return self if self._made is None else self._made
+
+    @property
+    def edges(self) -> Edges | None:
+        """None where an op made it and backward has used it, () for a leaf."""
+        return () if self._made is None else self._made.edges
+
+    @property
+    def op(self) -> str:
+        """The op that made it."""
+        return "leaf" if self._made is None else self._made.op
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,16 +113,22 @@ def data_of(x: Any) -> Any:
 
 
 def primitive(fn: Callable[..., tuple[Array, tuple[Vjp | None, ...]]]) -> Callable[..., Any]:
-    """Lift `fn(*arrays, **static) -> (y, vjps)` to the tape. `None` instead of a vjp: no gradient that way."""
+    """Lift `fn(*arrays, **static) -> (y, vjps)` to the tape. `None` instead of a vjp: no gradient that way.
+
+    An fn with a keyword `again` is told how its first argument can be made once more, if that is so.
+    """
+    takes_again = "again" in inspect.signature(fn).parameters
 
     @functools.wraps(fn)
     def op(*args: Any, **static: Any) -> Any:
         tracked = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         if not tracked:
             return fn(*args, **static)[0]
+        if takes_again and tracked[0] == 0:
+            static["again"] = args[0].again
         y, vjps = fn(*[a.data if isinstance(a, Tensor) else a for a in args], **static)
-        edges = tuple([(args[i], v) for i in tracked if (v := vjps[i]) is not None])
-        return Tensor(y, edges, fn.__name__) if edges else y
+        edges = tuple([(args[i].node, v) for i in tracked if (v := vjps[i]) is not None])
+        return Tensor(y, Node(edges, fn.__name__, np.shape(y))) if edges else y
 
     op.raw = fn  # type: ignore[attr-defined]
     return op
@@ -118,9 +160,20 @@ def backward(
     if not isinstance(y, Tensor):
         raise SpecError("backward needs a Tensor; this value depends on no leaf")
     grads = Gradients() if into is None else into
-    kept = set(keep)
-    flowing: dict[Tensor, Array] = {y: _seed(y, dy)}
-    order = _topological(y)
+    walk(y.node, _seed(y, dy), grads, {t.node: t for t in keep}, later)
+    return grads
+
+
+def walk(
+    start: Node | Tensor,
+    dy: Any,
+    grads: Gradients,
+    kept: Mapping[Node | Tensor, Tensor],
+    later: list[Callable[[], None]] | None = None,
+) -> None:
+    """`backward` from a node on, into `grads`; the gradients of the nodes in `kept` too, under their Tensors."""
+    flowing: dict[Node | Tensor, Any] = {start: dy}
+    order = _topological(start)
     while order:
         node = order.pop()
         g = flowing.pop(node, None)
@@ -128,17 +181,18 @@ def backward(
             continue
         edges = node.edges
         assert edges is not None
-        if not edges or node in kept:
+        if isinstance(node, Tensor):
             grads.add(node, g)
+        elif node in kept:
+            grads.add(kept[node], g)
         for parent, vjp in edges:
             if later is not None and type(parent) is Parameter:
                 later.append(functools.partial(_deferred, grads, parent, vjp, g, node.op))
                 continue
             dx = _checked(vjp(g), parent, node.op)
             flowing[parent] = flowing[parent] + dx if parent in flowing else dx
-        if edges:
+        if isinstance(node, Node):
             node.edges = None
-    return grads
 
 
 def _seed(y: Tensor, dy: Array | None) -> Array:
@@ -155,17 +209,17 @@ def _deferred(grads: Gradients, leaf: Tensor, vjp: Vjp, g: Array, op: str) -> No
     grads.add(leaf, _checked(vjp(g), leaf, op))
 
 
-def _checked(dx: Array, parent: Tensor, op: str) -> Array:
-    if dx.shape != parent.data.shape:
+def _checked(dx: Array, parent: Node | Tensor, op: str) -> Array:
+    if dx.shape != parent.shape:
         raise SpecError(f"the vjp of {op} returned {dx.shape} for an input of shape {parent.shape}")
     return dx
 
 
-def _topological(y: Tensor) -> list[Tensor]:
+def _topological(y: Node | Tensor) -> list[Node | Tensor]:
     """Every node after all nodes it depends on; iterative (depth is unbounded) and deterministic (lists order it)."""
-    order: list[Tensor] = []
-    seen: set[Tensor] = set()
-    stack: list[tuple[Tensor, bool]] = [(y, False)]
+    order: list[Node | Tensor] = []
+    seen: set[Node | Tensor] = set()
+    stack: list[tuple[Node | Tensor, bool]] = [(y, False)]
     while stack:
         node, done = stack.pop()
         if done:

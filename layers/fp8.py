@@ -115,14 +115,15 @@ class _Gemm:
 @primitive
 def _linear(x: Array, w: Array, b: Array | None, *, kernel: Fp8, saved: Callable[[], Array] | None) -> Result:
     """y = x wT + b on FP8 codes."""
-    gemm = _Gemm(x.reshape(-1, x.shape[-1]), w, kernel)
+    before = x.shape  # the array itself is not kept
+    gemm = _Gemm(x.reshape(-1, before[-1]), w, kernel)
     y = gemm.y if b is None else gemm.y + b
 
     def rows(dy: Array) -> Array:
         return dy.reshape(-1, w.shape[0])
 
     def dgrad(dy: Array) -> Array:
-        return gemm.dgrad(rows(dy)).reshape(x.shape)
+        return gemm.dgrad(rows(dy)).reshape(before)
 
     def wgrad(dy: Array) -> Array:
         return gemm.wgrad(rows(dy), saved().reshape(-1, w.shape[1]) if saved else None)
@@ -130,7 +131,7 @@ def _linear(x: Array, w: Array, b: Array | None, *, kernel: Fp8, saved: Callable
     def vjp_b(dy: Array) -> Array:
         return rows(dy).sum(axis=0)
 
-    return y.reshape(*x.shape[:-1], w.shape[0]), (dgrad, wgrad, vjp_b)
+    return y.reshape(*before[:-1], w.shape[0]), (dgrad, wgrad, vjp_b)
 
 
 @primitive
@@ -141,10 +142,10 @@ def _grouped(rows: Array, ids: Array, *ws: Array, kernel: Fp8, saved: Callable[[
     y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
     for e, gemm in gemms.items():
         y[spans[e]] = gemm.y
-    recomputed = once(lambda _: saved() if saved else None)
+    recomputed, before = once(lambda _: saved() if saved else None), rows.shape
 
     def dgrad(dy: Array) -> Array:
-        drows = np.empty_like(rows)
+        drows = np.empty_like(dy, shape=before)
         for e, gemm in gemms.items():
             drows[spans[e]] = gemm.dgrad(dy[spans[e]])
         return drows

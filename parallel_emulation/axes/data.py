@@ -91,14 +91,22 @@ class Shard:
         padding = len(self.master) * self.group.size - sum([len(p) for p in parts])
         return np.concatenate([*parts, np.zeros(padding, self.master.dtype)])
 
-    def pieces(self, shard: Array) -> dict[str, Array]:
-        """My shard by weight: the part of each that lies in it, flat; weights without a part are left out."""
-        first, stop = len(shard) * self.group.rank, len(shard) * (self.group.rank + 1)
-        found = {}
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """My shard by weight: which elements of each, begin to end; weights of which I have none are left out."""
+        each = len(self.master)
+        first, stop, found = each * self.group.rank, each * (self.group.rank + 1), {}
         for name, whole in zip(self.shapes, slices([math.prod(s) for s in self.shapes.values()]), strict=True):
             a, b = max(whole.start, first), min(whole.stop, stop)
             if a < b:
-                found[name] = shard[a - first : b - first]
+                found[name] = a - whole.start, b - whole.start
+        return found
+
+    def pieces(self, shard: Array) -> dict[str, Array]:
+        """My shard by weight: the part of each that lies in it, flat; weights without a part are left out."""
+        found, at = {}, 0
+        for name, (a, b) in self.spans().items():
+            found[name] = shard[at : at + b - a]
+            at += b - a
         return found
 
 

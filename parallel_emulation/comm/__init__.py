@@ -1,6 +1,7 @@
 """The communicator: blocking messages between ranks, on a deterministic simulator and on MPI, with a log and a launcher."""
 
 from .communicator import Comm, Meta, Recv, Send, split_into
+from .faults import RankFault, mortal
 from .launcher import launch, simulate
 from .log import Log, Record
 from .simulator import SimComm, spmd
@@ -9,11 +10,13 @@ __all__ = [
     "Comm",
     "Log",
     "Meta",
+    "RankFault",
     "Record",
     "Recv",
     "Send",
     "SimComm",
     "launch",
+    "mortal",
     "simulate",
     "split_into",
     "spmd",

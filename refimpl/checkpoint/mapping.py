@@ -65,6 +65,17 @@ class Checkpoint(Mapping[str, Array]):
         with where(f"while loading {name} from {self._files_of(name)}"):
             return dequantize_blocks(codes, scales, self.block)
 
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) of a tensor, as `[name]` gives them; only the blocks that hold them are decoded."""
+        codes, scales = self.raw(name)
+        if scales is None:
+            return codes[start:stop]
+        high = self.block[0]
+        first, last = start // high, -(-stop // high)
+        with where(f"while loading {name} from {self._files_of(name)}"):
+            w = dequantize_blocks(codes[first * high : stop], scales[first:last], self.block)
+        return w[start - first * high :]
+
     def raw(self, name: str) -> tuple[Array, Array | None]:
         """The tensor as stored, and the scales of its blocks if it is FP8. Raises SpecError for
         codes without scales.

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,13 @@ from .atomic import Transaction
 from .header import DTYPES, MAX_DIMS, MAX_HEADER, METADATA, NAMES, TensorInfo, check_metadata, check_name, parse_header
 
 Array = NDArray[Any]
+
+
+class Sink(Protocol):
+    """What a file is written to."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Append all of `data`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class SafetensorsFile(Mapping[str, Array]):
         self.file_bytes = len(data)
         self._data = data
         self._start = start
+
+    @property
+    def head(self) -> bytes:
+        """The file's bytes before the tensors' data."""
+        return self._data[: self._start]
 
     def __getitem__(self, name: str) -> Array:
         t = self.header[name]
@@ -120,15 +132,22 @@ def write_into(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """`write_file` as one of several files that appear together."""
-    with where(f"while writing {path}"):
-        pending = {name: _pending(name, tensors[name]) for name in tensors}
-        order = list(DTYPES)
-        names = sorted(pending, key=lambda n: (-order.index(pending[n].dtype), n))
-        header = _format_header({n: pending[n] for n in names}, metadata)
-        with files.new(path) as f:
-            f.write(struct.pack("<Q", len(header)) + header)
-            for name in names:
-                f.write(_bytes_of(name, pending[name]))
+    with where(f"while writing {path}"), files.new(path) as f:
+        write_tensors(f, tensors, metadata)
+
+
+def write_tensors(
+    f: Sink, tensors: Mapping[str, Array | Pending], metadata: Mapping[str, str] | None = None
+) -> list[str]:
+    """The bytes of the file: one write for the header, one for each tensor, in the order of the names returned."""
+    pending = {name: _pending(name, tensors[name]) for name in tensors}
+    order = list(DTYPES)
+    names = sorted(pending, key=lambda n: (-order.index(pending[n].dtype), n))
+    header = _format_header({n: pending[n] for n in names}, metadata)
+    f.write(struct.pack("<Q", len(header)) + header)
+    for name in names:
+        f.write(_bytes_of(name, pending[name]))
+    return names
 
 
 # ----------------------------------------------------------------------------------------- reading

@@ -1,33 +1,66 @@
-"""`refimpl case`: write a small case with random weights."""
+"""`refimpl case`: write a small case with random weights, plain or in a regime that shows what a plain one hides."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from refimpl.autograd.errors import SpecError
 
 from .common import Commands, model_config
 
+_TEXT = """Write a case: a folder with config.json, weights.safetensors and tokens.json that both sides run.
+
+Weights are random, and large enough for mistakes to show. Tokens are drawn so that every routing decision is won clearly:
+implementations that round differently make the same ones. Many real bugs show only in a regime: experts of dropped groups that
+count as 0 instead of never are seen only where biased scores are negative.
+
+  refimpl case small                                                   preset tiny, every mechanism of V3
+  refimpl case small --config config.json --shrink                     a real model, its sizes made small
+  refimpl case small --regime bias-negative,long-positions --seed 3    where two families of bugs show
+  refimpl case --regimes                                               all regimes, what they do and what they show"""
+
+
+class _Regimes(argparse.Action):
+    """Print the regimes and leave, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        """The list, on standard output."""
+        from refimpl.record.regimes import listing
+
+        print("\n".join(listing()))
+        parser.exit()
+
 
 def add(commands: Commands) -> None:
     """Add `case`."""
-    case = commands.add_parser("case", help="write a small case with random weights to run on both sides")
+    raw = argparse.RawDescriptionHelpFormatter
+    case = commands.add_parser(
+        "case",
+        help="write a small case with random weights to run on both sides",
+        description=_TEXT,
+        formatter_class=raw,
+    )
     case.add_argument("out", type=Path)
     case.add_argument("--preset", default="tiny", help="tiny or mini")
     case.add_argument("--config", type=Path, help="a config.json instead of a preset")
     case.add_argument("--shrink", action="store_true", help="make a real model's config small, every mechanism kept")
     case.add_argument("--mtp", action="store_true", help="with the MTP layers that the config has")
     case.add_argument("--seed", type=int, default=0, help="a natural number; the same seed writes the same files")
+    case.add_argument("--regime", default="", metavar="ID,...", help="regimes, commas between; --regimes lists them")
+    case.add_argument("--regimes", action=_Regimes, nargs=0, help="list the regimes, what they do and show, and exit")
     case.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from refimpl.record import new_case
+    from refimpl.record.regimes import named
     from refimpl.record.shrink import changes, shrink
 
+    named(args.regime)  # a wrong name is said before anything else
     config = real = model_config(args)
     if args.shrink:
         config = shrink(real)
@@ -36,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
         raise SpecError(f"--seed is {args.seed}; it must not be negative")
     if config.hidden_size * config.n_routed_experts > 1 << 18:
         raise SpecError("this model is too large to draw at random; --shrink makes it small")
-    new_case(args.out, config, seed=args.seed, mtp=args.mtp)
+    new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime)
     print(args.out)
     return 0

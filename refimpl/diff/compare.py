@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,10 +118,21 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
 
 def _drift(x: Array, ours: Array) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
-    x, ours = (
-        np.where(np.isfinite(a) & (a > tolerance.MASKED), a, 0).astype(np.float32, copy=False) for a in (x, ours)
-    )
-    return float(np.linalg.norm(x - ours)) / max(float(np.linalg.norm(ours)), 1e-300)
+    x, ours, far, size = x.reshape(-1), ours.reshape(-1), 0.0, 0.0
+    for at in range(0, len(x), tolerance.BLOCK):
+        a, b = (_shown(v[at : at + tolerance.BLOCK]) for v in (x, ours))
+        size += float(b @ b)
+        a = a - b
+        far += float(a @ a)
+    return math.sqrt(far) / max(math.sqrt(size), 1e-300)
+
+
+def _shown(a: Array) -> Array:
+    """As float32, what is masked or no number as 0."""
+    a = a.astype(np.float32, copy=False)
+    if np.isfinite(a.sum()) and a.min(initial=0) > tolerance.MASKED:
+        return a
+    return np.where(np.isfinite(a) & (a > tolerance.MASKED), a, 0)
 
 
 def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | None) -> Finding:

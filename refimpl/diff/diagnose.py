@@ -130,8 +130,7 @@ def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
     if not m.reads:
         return m.fn
     unit = call.tap.rpartition("/")[0]
-    layer = f"w/model.layers.{unit.rpartition('/L')[2]}."
-    names = [layer + n.removeprefix("w:") if n.startswith("w:") else f"{unit}/{n}" for n in m.reads]
+    names = [r.weight(unit, n.removeprefix("w:")) if n.startswith("w:") else f"{unit}/{n}" for n in m.reads]
     return partial(m.fn, reads=tuple([lane.value(n, call, r) for n in names]))
 
 

@@ -19,6 +19,7 @@ from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config, Dialect
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
+from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
 from refimpl.model.phases import Part, is_part, named, parts_of
@@ -33,10 +34,11 @@ from .explained import explained
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
-from .lanes import LayerWeights, Recorded
+from .lanes import Recorded
 from .names import by_name
 from .precision import Precision, precision_of
 from .program import program_of
+from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
@@ -188,6 +190,11 @@ class _Run:
         return found, inputs
 
     @cached_property
+    def weights(self) -> StageWeights:
+        """The case's weights, as the candidate holds them."""
+        return StageWeights(self.case.checkpoint, self.rounded)
+
+    @cached_property
     def training(self) -> Training | None:
         """The training step, if the trace has something of one."""
         return training_of(self.trace.header, self.trace.taps)
@@ -215,7 +222,7 @@ class _Run:
         admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
-        recorded = self._recorded(admitted, inputs)
+        recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
         comparison = Comparison(
             config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
         )
@@ -235,8 +242,8 @@ class _Run:
 
     def _embedded(self, inputs: Inputs) -> Array:
         """What the first layer reads (B, S, D)."""
-        table: Array = self.case.checkpoint["model.embed_tokens.weight"]
-        return table[inputs.tokens]
+        found: Array = self.weights("model.embed_tokens.weight", FLOAT32)[inputs.tokens]
+        return found
 
     def _attend(self, part: Part) -> Attend:
         """The form of attention: declared, or betrayed by taps that only the absorbed form has."""
@@ -247,11 +254,10 @@ class _Run:
             return "absorbed" if absorbed else "expanded"
         return "absorbed" if told == "absorbed" else "auto" if told == "auto" else "expanded"
 
-    def _recorded(self, a: Admitted, inputs: Inputs) -> Recorded:
-        p = self.precision
-        whole = {t: x for t, x in a.taps.items() if t not in a.picks}
-        weights = LayerWeights(self.case.checkpoint, self.rounded)
-        return Recorded(whole, named(inputs, self.parts), weights, p.plan, Noise(p.unit, p.format), frozenset(a.picks))
+    def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
+        p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
+        noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
+        return Recorded(taken, named(inputs, self.parts), self.weights, p.plan, noise, parts, layers=layers)
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.checkpoint import Checkpoint
 from refimpl.layers.gemm import using
-from refimpl.layers.precision import BF16, Plan
+from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
-from refimpl.model import effective
 
 from .tolerance import Noise
 
@@ -25,7 +23,7 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings.
+    roundings; how many `layers` the main model has.
     """
 
     taps: dict[str, Array]
@@ -35,6 +33,13 @@ class Recorded:
     noise: Noise
     outputs: frozenset[str] = frozenset()
     withdrawn: dict[str, Array] = field(default_factory=dict)
+    layers: int = 0
+
+    def weight(self, unit: str, end: str) -> str:
+        """The name of a unit's weight: MTP module k is the checkpoint's layer `layers` + k - 1."""
+        kind = unit.rpartition("/")[2]
+        index = self.layers + int(kind[3:]) - 1 if kind.startswith("mtp") else int(kind[1:])
+        return f"w/model.layers.{index}.{end}"
 
 
 @dataclass
@@ -68,24 +73,4 @@ class Lane:
         if not self.given or arg not in r.taps:
             return self.values[arg]
         a = r.taps[arg]
-        return a if a.dtype.kind in "iub" else r.noise.given(call, a.astype(self.plan.dtype), self.twin)
-
-
-class LayerWeights:
-    """Weights by name in a plan's dtype, one layer at a time: what belongs to another layer is let go."""
-
-    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
-        self.checkpoint, self.rounded = checkpoint, rounded
-        self.held: dict[tuple[str, str], Array] = {}
-        self.place = ""
-
-    def __call__(self, name: str, plan: Plan) -> Array:
-        """The weight as a plan holds it."""
-        place = ".".join(name.split(".")[:3])
-        if place != self.place:
-            self.held, self.place = {}, place
-        key = (name, plan.name)
-        if key not in self.held:
-            w: Mapping[str, Array] = {name: self.checkpoint[name]}
-            self.held[key] = effective(effective(w, BF16) if self.rounded else w, plan)[name]
-        return self.held[key]
+        return a if a.dtype.kind in "iub" else r.noise.given(call, a.astype(self.plan.dtype, copy=False), self.twin)

@@ -31,6 +31,8 @@ to bfloat16 moves a row by 2**-9.2 of that.
 """
 LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
+BLOCK = 1 << 15
+"""Numbers that are compared at a time."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
 CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.rope_tables", "router.weights", "moe.routed")
@@ -100,10 +102,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
     A row counts as at least a share of the largest (`FLOOR`).
     """
-    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
-    difference = x - e
-    with np.errstate(over="ignore"):  # infinitely far is far enough
-        far, size, along = (np.einsum("...i,...i->...", a, b) for a, b in ((difference,) * 2, (e, e), (difference, e)))
+    far, size, along = _sums(x, e)
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
     errors = _relative(far, size, _floor(stage))
@@ -114,10 +113,24 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
-    x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
-    with np.errstate(over="ignore"):
-        far, size = (np.einsum("...i,...i->...", a, a) for a in (x - e, e))
+    far, size, _ = _sums(x, e)
     return _relative(far, size, _floor(stage))
+
+
+def _sums(x: Array, e: Array) -> tuple[Array, Array, Array]:
+    """|x - e|^2, |e|^2 and <x - e, e> of every row, a few rows at a time so that what is computed stays in a cache."""
+    x, e = np.atleast_1d(x), np.atleast_1d(e)
+    lead, n = e.shape[:-1], e.shape[-1]
+    sums = np.zeros((3, *lead)).reshape(3, -1)
+    x, e = x.reshape(sums.shape[1], n), e.reshape(sums.shape[1], n)
+    step = max(BLOCK // max(n, 1), 1)
+    with np.errstate(over="ignore"):  # infinitely far is far enough
+        for at in range(0, len(e), step):
+            a, b = comparable(x[at : at + step], e[at : at + step])
+            d = a - b
+            for out, (left, right) in zip(sums[:, at : at + step], ((d, d), (b, b), (d, b)), strict=True):
+                np.einsum("ni,ni->n", left, right, out=out)
+    return sums[0].reshape(lead), sums[1].reshape(lead), sums[2].reshape(lead)
 
 
 def _floor(stage: str) -> float:

@@ -99,18 +99,27 @@ class ForCausalLM(Module):
             x = embed(inputs.tokens, self.model.embed_tokens.weight)
             keys = extend(cache, inputs)
             table, m = self._tables(inputs), self._mask(inputs, keys)
-            kvs, routing = [], {}
-            for i in range(self.config.num_hidden_layers):
-                with unit(f"L{i}"):
-                    past = cache.layers[i] if cache else None
-                    x, kv, routed = self.model.layers[i](x, table, m, past, attend)
-                kvs.append(kv)
-                if routed is not None:
-                    routing[f"L{i}"] = routed
+            x, kvs, routing = self.blocks(x, table, m, cache, attend)
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
             y = logits(h, self._head)
             out = Output(y, x, h, Cache(tuple(kvs), *keys), routing)
             return replace(out, mtp_logits=self._mtp(inputs, self.mtp_start(out), attend)) if with_mtp else out
+
+    def blocks(
+        self, x: Any, table: Any, mask: Any, cache: Cache | None, attend: Attend
+    ) -> tuple[Any, list[KV], dict[str, Routing]]:
+        """The decoder layers in turn.  x (B, S, D), table (2, B, S, Dr/2), mask (B, 1, S, T) -> x (B, S, D), their
+        latent caches, the routing of those with experts.
+        """
+        kvs, routing = [], {}
+        for i in range(self.config.num_hidden_layers):
+            with unit(f"L{i}"):
+                past = cache.layers[i] if cache else None
+                x, kv, routed = self.model.layers[i](x, table, mask, past, attend)
+            kvs.append(kv)
+            if routed is not None:
+                routing[f"L{i}"] = routed
+        return x, kvs, routing
 
     def _tables(self, inputs: Inputs) -> Array:
         c = self.config

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,8 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.model import Impl, expected_tensors
 
-_CANDIDATES = 32
+from .drafts import Draft, Goal
+from .regimes import named
 
 
 def new_case(
@@ -29,26 +31,41 @@ def new_case(
     seed: int = 0,
     batch: int = 2,
     length: int = 24,
-    margin: float = 0.02,
+    margin: float | None = None,
     mtp: bool = False,
+    regimes: str = "",
 ) -> Path:
     """Write config.json, weights.safetensors and tokens.json; the same seed writes the same files. -> the folder.
 
     Tokens are drawn for routing decisions that are won clearly, by `margin` in score or more (0.1 is usual for preset
-    tiny, whose scores move by 0.06 in bfloat16): an implementation with other roundings makes the same ones, and is
-    compared number by number. MTP layers are written only with `mtp`. Raises SpecError where the margin is not met.
+    tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other
+    roundings makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`,
+    ids with commas between, make what is rare (`regimes.REGIMES`). Raises SpecError where the margin is not met, and
+    for regimes that cannot be.
     """
-    folder = Path(folder)
+    folder, chosen = Path(folder), named(regimes)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)
-    weights = draw_weights(config, seed)
-    tokens = draw_tokens(config, weights, seed, batch=batch, length=length, margin=margin)
+    for regime in chosen:
+        config = regime.applied(config)
+    draft = Draft(config, draw_weights(config, seed), np.random.default_rng(seed), batch, length)
+    for regime in chosen:
+        draft.rng = np.random.default_rng([seed, zlib.crc32(regime.id.encode())])
+        regime.change(draft)
+    run: dict[str, Any] = {"tokens": _draw(draft, seed, 0.04 * _mean_score(config) if margin is None else margin)}
+    run |= {n: a.tolist() for n, a in (("positions", draft.positions), ("valid", draft.valid)) if a is not None}
+    run |= {"regimes": [r.id for r in chosen]} if chosen else {}
     folder.mkdir(parents=True, exist_ok=True)
     with Transaction() as files:
-        write_into(files, folder / "weights.safetensors", weights)
-        for name, content in (("config.json", config.to_dict()), ("tokens.json", {"tokens": tokens})):
+        write_into(files, folder / "weights.safetensors", draft.weights)
+        for name, content in (("config.json", config.to_dict() | draft.written), ("tokens.json", run)):
             with files.new(folder / name) as f:
                 f.write(_json(content).encode())
     return folder
+
+
+def _mean_score(c: Config) -> float:
+    """A sigmoid is about 1/2, a softmax over E experts 1/E."""
+    return 0.5 if c.scoring_func == "sigmoid" else 1 / max(c.n_routed_experts, 1)
 
 
 def _json(content: Mapping[str, object]) -> str:
@@ -86,29 +103,53 @@ def draw_tokens(
 
     Attention is causal, so what comes later cannot take a decision back. Raises SpecError below `margin`.
     """
+    return _draw(Draft(config, dict(weights), np.random.default_rng(seed), batch, length), seed, margin)
+
+
+def _draw(d: Draft, seed: int, margin: float) -> list[list[int]]:
+    """Tokens (batch, length), each of some random ones that which reaches the draft's goal best; SpecError if none does."""
     rng = np.random.default_rng([seed, zlib.crc32(b"tokens")])
-    impl = Impl(precision="float32").load(config, weights)
-    rows: list[list[int]] = [[] for _ in range(batch)]
-    for row in rows:
-        for _ in range(length):
-            some = rng.permutation(config.vocab_size)[:_CANDIDATES]
-            won = _margins_of(config, impl, np.array([[*row, t] for t in some]))
-            require(won.max() >= margin, f"no margin of {margin} after {len(row)} tokens; the best is {won.max():.1e}")
-            row.append(int(some[won.argmax()]))
+    impl = Impl(precision="float32").load(d.config, d.weights)
+    rows: list[list[int]] = [[] for _ in range(d.batch)]
+    for b, row in enumerate(rows):
+        for place in range(d.length):
+            some = rng.permutation(d.config.vocab_size)
+            some = some[some % d.kinds == place % d.kinds][: d.goal.among]
+            reached = d.goal.reach(_gaps_of(d, impl, b, np.array([[*row, t] for t in some])))
+            row.append(int(some[_best(reached, d.goal, margin, place)]))
     return rows
 
 
-def _margins_of(config: Config, impl: Impl, rows: Array) -> Array:
-    if not any(config.is_moe(i) for i in range(config.num_hidden_layers)):
-        return np.full(len(rows), np.inf)
-    return margins(impl.forward(rows, taps=["L*/router.*"]), config)[:, -1]
+def _best(reached: Array, goal: Goal, margin: float, place: int) -> int:
+    least, best = margin if goal.least is None else goal.least, reached.max()
+    require(best >= least, f"no {goal.name} of {abs(least)} after {place} tokens; the best is {abs(best):.1e}")
+    return int(reached.argmax())
+
+
+def _gaps_of(d: Draft, impl: Impl, b: int, rows: Array) -> Array:
+    """The gaps of the last token's decisions, of several continuations of sequence b.  rows (N, s) -> (N, decisions)."""
+    if not any(d.config.is_moe(i) for i in range(d.config.num_hidden_layers)):
+        return np.full((len(rows), 1), np.inf)
+    given = {n: _repeated(a, b, rows) for n, a in (("positions", d.positions), ("valid", d.valid)) if a is not None}
+    taps = impl.forward(rows, taps=["L*/router.*"], **given)
+    return np.stack(decisions(taps, d.config), axis=-1)[:, -1]
+
+
+def _repeated(a: Array, b: int, rows: Array) -> Array:
+    return np.broadcast_to(a[b, : rows.shape[1]], rows.shape)
 
 
 def margins(taps: Mapping[str, Array], config: Config) -> Array:
     """The score by which the closest routing decision of each token was won, over all layers -> (B, S).
 
-    In each layer the least of two gaps: between the last chosen and the first rejected expert of the kept groups, and
-    between the last kept and the first dropped group. Infinite where nothing was rejected. Needs the taps `L*/router.*`.
+    Infinite where nothing was rejected. Needs the taps `L*/router.*`.
+    """
+    return np.min(decisions(taps, config), axis=0)
+
+
+def decisions(taps: Mapping[str, Array], config: Config) -> list[Array]:
+    """The gap of every routing decision of each token, (B, S) each: in each layer the one between the last chosen and the first
+    rejected expert of the kept groups, and the one between the last kept and the first dropped group.
     """
     found = []
     for at in sorted({t.rpartition("/")[0] for t in taps if t.endswith("/router.ids")}):
@@ -119,7 +160,7 @@ def margins(taps: Mapping[str, Array], config: Config) -> Array:
             inside = (np.arange(config.n_group) == kept[..., None]).any(axis=-2)
             choice = np.where(np.repeat(inside, config.n_routed_experts // config.n_group, axis=-1), choice, -np.inf)
         found.append(_gap(choice, config.num_experts_per_tok))
-    return np.min(found, axis=0)
+    return found
 
 
 def _gap(scores: Array, k: int) -> Array:

@@ -64,14 +64,19 @@ def start(world: Comm, c: Config, weights: Mapping[str, Array], recipe: Recipe, 
     """
     ranks = schedule.layout.n_ranks
     require(ranks == mesh.pp, f"{schedule.name} is for {ranks} pipeline ranks, the mesh is {mesh}")
-    if not recipe.mtp_weight:
-        c, dropped = c.replace(num_nextn_predict_layers=0), c.num_nextn_predict_layers
-        extra = tuple([f"model.layers.{c.num_hidden_layers + k}." for k in range(dropped)])
-        weights = {name: w for name, w in weights.items() if not name.startswith(extra)}
+    extra = tuple([f"model.layers.{c.num_hidden_layers + k}." for k in range(c.num_nextn_predict_layers)])
+    c = trained(c, recipe)
+    if not c.num_nextn_predict_layers:
+        weights = {name: weights[name] for name in weights if not name.startswith(extra)}
     groups, dtype = enter(world, mesh), recipe.plan.dtype
     local = divide(groups, schedule.layout, ForCausalLM(c).load({n: w.astype(dtype) for n, w in weights.items()}))
     held = {name: w for name, w in local.model.named_weights() if hasattr(w, "dtype")}
     return Rank(c, groups, schedule, local, recipe, held, [kind.shard(held, dtype) for kind in local.kinds])
+
+
+def trained(c: Config, recipe: Recipe) -> Config:
+    """The model that a recipe trains: without MTP modules if their loss does not count."""
+    return c if recipe.mtp_weight else c.replace(num_nextn_predict_layers=0)
 
 
 def step(rank: Rank, tokens: Array) -> tuple[Rank, Report]:

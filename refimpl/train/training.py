@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.autograd.tensor import Array, Parameter, backward, data_of
+from refimpl.autograd.tensor import Array, Gradients, Parameter, backward, data_of
 from refimpl.layers.config import Config
 from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import BF16, Plan
-from refimpl.layers.router import bias_update, counts
+from refimpl.layers.router import Routing, bias_update, counts
 from refimpl.layers.stage import observing, phase, unit
 from refimpl.model import ForCausalLM, expected_tensors
 
@@ -86,28 +86,44 @@ def step(
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
     with observing(recipe.plan):
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-    state, norm = descend(state, dict(model.named_weights()), out.loss, recipe)
-    weights, load = dict(state.weights), {}
+    loss, load = out.loss, loads(c, out.routing)
+    del out  # logits and hidden states: backward needs none of them
+    return update(c, state, float(data_of(loss)), named(model, backward(loss)), load, recipe)
+
+
+def loads(c: Config, routing: Mapping[str, Routing]) -> dict[str, Array]:
+    """Layer -> tokens (E,) that each of its experts received."""
     with phase("upd"):
-        for place, routing in out.routing.items():
-            load[place] = counts.fn(routing.ids, n_experts=c.n_routed_experts)
+        return {at: counts.fn(r.ids, n_experts=c.n_routed_experts) for at, r in routing.items()}
+
+
+def named(model: ForCausalLM, grads: Gradients) -> dict[str, Array]:
+    """Gradients in float32 by checkpoint name, of the weights that the loss reaches."""
+    leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter)]
+    return {n: grads[w].astype(np.float32) for n, w in leaves if w in grads}
+
+
+def update(
+    c: Config, state: State, loss: float, grads: dict[str, Array], load: dict[str, Array], recipe: Recipe
+) -> tuple[State, Report]:
+    """Clip, AdamW on the masters, bias by load: what a step does with its gradients. -> the new state, what was seen."""
+    state, norm = descend(state, grads, recipe)
+    weights = dict(state.weights)
+    with phase("upd"):
+        for place, n in load.items():
             name = f"model.layers.{place[1:]}.mlp.gate.e_score_correction_bias"
             if name in weights and recipe.gamma:
                 zero_sum = c.dialect.bias_update == "zero_sum"
                 with unit(place):
-                    weights[name] = bias_update(weights[name], load[place], gamma=recipe.gamma, zero_sum=zero_sum)
-    return replace(state, weights=weights), Report(state.adam.t, float(data_of(out.loss)), norm, load)
+                    weights[name] = bias_update(weights[name], n, gamma=recipe.gamma, zero_sum=zero_sum)
+    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load)
 
 
-def descend(state: State, leaves: Mapping[str, Any], loss: Any, recipe: Recipe) -> tuple[State, float]:
-    """Clipped AdamW down the gradient of a loss () with respect to those of `leaves` that it depends on, Parameters by the names of
-    their masters in `state` -> the new state, the gradient's norm before clipping.
-    """
-    grads = backward(loss)
-    named = {n: grads[w].astype(np.float32) for n, w in leaves.items() if isinstance(w, Parameter) and w in grads}
-    named, norm = clip(named, max_norm=recipe.max_norm)
+def descend(state: State, grads: dict[str, Array], recipe: Recipe) -> tuple[State, float]:
+    """Clip, AdamW on the masters that have a gradient -> the new state, the gradient's norm before clipping."""
+    grads, norm = clip(grads, max_norm=recipe.max_norm)
     opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
-    trained, adam = adamw({n: state.weights[n] for n in named}, named, state.adam, opt)
+    trained, adam = adamw({n: state.weights[n] for n in grads}, grads, state.adam, opt)
     return State(state.weights | trained, adam), norm
 
 
@@ -118,7 +134,8 @@ def step_on(state: State, objective: Callable[[dict[str, Parameter]], Any], reci
     leaves = {n: Parameter(recipe.plan.weight(n, w)) for n, w in state.weights.items() if not is_buffer(n)}
     with observing(recipe.plan):
         loss = objective(leaves)
-    state, norm = descend(state, leaves, loss, recipe)
+    grads = backward(loss)
+    state, norm = descend(state, {n: grads[w].astype(np.float32) for n, w in leaves.items() if w in grads}, recipe)
     return state, Report(state.adam.t, float(data_of(loss)), norm, {})
 
 

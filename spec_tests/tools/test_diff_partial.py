@@ -91,7 +91,7 @@ def mistaken(name, precision):
         return trace_case(case(), precision=precision, patches=[Patch(*MUTANTS[name])])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([m for m in MUTANTS if "A12" not in m]),
     st.sampled_from(["float32", "bf16"]),

@@ -85,7 +85,7 @@ def test_parts_give_what_the_whole_gives():
         np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.taps[f"fwd/{tap}"], rtol=0, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([CHUNKS, STEPS]),
     st.sampled_from(["float32", "bf16"]),
@@ -144,7 +144,7 @@ def test_a_training_step_conforms(mtp, precision):
     assert trained <= set(trace.taps) and {f"upd/L{i}/router.bias" for i in (1, 2)} <= set(trace.taps)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["float32", "bf16"]), st.integers(0, 10**6), st.sampled_from([0.8, 0.4, 0.15]))
 def test_no_part_of_a_training_step_is_called_wrong(precision, seed, share):
     """Catches tolerances of gradients that hold only where everything was recorded."""
@@ -181,11 +181,16 @@ def test_gradients_of_transformers_conform(torch_step):
     name = "grad/model.layers.1.mlp.gate.weight"
     wrong = Trace(trace.header, trace.taps | {name: trace.taps[name] * np.float32(1.01)})
     assert [f.tap for f in judge(c, wrong).culprits] == [name]
-    shifted = dataclasses.replace(trace.header, training={})  # their labels have some -100
-    assert judge(c, Trace(shifted, trace.taps)).exit_code == 1
 
 
-@pytest.mark.parametrize("tap", ["bwd/L1/ffn_norm", "bwd/L0/mla.q_rope", "grad/model.layers.1.mlp.gate.weight"])
+@pytest.mark.slow
+def test_other_labels_are_other_gradients(torch_step):
+    """Catches labels that are read and not used: those recordings ignore some tokens."""
+    c, trace = torch_step
+    assert judge(c, Trace(dataclasses.replace(trace.header, training={}), trace.taps)).exit_code == 1
+
+
+@pytest.mark.parametrize("tap", ["bwd/L1/ffn_norm", "grad/model.layers.1.mlp.gate.weight"])
 def test_a_wrong_gradient_is_blamed_alone(tap):
     """Catches a gradient that takes those before it along: each is judged on the recorded one behind it."""
     trace = trained("float32")
@@ -213,10 +218,11 @@ def test_a_stage_without_its_vjp_is_found():
     assert {"bwd/L1/ffn_norm", "bwd/L2/ffn_norm"} <= blamed, render(judgement)
 
 
-LOSSES = ["L01", "L02", "L03", "L04", "L05", "L06", "L06b", "L07", "T05", "T05b"]
+LOSSES = ["L01", "L05", "T05"]
+MORE_LOSSES = ["L02", "L03", "L04", "L06", "L06b", "L07", "T05b"]
 
 
-@pytest.mark.parametrize("id", LOSSES)
+@pytest.mark.parametrize("id", [*LOSSES, *[pytest.param(id, marks=pytest.mark.slow) for id in MORE_LOSSES]])
 def test_bugs_of_losses_and_counters_are_named(mtp, id):
     """Catches bugs that no forward pass shows: balance losses, expert loads, the bias, MTP's labels."""
     judgement = judge(mtp, step(mtp, patch=id))

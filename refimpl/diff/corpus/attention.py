@@ -94,6 +94,17 @@ def _one_earlier(*args: Any, past: int, **static: Any) -> Array:
     return np.where(np.eye(out.shape[-2], out.shape[-1], past, dtype=bool), -np.inf, out).astype(out.dtype)
 
 
+def _padding_seen(positions: Array, valid: Array | None, *documents: Array | None, **static: Any) -> Array:
+    """Padding is a key like any other."""
+    out: Array = stage("mask")(positions, None, *documents, **static)
+    return out
+
+
+def _normed_queries(x: Array, w: Array, *, n_heads: int) -> Array:
+    q: Array = stage("mla.q")(x, w, n_heads=n_heads)
+    return q / rms(q, 1e-6)
+
+
 def _eps(name: str, eps: float) -> Mutant:
     at = name.rpartition(".")[2]
     return Mutant(f"A12-{at}-{eps:g}", f"the norms' eps is {eps:g}", name, setting(name, eps=eps), _A12, "small norms")
@@ -147,6 +158,15 @@ MUTANTS = (
     ),
     Mutant("A13c", "the key-value latent is not normalised", "mla.c_kv", lambda kv, w, *, eps: kv[..., : w.shape[0]]),
     Mutant(
+        "A13d",
+        "queries of full rank are normalised, head by head",
+        "mla.q",
+        _normed_queries,
+        threads("Megatron-Bridge #5261"),
+        "q_lora_rank null",
+        lambda c: not _low_rank(c),
+    ),
+    Mutant(
         "A17",
         "attention has no causal mask",
         _SCORES,
@@ -157,6 +177,7 @@ MUTANTS = (
     Mutant("A17d", "the mask lets every query see every key", "mask", _unmasked, threads("mlxcel #991; mlxcel #998")),
     Mutant("A17e", "the mask lets a query see the next key", "mask", _one_later),
     Mutant("A17f", "the mask hides a query's own key", "mask", _one_earlier),
+    Mutant("A17g", "the mask lets tokens see padding", "mask", _padding_seen, regime="padding"),
     Mutant("X17", "the softmax scale knows the nope channels only", _SCORES, _other_scale(_by("nope"))),
     Mutant("X18", "the softmax scale knows the rotated channels only", _SCORES, _other_scale(_by("rope"))),
     Mutant("X19", "the scores are not scaled", _SCORES, _other_scale(lambda s, q, r: 1.0)),

@@ -135,4 +135,12 @@ MUTANTS = (
         threads("vLLM #14137"),
         applies=_mtp,
     ),
+    Mutant(
+        "T08b",
+        "every MTP depth embeds the tokens shifted by one",
+        "mtp.emb",
+        lambda t, w, *, depth: stage("mtp.emb")(t, w, depth=1)[:, : t.shape[1] - depth],
+        regime="two MTP modules",
+        applies=lambda c: c.num_nextn_predict_layers > 1,
+    ),
 )

@@ -48,6 +48,11 @@ def _tables(
     return fn
 
 
+def _counted(positions: Array) -> Array:
+    """0, 1, 2, ... whatever is given."""
+    return np.arange(positions.shape[1], dtype=np.float64) + 0 * positions
+
+
 def _narrow(x: Array) -> Array:
     return to_bf16(x.astype(np.float32)).astype(np.float64)
 
@@ -120,6 +125,14 @@ MUTANTS = (
         yarn,
     ),
     Mutant(
+        "A06b",
+        "cos and sin are not multiplied by the ratio of the two mscales",
+        _TABLES,
+        _tables(factor=lambda y: 1.0),
+        regime="mscale that is not mscale_all_dim",
+        applies=yarn,
+    ),
+    Mutant(
         "A11",
         "the frequencies are those without YaRN",
         _TABLES,
@@ -168,6 +181,13 @@ MUTANTS = (
     Mutant("X22", "k is rotated one position too far", "mla.k_rope", _one_step_on("mla.k_rope")),
     Mutant("X23", "q is rotated one position too far", "mla.q_rope", _one_step_on("mla.q_rope")),
     Mutant("X10", "positions begin at 1", _TABLES, _tables(places=lambda p: p + 1)),
+    Mutant(
+        "X24",
+        "positions are counted from 0, whatever they are",
+        _TABLES,
+        _tables(places=_counted),
+        regime="positions that do not begin at 0",
+    ),
     Mutant("X11", "RoPE's theta is 1e6", _TABLES, lambda p, *, theta, **k: stage(_TABLES)(p, theta=1e6, **k)),
     Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),
     Mutant("X13", "k is rotated the other way", "mla.k_rope", _backwards("mla.k_rope")),

@@ -73,6 +73,24 @@ def _first_groups(a: Array, *, topk_group: int) -> Array:
     return np.broadcast_to(np.arange(topk_group), (*a.shape[:-1], topk_group)).copy()
 
 
+def _as_released(a: Array, kept: Array | None, *, n_group: int, **static: Any) -> Array:
+    """Without groups, those of the released models: 8, of which 4 are kept."""
+    if kept is None and a.shape[-1] % 8 == 0 and a.shape[-1] > 8:
+        kept, n_group = top_k(stage("router.group_scores")(a, n_group=8, best=2), 4), 8
+    out: Array = stage(_IDS)(a, kept, n_group=n_group, **static)
+    return out
+
+
+def _by_threshold(
+    a: Array, kept: Array | None, *, k: int, n_group: int, fill: float, reads: tuple[Array, ...]
+) -> Array:
+    """Every group is kept whose score is not below that of the last kept one."""
+    assert kept is not None
+    least = np.take_along_axis(reads[0], kept, axis=-1).min(axis=-1, keepdims=True)
+    inside = np.repeat(reads[0] >= least, a.shape[-1] // n_group, axis=-1)
+    return top_k(np.where(inside, a, a.dtype.type(fill)), k)
+
+
 def _softmax(z: Array, **static: Any) -> Array:
     out: Array = stage("router.scores")(z, func="softmax")
     return out
@@ -227,6 +245,14 @@ MUTANTS = (
     ),
     Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
     Mutant(
+        "R15b",
+        "a model without groups is routed in 8, of which 4 are kept",
+        _IDS,
+        _as_released,
+        regime="no groups",
+        applies=lambda c: c.n_group == 1 and c.topk_method == "noaux_tc" and c.n_routed_experts > 8,
+    ),
+    Mutant(
         "R18",
         "the selection bias is 0",
         "router.choice",
@@ -241,6 +267,23 @@ MUTANTS = (
     Mutant("X01", "the routed experts are not weighted", "moe.routed", _unweighted),
     Mutant("X04", "the weights are normalised over all experts", _WEIGHTS, _over_all),
     Mutant("X05", "the router reads the residual before the norm", "router.logits", _unnormed, reads=("resid_mid",)),
+    Mutant(
+        "X06",
+        "groups whose score ties with the last kept one's are kept too",
+        _IDS,
+        _by_threshold,
+        regime="exact ties of groups",
+        applies=_grouped,
+        reads=("router.group_scores",),
+    ),
+    Mutant(
+        "X07",
+        "the routed scaling factor is 2.5, whatever the config says",
+        _WEIGHTS,
+        setting(_WEIGHTS, scale=2.5),
+        regime="another factor",
+        applies=lambda c: c.routed_scaling_factor != 2.5,
+    ),
     Mutant("X02", "each slot has its neighbour's weight", _WEIGHTS, _shifted_ids),
     Mutant(
         "X03",

@@ -1,0 +1,107 @@
+"""Weights as a lane needs them, and no longer: those of one stage at a time, large matrices a block of rows at a time.
+
+A layer of the released model holds 11 billion numbers in its experts; a replay reads those of the experts that were chosen, one
+after the other, in each of its lanes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.checkpoint import Checkpoint
+from refimpl.layers.precision import BF16, Plan
+from refimpl.model import effective
+
+LARGE = 1 << 24
+"""Numbers from which on a matrix is read a block at a time, and how many a block holds at most."""
+BUDGET = 1 << 27
+"""Bytes of decoded weights that are kept for the stages to come; more are let go when the stage is done."""
+_READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\.|embed_tokens\.")
+"""Matrices that a stage only multiplies by, or looks rows up in."""
+
+
+class StageWeights:
+    """Checkpoint name and plan -> the weight as that plan holds it. What the stages before have read is let go if it is much."""
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
+        self.checkpoint, self.rounded = checkpoint, rounded
+        self.held: dict[tuple[str, str], Array] = {}
+        self.stage, self.size = "", 0
+
+    def __call__(self, name: str, plan: Plan) -> Any:
+        """The weight, or a `Streamed` one."""
+        stage = re.sub(r"\.experts\.\d+", "", name).rpartition(".")[0]
+        if stage != self.stage:
+            self.stage = stage
+            if self.size > BUDGET:
+                self.held, self.size = {}, 0
+        shape = self.checkpoint.shape(name)
+        size = int(np.prod(shape)) * (self._experts(name) if ".experts." in name else 1)
+        if size >= LARGE and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
+            return Streamed(self, name, plan, (shape[0], shape[1]))
+        key = (name, plan.name)
+        if key not in self.held:
+            self.held[key] = self.read(name, plan, 0, shape[0] if shape else 1)
+            self.size += self.held[key].nbytes
+        return self.held[key]
+
+    def _experts(self, name: str) -> int:
+        config = self.checkpoint.config or {}
+        return int(config.get("n_routed_experts") or 1)
+
+    def read(self, name: str, plan: Plan, start: int, stop: int) -> Array:
+        """Rows of a weight as the plan holds them."""
+        w: Mapping[str, Array] = {name: self.checkpoint.rows(name, start, stop)}
+        return effective(effective(w, BF16) if self.rounded else w, plan)[name]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A matrix (F, D) that is decoded where it is read: rows that are looked up, blocks of rows in a product with its transpose."""
+
+    weights: StageWeights
+    name: str
+    plan: Plan
+    shape: tuple[int, int]
+    ndim = 2
+    __array_ufunc__ = None  # x @ w.T asks the transpose below
+
+    @property
+    def dtype(self) -> Any:
+        """That of the plan."""
+        return np.dtype(self.plan.dtype)
+
+    @property
+    def T(self) -> Any:
+        """The transpose: that of an expert, which is multiplied by alone, as an array."""
+        return np.asarray(self).T if ".experts." in self.name else _Transposed(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.weights.read(self.name, self.plan, 0, self.shape[0]).astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, ids: Array) -> Array:
+        """Rows by their numbers.  ids (*) -> (*, D)."""
+        rows, place = np.unique(ids, return_inverse=True)
+        found = [self.weights.read(self.name, self.plan, int(i), int(i) + 1)[0] for i in rows]
+        return np.stack(found)[place.reshape(np.shape(ids))]
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    of: Streamed
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """x wT, a block of rows of w at a time.  x (N, D) -> (N, F)."""
+        w, (n, d) = self.of, self.of.shape
+        step = max(LARGE // d // 128, 1) * 128
+        y = np.empty((*x.shape[:-1], n), x.dtype)
+        for a in range(0, n, step):
+            y[..., a : a + step] = x @ w.weights.read(w.name, w.plan, a, min(a + step, n)).T
+        return y

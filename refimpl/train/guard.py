@@ -1,0 +1,108 @@
+"""A step that is refused if its loss is no number: the state before it stays the last, and the first bad stage is named.
+
+A finite loss and a finite gradient norm (the root of the sum of all squares) mean that every gradient is finite. Where one
+of them is not, the step is run again on the same weights and tokens with a watch around every stage, which costs nothing
+as long as all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd import Array, Gradients, Parameter, SpecError, Tensor, backward, data_of, primitive
+from refimpl.autograd.tensor import Vjp
+from refimpl.layers.config import Config
+from refimpl.layers.stage import Stage, observing, tap_name
+from refimpl.model import ForCausalLM
+
+from .training import Recipe, Report, State, step
+
+MASKED = ("mask", "mla.scores", "mla.scores_absorbed")
+"""Stages whose output holds -inf where a key may not be seen; everywhere else an infinity is an overflow."""
+
+
+class NotFinite(SpecError):
+    """A step gave no number; the state before it is good."""
+
+
+def guarded_step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State, Report]:
+    """`step`, or NotFinite if loss or gradient norm is NaN or infinite: which stage first showed it, of which tokens."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        new, report = step(c, state, tokens, recipe)
+    try:
+        check(report)
+    except NotFinite as error:
+        raise NotFinite(f"{error}\n  {first_bad(c, state, tokens, recipe)}") from None
+    return new, report
+
+
+def check(report: Report) -> None:
+    """NotFinite unless loss and gradient norm are numbers; on a mesh they are the same on every rank, and so is this."""
+    if not (math.isfinite(report.loss) and math.isfinite(report.norm)):
+        what = f"step {report.step}: loss {report.loss}, gradient norm {report.norm}"
+        raise NotFinite(f"{what}; the state before it is unchanged")
+
+
+def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe) -> str:
+    """The first weight, else the first stage forward, else the first in backward, that holds NaN or infinity, in words."""
+    held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
+    for name, w in held.items():
+        if not np.isfinite(w).all():
+            return f"the weight {name} holds it already: {_count(w)}"
+    model, watch = ForCausalLM.from_weights(c, held).with_gradients(), Watch()
+    inputs = model.inputs(tokens, labels=tokens)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        with observing(recipe.plan, watch):
+            out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
+        if not watch.found:
+            with contextlib.suppress(SpecError):
+                grads: Gradients = backward(out.loss)
+                leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads]
+                bad = [n for n, w in leaves if not np.isfinite(grads[w]).all()]
+                if bad and not watch.found:
+                    watch.found = f"backward: the gradient of {bad[0]}"
+    return f"first seen in {watch.found}" if watch.found else "every single gradient is finite: their norm overflows"
+
+
+class Watch:
+    """An observer that notes the first stage that gives, or in backward is given, a number that is not finite."""
+
+    def __init__(self) -> None:
+        self.found = ""
+
+    def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
+        """Look at the output, and from the tape at its gradient."""
+        y, tap = run(*args, **static), tap_name(stage)
+        self._look(data_of(y), f"forward: {tap}", masked=stage.name in MASKED)
+        return self._seen(y, tap) if isinstance(y, Tensor) else y
+
+    def _look(self, x: Any, where: str, *, masked: bool = False) -> None:
+        if not self.found and getattr(x, "dtype", None) is not None and x.dtype.kind == "f":
+            bad = ~np.isfinite(x)
+            bad &= ~np.isneginf(x) if masked else True
+            if bad.any():
+                self.found = f"{where}: {_count(x, bad)}"
+
+    def _seen(self, y: Tensor, tap: str) -> Tensor:
+        @primitive
+        def seen(x: Array) -> tuple[Array, tuple[Vjp]]:
+            def vjp_x(dy: Array) -> Array:
+                self._look(dy, f"backward: the gradient of {tap}")
+                return dy
+
+            return x, (vjp_x,)
+
+        out: Tensor = seen(y)
+        out.saved = y.saved
+        return out
+
+
+def _count(x: Array, bad: Array | None = None) -> str:
+    bad = ~np.isfinite(x) if bad is None else bad
+    first = [int(i) for i in np.argwhere(bad)[0]]
+    return f"{int(bad.sum())} of {x.size} numbers, the first at {first} ({x[tuple(first)]})"

@@ -1,0 +1,77 @@
+"""Weights that are read a block of rows at a time are the weights, and a judgement on them is the same judgement."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from refimpl.checkpoint import Checkpoint, save
+from refimpl.diff import render
+from refimpl.diff import streamed as module
+from refimpl.diff.judge import judge
+from refimpl.diff.streamed import StageWeights, Streamed
+from refimpl.diff.trace import digest
+from refimpl.layers import PRESETS
+from refimpl.layers.precision import BF16, FLOAT32, FLOAT64
+from refimpl.model import effective
+
+from .test_diff_partial import case, recording
+
+
+@pytest.mark.parametrize("plan", [FLOAT32, FLOAT64, BF16], ids=lambda p: p.name)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
+    """Catches a block that begins in the wrong row, and a plan that is not applied to parts."""
+    monkeypatch.setattr(module, "LARGE", 1 << 10)
+    weights = StageWeights(case().checkpoint, rounded)
+    rng, x = np.random.default_rng(0), None
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
+        held = {name: case().checkpoint[name]}
+        whole = effective(effective(held, BF16) if rounded else held, plan)[name]
+        lazy = weights(name, plan)
+        assert isinstance(lazy, Streamed) and lazy.shape == whole.shape and lazy.dtype == whole.dtype
+        x = rng.standard_normal((7, whole.shape[1])).astype(whole.dtype)
+        np.testing.assert_allclose(x @ lazy.T, x @ whole.T, rtol=1e-5 if plan is not FLOAT64 else 1e-12, atol=1e-5)
+        ids = rng.integers(0, len(whole), (2, 3))
+        np.testing.assert_array_equal(lazy[ids], whole[ids])
+        np.testing.assert_array_equal(np.asarray(lazy), whole)
+
+
+def test_a_judgement_on_streamed_weights_is_the_same(monkeypatch):
+    """Catches findings that depend on how weights were read: with everything streamed the report is the same, bit for bit where
+    sums are.
+    """
+    held = judge(case(), recording("hf-bug"))
+    monkeypatch.setattr(module, "LARGE", 1 << 8)
+    streamed = judge(case(), recording("hf-bug"))
+    assert [(f.tap, f.ok) for f in held.findings] == [(f.tap, f.ok) for f in streamed.findings]
+    assert [d.id for d in streamed.causes] == ["R01"] and render(streamed).splitlines()[-1] == render(
+        held
+    ).splitlines()[-1]
+
+
+def test_rows_of_fp8_weights_are_decoded_alone(tmp_path):
+    """Catches scales of other blocks, and a last block that is not full."""
+    rng = np.random.default_rng(1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save(tmp_path, {name: rng.standard_normal((300, 200), np.float32)}, PRESETS["tiny"].to_dict(), dtype="fp8")
+    checkpoint = Checkpoint.open(tmp_path)
+    whole = checkpoint[name]
+    for a, b in ((0, 300), (0, 1), (127, 129), (128, 256), (131, 300), (299, 300)):
+        np.testing.assert_array_equal(checkpoint.rows(name, a, b), whole[a:b])
+
+
+def test_only_one_stage_is_held(monkeypatch):
+    """Catches the weights of a whole layer held at once, which of the released model are 45 GB."""
+    monkeypatch.setattr(module, "BUDGET", 0)
+    weights = StageWeights(case().checkpoint, False)
+    for end in ("self_attn.q_a_proj.weight", "self_attn.kv_b_proj.weight", "mlp.gate_proj.weight"):
+        weights(f"model.layers.0.{end}", FLOAT32), weights(f"model.layers.0.{end}", FLOAT64)
+        assert {name for name, _ in weights.held} == {f"model.layers.0.{end}"} and len(weights.held) == 2
+
+
+def test_a_digest_does_not_depend_on_how_much_is_read_at_a_time():
+    """Catches a digest of parts: traces made before hold the digest of the whole."""
+    for a in (np.arange(12, dtype=np.float32).reshape(3, 4), np.float32(3), np.zeros((5, 0)), np.arange(5000001)):
+        a = np.asarray(a, np.float32)
+        assert digest(a) == "sha256:" + hashlib.sha256(str(a.shape).encode() + a.tobytes()).hexdigest()
