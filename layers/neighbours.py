@@ -13,7 +13,7 @@ import numpy as np
 from refimpl.autograd import ops
 from refimpl.autograd.errors import require
 from refimpl.autograd.ops import Result
-from refimpl.autograd.tensor import Array, primitive
+from refimpl.autograd.tensor import Array, data_of, primitive
 
 from .stage import stage
 
@@ -50,8 +50,9 @@ def fake_quant(x: Any, scale: Array, *, bits: int = 8) -> Any:
     eq="Jacob et al. 2018, section 3 (arXiv 1712.05877)",
     shape="B S 1",
 )
-def amax_scale(x: Array, *, bits: int = 8) -> Array:
-    """max |x| / (2^(bits-1) - 1) per row; a row of zeros gets 1.  x (B, S, D) -> (B, S, 1)."""
+def amax_scale(x: Any, *, bits: int = 8) -> Array:
+    """max |x| / (2^(bits-1) - 1) per row, a constant for gradients; a row of zeros gets 1.  x (B, S, D) -> (B, S, 1)."""
+    x = data_of(x)
     amax = np.abs(x).max(axis=-1, keepdims=True)
     return np.where(amax == 0, 1, amax / (2 ** (bits - 1) - 1)).astype(x.dtype)
 

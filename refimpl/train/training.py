@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array, Gradients, Parameter, backward, data_of
 from refimpl.layers.config import Config
+from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import BF16, Plan
 from refimpl.layers.router import Routing, bias_update, counts
 from refimpl.layers.stage import observing, phase, unit
@@ -105,10 +107,8 @@ def update(
     c: Config, state: State, loss: float, grads: dict[str, Array], load: dict[str, Array], recipe: Recipe
 ) -> tuple[State, Report]:
     """Clip, AdamW on the masters, bias by load: what a step does with its gradients. -> the new state, what was seen."""
-    grads, norm = clip(grads, max_norm=recipe.max_norm)
-    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
-    trained, adam = adamw({n: state.weights[n] for n in grads}, grads, state.adam, opt)
-    weights = state.weights | trained
+    state, norm = descend(state, grads, recipe)
+    weights = dict(state.weights)
     with phase("upd"):
         for place, n in load.items():
             name = f"model.layers.{place[1:]}.mlp.gate.e_score_correction_bias"
@@ -116,7 +116,27 @@ def update(
                 zero_sum = c.dialect.bias_update == "zero_sum"
                 with unit(place):
                     weights[name] = bias_update(weights[name], n, gamma=recipe.gamma, zero_sum=zero_sum)
-    return State(weights, adam), Report(adam.t, loss, norm, load)
+    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load)
+
+
+def descend(state: State, grads: dict[str, Array], recipe: Recipe) -> tuple[State, float]:
+    """Clip, AdamW on the masters that have a gradient -> the new state, the gradient's norm before clipping."""
+    grads, norm = clip(grads, max_norm=recipe.max_norm)
+    opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
+    trained, adam = adamw({n: state.weights[n] for n in grads}, grads, state.adam, opt)
+    return State(state.weights | trained, adam), norm
+
+
+def step_on(state: State, objective: Callable[[dict[str, Parameter]], Any], recipe: Recipe) -> tuple[State, Report]:
+    """One step down any objective: a function of all of `state.weights`, as leaves by name, that gives a loss (). For what `step`
+    does not train: other losses, adapters beside frozen weights. Balancing biases stay where they are.
+    """
+    leaves = {n: Parameter(recipe.plan.weight(n, w)) for n, w in state.weights.items() if not is_buffer(n)}
+    with observing(recipe.plan):
+        loss = objective(leaves)
+    grads = backward(loss)
+    state, norm = descend(state, {n: grads[w].astype(np.float32) for n, w in leaves.items() if w in grads}, recipe)
+    return state, Report(state.adam.t, float(data_of(loss)), norm, {})
 
 
 def train(

@@ -24,6 +24,7 @@ INSIDE_FUNCTIONS = {
     "transformers": ADAPTERS,
     "safetensors": (*ADAPTERS, TESTS),  # as an oracle: we read and write the format ourselves
     **dict.fromkeys(("gguf", "llama_cpp", "mlx", "mlx_lm", "torchtitan", "megatron"), ADAPTERS),
+    **dict.fromkeys(("trl", "peft"), "refimpl.spec_tests.*.test_interop*"),
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",

@@ -1,0 +1,1 @@
+"""R 5: post-training."""
