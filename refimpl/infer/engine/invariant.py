@@ -19,8 +19,12 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Stage
 
 ROWWISE = frozenset(
-    "attn_norm ffn_norm final_norm mla.q_a mla.q_a_norm mla.kv_a mla.c_kv mla.q mla.q_absorbed mla.ctx_absorbed attn_out "
-    "mlp.gate mlp.up mlp.down shared.gate shared.up moe.shared router.logits router.scores logits".split()
+    [
+        *("attn_norm", "ffn_norm", "final_norm"),
+        *("mla.q_a", "mla.q_a_norm", "mla.kv_a", "mla.c_kv", "mla.q", "mla.q_absorbed", "mla.ctx_absorbed", "attn_out"),
+        *("mlp.gate", "mlp.up", "mlp.down", "shared.gate", "shared.up", "moe.shared"),
+        *("router.logits", "router.scores", "logits"),
+    ]
 )
 """Stages whose first argument is (1, N, ...) and whose output's row n depends on its row n alone, but which sum."""
 GROUPED = frozenset(["moe.gate", "moe.up", "moe.down"])
@@ -29,7 +33,7 @@ GROUPED = frozenset(["moe.gate", "moe.up", "moe.down"])
 
 @dataclass(frozen=True)
 class Tiled:
-    """An observer that runs these stages on tiles of `rows` rows. It stands outside the precision plan, which rounds in each tile."""
+    """An observer: these stages on tiles of `rows` rows. It stands outside the precision plan, which rounds in each tile."""
 
     rows: int = 16
 

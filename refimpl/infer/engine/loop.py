@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from refimpl.autograd.errors import require, where
+from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
 from refimpl.infer.row import Row, Token
 from refimpl.infer.settings import Request
@@ -45,8 +45,9 @@ class Engine:
         invariant: Tiled | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`pages`: where the latents go, `Pages(impl, blocks=, size=)`; what they hold already is found again. `invariant`: the same
-        bits for each request whatever the batch, the schedule and the cache, for more time. SpecError for another model's pages.
+        """`pages`: where the latents go, `Pages(impl, blocks=, size=)`; what they hold already is found again. `invariant`: the
+        same bits for each request whatever the batch, the schedule and the cache, for more time. SpecError for another
+        model's pages.
         """
         pages.check(impl)
         held = sum(r > 0 for r in pages.blocks.refs)
@@ -81,8 +82,8 @@ class Engine:
         return len(self._rows)
 
     def step(self, *, more: bool = True) -> list[Token]:
-        """Run what the scheduler says -> the tokens decided, none if nobody may begin yet. `more` False: no one else will come, so a
-        policy need not wait.
+        """Run what the scheduler says -> the tokens decided, none if nobody may begin yet. `more` False: no one else will
+        come, so a policy need not wait.
         """
         step = self.scheduler.step(self.clock(), more=more)
         if not step.work:
@@ -91,11 +92,21 @@ class Engine:
         self._count(step)
         return [token for work, z in zip(step.work, logits, strict=True) for token in self._done(work, z)]
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """Submit all, then the tokens as they come, to the end. Each `Token.row` is the place in `requests` if the engine is new."""
-        for i, request in enumerate(requests):
-            with where(f"in request {i}"):
-                self.submit(request)
+    def submit_all(self, requests: Sequence[Request]) -> list[int]:
+        """All of them or, with SpecError, none."""
+        numbers = list[int]()
+        try:
+            for i, request in enumerate(requests):
+                with where(f"in request {i}"):
+                    numbers.append(self.submit(request))
+        except SpecError:
+            for n in numbers:
+                self.cancel(n)
+            raise
+        return numbers
+
+    def drain(self) -> Iterator[Token]:
+        """Tokens as they come until all requests are over."""
         while self._rows:
             yield from self.step(more=False)
 

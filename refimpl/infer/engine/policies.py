@@ -100,8 +100,8 @@ class ArrivalGap:
 
 @dataclass(frozen=True)
 class ByComplexity:
-    """Batches of one kind, 32 short requests or 8 long ones, each run to its end. Described in articles, with these numbers; neither
-    in R nor in DeepSeek's code.
+    """Batches of one kind, 32 short requests or 8 long ones, each run to its end. Described in articles, with these
+    numbers; neither in R nor in DeepSeek's code.
     """
 
     short: int = 32

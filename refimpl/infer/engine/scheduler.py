@@ -121,14 +121,18 @@ class Scheduler:
         self.running.remove(job)
         self._free(job)
         job.preempted += 1
-        self.returning.insert(0, job)  # it began before those sent away earlier in this step; others began earlier still
+        self.returning.insert(
+            0, job
+        )  # it began before those sent away earlier in this step; others began earlier still
         step.work = [w for w in step.work if w.job is not job]
         step.preempted.append(job)
 
     def _begin(self, job: Job, step: Step, budget: int) -> bool:
         """Let a job run if there is room: with what is found of it, its first piece."""
         table, n = self.blocks.match(job.tokens)
-        if not self._room(job, table, n) and n % self.blocks.size:  # a block shared in part is one more until it is copied
+        if (
+            not self._room(job, table, n) and n % self.blocks.size
+        ):  # a block shared in part is one more until it is copied
             table, n = table[:-1], n - n % self.blocks.size
         if not self._room(job, table, n):
             return False
