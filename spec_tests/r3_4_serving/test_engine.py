@@ -112,7 +112,7 @@ def test_the_invariant_mode_under_every_precision(how, bits):
 
 
 def test_a_tile_of_one_row_assumes_nothing(bits):
-    """Catches a stage left out of the tiles that larger ones happen to hide; softmax routing of V2, whose scores sum over experts."""
+    """Catches a stage left out of the tiles that larger ones happen to hide; V2's softmax routing sums over experts."""
     it = model(scoring_func="softmax", topk_method="greedy", q_lora_rank=None)
     requests = mixed(4)
     expected = alone(it, requests, bits, invariant=Tiled(1))

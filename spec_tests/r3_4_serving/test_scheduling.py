@@ -144,10 +144,14 @@ def test_who_began_last_gives_way_and_returns_first():
     assert ids(step.preempted) == [2] and ids(w.job for w in step.work) == [0, 1]
     run(scheduler, step)
     scheduler.submit(Job(3, 3.0, [3], 1))
-    while scheduler.returning:
-        run(scheduler, scheduler.step(0.0))
-    assert 2 in ids(scheduler.running) and scheduler.running[-1].id in (2, 3)
-    assert ids(scheduler.waiting + scheduler.running)[-1] == 3
+    began = []
+    for _ in range(20):
+        before = ids(scheduler.running)
+        step = scheduler.step(0.0)
+        began += [w.job.id for w in step.work if w.job.id not in before]
+        run(scheduler, step)
+    assert [i for i in began if i in (2, 3)][-2:] == [2, 3] and 3 not in began[:-1]
+    assert scheduler.running == scheduler.waiting == scheduler.returning == []
 
 
 def test_work_counts_query_key_pairs():
@@ -176,7 +180,10 @@ def test_policies_in_simulated_time():
     assert [s.first for s in first["first-come"]] == [1.0, 5.0, 35.0]
     assert [s.first for s in first["shortest-first"]] == [1.0, 7.0, 5.0]
     gap = simulate(trace, UNIT, **ROOM, limits=Limits(), policy=ArrivalGap(factor=3.0, longest=9.0))
-    assert [s.first for s in gap] == [1.0, 6.0, 6.0] or [s.first for s in gap] == pytest.approx([1.2, 1.2, 1.2])
+    assert [s.first for s in gap] == [1.0, 5.0, 5.0]  # the first at once: no gap is known yet
+    later = [Arrival(0.0, (1,), 1), Arrival(10.0, (2,), 1), Arrival(11.0, (3,), 1), Arrival(90.0, (4,), 1)]
+    gap = simulate(later, UNIT, **ROOM, limits=Limits(), policy=ArrivalGap(factor=1.0, longest=9.0))
+    assert [s.first for s in gap] == [1.0, 17.5, 17.5, 91.0]  # 11 + (11 - 0) / 2; the last: no one else will come
     kinds = simulate(trace, UNIT, **ROOM, limits=Limits(), policy=ByComplexity(limit=60))
     assert [s.first for s in kinds] == [1.0, 5.0, 35.0]
 
@@ -208,7 +215,7 @@ def test_gaps_have_their_mean_and_spread():
 
 
 def test_step_times_are_found_again():
-    """Catches a column exchanged, an intercept lost, a fit that long steps rule alone; and noise that would make a cost negative."""
+    """Catches a column exchanged, an intercept lost, a fit that long steps rule alone, a negative cost."""
     rng, true = np.random.default_rng(0), StepTime(2e-3, 1e-4, 3e-8, 5e-5)
     loads = [Load(int(t), int(t * k), int(r)) for t, k, r in zip(*rng.integers(1, 300, (3, 40)), strict=True)]
     samples = [(load, true.seconds(load)) for load in loads]

@@ -36,16 +36,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """Run tokens start..stop of a job; if they reach its end, its next token is known."""
+    """Run tokens start..stop of a job; `decides` if they reach its end, so that its next token is known then."""
 
     job: Job
     start: int
     stop: int
-
-    @property
-    def decides(self) -> bool:
-        """Whether a token comes of it."""
-        return self.stop == len(self.job.tokens)
+    decides: bool = False
 
     @property
     def pairs(self) -> int:

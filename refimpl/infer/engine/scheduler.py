@@ -115,7 +115,7 @@ class Scheduler:
             if victim is job:
                 return
         step.copies += self.blocks.reserve(job.table, start, stop)
-        step.work.append(Work(job, start, stop))
+        step.work.append(Work(job, start, stop, decides=stop == len(job.tokens)))
 
     def _send_away(self, job: Job, step: Step) -> None:
         self.running.remove(job)
