@@ -102,7 +102,7 @@ def main() -> None:
     found = samples(impl, pages, args.samples)
     times = fit(found[::2])
     print(f"{times}; worst error on the other half {100 * worst(times, found[1::2]):.0f} %")
-    print("24 requests at once: engine %.2f s, simulated %.2f s" % replay(impl, times))
+    print("24 requests at once: engine {:.2f} s, simulated {:.2f} s".format(*replay(impl, times)))
     exact = samples(impl, pages, max(4, args.samples // 4), Tiled(16))
     ratio = [e / p for (_, e), (_, p) in zip(exact, found, strict=False)]
     print(

@@ -143,9 +143,10 @@ def _object(text: str) -> dict[str, Any]:
 def _request(o: dict[str, Any], tokenizer: Tokenizer | None, eos: tuple[int, ...]) -> Request:
     from refimpl.infer import Request, Settings
 
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in o.items() if k in SETTINGS}
-    settings = Settings(**({"temperature": 0.0, "max_tokens": 64, "eos": eos} | own))
-    prompt = o.get("tokens", o.get("prompt"))
+    own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in o.items() if k in SETTINGS}
+    default: dict[str, Any] = {"temperature": 0.0, "max_tokens": 64, "eos": eos}
+    settings = Settings(**(default | own))
+    prompt: Any = o.get("tokens", o.get("prompt"))
     if "prompt" in o:
         require(isinstance(prompt, str), f"prompt is {prompt!r}; expected a text")
         assert tokenizer is not None

@@ -154,6 +154,27 @@ def test_who_began_last_gives_way_and_returns_first():
     assert scheduler.running == scheduler.waiting == scheduler.returning == []
 
 
+def test_a_closed_batch_begins_whole():
+    """Catches a batch cut to what its first step has room for: the rest would wait for its end; nobody else joins meanwhile."""
+    scheduler = Scheduler(Blocks(20, 4), Limits(tokens=4), ByComplexity(short=3))
+    for i in range(4):
+        scheduler.submit(job(i, 3, 9))
+    for begun in ([0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2]):
+        step = scheduler.step(0.0)
+        assert ids(scheduler.running) == begun
+        run(scheduler, step)
+    assert ids(scheduler.waiting) == [3]
+    fresh = Scheduler(Blocks(20, 4), Limits(tokens=4), ByComplexity(short=3))
+    jobs = [job(i, 3, 1) for i in range(4)]
+    for j in jobs:
+        fresh.submit(j)
+    run(fresh, fresh.step(0.0))
+    fresh.leave(jobs[2])  # given up before it began
+    while fresh.running or fresh.waiting:
+        run(fresh, fresh.step(0.0))
+    assert fresh.blocks.free == 20
+
+
 def test_work_counts_query_key_pairs():
     """Catches an attention cost off by the diagonal."""
     assert Work(job(0, 9, 1), 3, 6).pairs == 4 + 5 + 6

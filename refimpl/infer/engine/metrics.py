@@ -26,13 +26,10 @@ def summary(served: Sequence[Served]) -> Summary:
     """Percentiles by the nearest rank: the value that so many percent do not exceed, one that occurred."""
     took = max(s.last for s in served) - min(s.arrival for s in served)
     ttft, tpot = [s.ttft for s in served], [s.tpot for s in served if s.tokens > 1]
-    p50, p99 = ((lambda x, p=p: _percentile(x, p)) for p in (50, 99))
     return Summary(
         sum(s.tokens for s in served) / took,
-        p50(ttft),
-        p99(ttft),
-        p50(tpot),
-        p99(tpot),
+        *(_percentile(ttft, 50), _percentile(ttft, 99)),
+        *(_percentile(tpot, 50), _percentile(tpot, 99)),
         sum(s.preempted for s in served),
     )
 

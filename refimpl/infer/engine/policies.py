@@ -33,6 +33,10 @@ class Policy(Protocol):
     def name(self) -> str:
         """What it is called."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether those admitted together are a batch: all begin, as steps have room, before anybody else is looked at."""
+
     def admits(self, queue: Queue) -> Sequence[Job]:
         """Those of `waiting` who may begin now, best first. If the first has no room, nobody overtakes it."""
 
@@ -45,6 +49,7 @@ class FirstCome:
     """In order of arrival."""
 
     name: str = "first-come"
+    closed: bool = False
 
     def admits(self, queue: Queue) -> Sequence[Job]:
         """All, as they came."""
@@ -60,6 +65,7 @@ class ShortestFirst:
     """The least work first: prompt still to be read and tokens to come. A long request may wait for ever under constant load."""
 
     name: str = "shortest-first"
+    closed: bool = False
 
     def admits(self, queue: Queue) -> Sequence[Job]:
         """All, by tokens to run, then arrival."""
@@ -80,6 +86,7 @@ class ArrivalGap:
     factor: float = 2.0
     longest: float = 1.0
     name: str = "arrival-gap"
+    closed: bool = True
 
     def admits(self, queue: Queue) -> Sequence[Job]:
         """A batch once it is closed, and nobody while one runs."""
@@ -108,6 +115,7 @@ class ByComplexity:
     long: int = 8
     limit: int = 256
     name: str = "by-complexity"
+    closed: bool = True
 
     def admits(self, queue: Queue) -> Sequence[Job]:
         """The kind of whoever has waited longest, when nobody runs."""

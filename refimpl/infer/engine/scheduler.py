@@ -57,6 +57,7 @@ class Scheduler:
         self.running: list[Job] = []  # in the order they began
         self.returning: list[Job] = []  # sent away, in the order they began
         self.waiting: list[Job] = []
+        self._batch: list[Job] = []  # of `waiting`, those of a closed batch that had no room in its first steps
         self._arrivals: deque[float] = deque(maxlen=REMEMBERED)
 
     def submit(self, job: Job) -> None:
@@ -78,12 +79,20 @@ class Scheduler:
                 self._go_on(job, min(job.missing, budget), step)
                 budget = self.limits.tokens - sum(w.stop - w.start for w in step.work)
         if not step.preempted:
-            for job in [*self.returning, *self.policy.admits(self.queue(now, more=more))]:
+            for job in [*self.returning, *self._chosen(now, more)]:
                 if not budget or len(self.running) >= self.limits.rows or not self._begin(job, step, budget):
                     break
                 budget -= step.work[-1].stop - step.work[-1].start
         assert step.work or not self.running, "the first of the running always fits"
         return step
+
+    def _chosen(self, now: float, more: bool) -> list[Job]:
+        """Whom the policy lets begin; the rest of a closed batch before it is asked again."""
+        if self._batch:
+            return self._batch.copy()
+        found = list(self.policy.admits(self.queue(now, more=more)))
+        self._batch = found.copy() if self.policy.closed else []
+        return found
 
     def queue(self, now: float, *, more: bool = True) -> Queue:
         """What the policy sees."""
@@ -101,7 +110,7 @@ class Scheduler:
 
     def leave(self, job: Job) -> None:
         """The job is over, finished or given up, wherever it is; its blocks are free."""
-        for place in (self.running, self.returning, self.waiting):
+        for place in (self.running, self.returning, self.waiting, self._batch):
             if job in place:
                 place.remove(job)
         self._free(job)
@@ -139,19 +148,21 @@ class Scheduler:
         self.blocks.share(table)
         job.table, job.computed = table, n
         step.found += n
-        (self.returning if job in self.returning else self.waiting).remove(job)
+        for place in (self.returning, self.waiting, self._batch):
+            if job in place:
+                place.remove(job)
         self.running.append(job)
         self._go_on(job, min(job.missing, budget), step)
         return True
 
     def _room(self, job: Job, table: list[int], n: int) -> bool:
-        b = self.blocks
-        taken = b.idle(table)
-        whole = n // b.size  # a block found in part is copied, so its place is needed anew
-        if self.limits.reserve == "prompt":
-            return taken + b.needed(len(job.tokens)) - whole <= b.free
-        promised = sum(b.needed(j.most) - len(j.table) for j in self.running)
-        return taken + promised + b.needed(job.most) - whole <= b.free
+        b, whole = self.blocks, n // self.blocks.size  # a block found in part is copied, so its place is needed anew
+        promised = sum(b.missing(j.table, j.computed, self._goal(j)) for j in self.running)
+        return b.idle(table) + promised + b.needed(self._goal(job)) - whole <= b.free
+
+    def _goal(self, job: Job) -> int:
+        """For how many tokens a running job is promised room."""
+        return len(job.tokens) if self.limits.reserve == "prompt" else job.most
 
     def _free(self, job: Job) -> None:
         self.blocks.release(job.table)
