@@ -1,7 +1,7 @@
 """What the next step runs: decoding and pieces of prompts together, within a number of tokens; who begins, who must give way.
 
-Everything known by a token budget: each job is given what it misses, decoding ones (which miss one token) first, then prompts in
-the order they began, then new ones as the policy says. A job that needs a block when there is none sends away whoever began last;
+Each job is given what it misses, those who run in the order they began (all of them
+decoding, so missing one token, but perhaps the last), then new ones as the policy says. A job that needs a block when there is none sends away whoever began last;
 that one's blocks stay findable until they are needed, and it begins again before anybody new (recomputation, as in vLLM).
 """
 
@@ -74,7 +74,7 @@ class Scheduler:
     def step(self, now: float, *, more: bool = True) -> Step:
         """What to run now; no work if nobody may begin."""
         step, budget = Step(), self.limits.tokens
-        for job in sorted(self.running, key=lambda j: j.missing > 1):  # stable: decoding first, else as they began
+        for job in list(self.running):  # a prompt read in part is the last of them: nobody begins behind it
             if job in self.running and budget:
                 self._go_on(job, min(job.missing, budget), step)
                 budget = self.limits.tokens - sum(w.stop - w.start for w in step.work)
