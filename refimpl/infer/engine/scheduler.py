@@ -1,8 +1,8 @@
 """What the next step runs: decoding and pieces of prompts together, within a number of tokens; who begins, who must give way.
 
-Each job is given what it misses, those who run in the order they began (all of them
-decoding, so missing one token, but perhaps the last), then new ones as the policy says. A job that needs a block when there is none sends away whoever began last;
-that one's blocks stay findable until they are needed, and it begins again before anybody new (recomputation, as in vLLM).
+Each job is given what it misses: those who run in the order they began (all of them decoding, so missing one token, but perhaps
+the last), then new ones as the policy says. A job that needs a block when there is none sends away whoever began last; that
+one's blocks stay findable until they are needed, and it begins again before anybody new (recomputation, as in vLLM).
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ class Scheduler:
         self.running.remove(job)
         self._free(job)
         job.preempted += 1
-        self.returning.insert(
-            0, job
-        )  # it began before those sent away earlier in this step; others began earlier still
+        self.returning.insert(0, job)  # all who are there began later
         step.work = [w for w in step.work if w.job is not job]
         step.preempted.append(job)
 
