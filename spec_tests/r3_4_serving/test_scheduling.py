@@ -115,6 +115,7 @@ def test_a_random_day(seed, reserve):
         assert blocks.refs == [held.count(b) for b in range(blocks.count)]
         assert before[: len(before) - len(step.preempted)] == [j for j in scheduler.running if j in before]
         assert not (step.preempted and reserve == "all")
+        assert (order := ids([*scheduler.running, *scheduler.returning, *scheduler.waiting])) == sorted(order)
         run(scheduler, step)
     assert blocks.free == blocks.count and all(j.left == 0 for j in jobs)
 
