@@ -13,6 +13,7 @@ from typing import NoReturn
 from refimpl.autograd.errors import SpecError
 
 from . import (
+    batch,
     case,
     cluster,
     data,
@@ -36,7 +37,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, case, record, maps, trace, taps),
-    *(generate, recipe, data, precision, schedule, cluster),
+    *(generate, batch, recipe, data, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

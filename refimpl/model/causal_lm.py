@@ -72,7 +72,8 @@ class ForCausalLM(Module):
         return self.map(lambda name, w: w if is_buffer(name) or not hasattr(w, "dtype") else Parameter(w))
 
     @property
-    def _head(self) -> Any:
+    def head(self) -> Any:
+        """What makes logits of hidden (V, D): its own matrix, or the embedding's."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @property
@@ -101,7 +102,7 @@ class ForCausalLM(Module):
             table, m = self._tables(inputs), self._mask(inputs, keys)
             x, kvs, routing = self.blocks(x, table, m, cache, attend)
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
-            y = logits(h, self._head)
+            y = logits(h, self.head)
             out = Output(y, x, h, Cache(tuple(kvs), *keys), routing)
             return replace(out, mtp_logits=self._mtp(inputs, self.mtp_start(out), attend)) if with_mtp else out
 
@@ -162,7 +163,7 @@ class ForCausalLM(Module):
         assert isinstance(layer, MTPLayer)
         x = layer.front(tokens, h, self.model.embed_tokens.weight, depth=ahead)
         x, n, kv = layer.block(x, self._tables(inputs), self._mask(inputs, keys), past, attend)
-        return logits(n, self._head), n if self.config.dialect.mtp_recycle == "post_norm" else x, kv
+        return logits(n, self.head), n if self.config.dialect.mtp_recycle == "post_norm" else x, kv
 
     def mtp_start(self, out: Output) -> Any:
         """h^0, what the first module takes of a run (B, S, D): after the final norm or before (Dialect.mtp_hidden)."""

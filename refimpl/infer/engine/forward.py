@@ -1,0 +1,122 @@
+"""One run of the model over pieces of many sequences: tokens side by side, the latents in pages, attention piece by piece.
+
+Whatever looks at one token at a time sees all tokens as one long row; only attention knows which belong together. It is the
+absorbed form for prompts as for single tokens: a token's numbers must not tell in which piece it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.block import DecoderLayer
+from refimpl.layers.common import attn_norm, embed, ffn_norm, final_norm, logits, mask, resid, resid_mid
+from refimpl.layers.mla import (
+    Attention,
+    attn_out,
+    ctx_absorbed,
+    ctx_latent,
+    latents,
+    probs,
+    q,
+    q_absorbed,
+    q_rope,
+    scores_absorbed,
+)
+from refimpl.layers.rope import rope_tables
+from refimpl.layers.stage import phase, unit
+from refimpl.model import ForCausalLM
+
+from .pages import Pages
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start..stop of a sequence (`tokens` are those alone) and the blocks of its cache up to `stop`."""
+
+    tokens: Sequence[int]
+    start: int
+    table: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        """Where the piece ends; it sees all keys before."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where a piece lies: its columns among all tokens, its keys' rows in the pages (T,)."""
+
+    columns: slice
+    keys: Array
+
+
+def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly: bool = False) -> Array:
+    """Logits behind each piece; the pages get the latents of all.  R pieces -> (R, V).
+
+    `singly`: every query is multiplied with its own keys by itself, so that nobody's shape depends on the piece it came in.
+    """
+    c = model.config
+    tokens = np.concatenate([np.asarray(p.tokens, np.int64) for p in pieces])[None]  # (1, N)
+    positions = np.concatenate([np.arange(p.start, p.stop) for p in pieces])[None]
+    ends = np.cumsum([len(p.tokens) for p in pieces])
+    sides = [
+        _Side(slice(e - len(p.tokens), e), pages.slots(p.table, 0, p.stop)) for p, e in zip(pieces, ends, strict=True)
+    ]
+    new = np.concatenate([s.keys[p.start :] for p, s in zip(pieces, sides, strict=True)])  # (N,)
+    with phase("engine"):
+        x = embed(tokens, model.model.embed_tokens.weight)  # (1, N, D)
+        table = rope_tables(positions, dim=c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn, dtype=model.dtype)
+        for i in range(c.num_hidden_layers):
+            with unit(f"L{i}"):
+                x = _layer(model.model.layers[i], x, table, new, sides, pages, i, singly)
+        h = final_norm(x[:, ends - 1], model.model.norm.weight, eps=c.rms_norm_eps)
+        return np.asarray(logits(h, model.head)[0])
+
+
+def _layer(
+    m: DecoderLayer, x: Array, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
+) -> Array:
+    """A decoder layer, as `block.DecoderLayer` with the cache elsewhere.  x (1, N, D) -> (1, N, D)."""
+    eps = m.config.rms_norm_eps
+    a = _attention(m.self_attn, attn_norm(x, m.input_layernorm.weight, eps=eps), table, new, sides, pages, i, singly)
+    x = resid_mid(x, a)
+    y, _ = m.mlp(ffn_norm(x, m.post_attention_layernorm.weight, eps=eps))
+    return np.asarray(resid(x, y))
+
+
+def _attention(
+    m: Attention, x: Array, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
+) -> Array:
+    """Multi-head latent attention, absorbed, as `mla.Attention`.  x (1, N, D), table (2, 1, N, Dr/2) -> (1, N, D)."""
+    c, w = m.config, m.kv_b_proj.weight
+    query, latent, kr = latents(m, x, table)
+    pages.write(i, new, latent[0], kr[0])
+    queries = q(query, (m.q_proj if c.q_lora_rank is None else m.q_b_proj).weight, n_heads=c.num_attention_heads)
+    qr = q_rope(queries, table, interleaved=c.rope_interleave)  # (1, N, H, Dr)
+    qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)  # (1, N, H, C)
+    o = []
+    for side in sides:
+        kv = pages.read(i, side.keys)
+        o += [_core(qa[:, s], qr[:, s], kv, t, c.softmax_scale) for s, t in _queries(side, singly)]
+    return np.asarray(
+        attn_out(ctx_absorbed(np.concatenate(o, axis=1), w, v_dim=c.v_head_dim), m.o_proj.weight, m.o_proj.bias)
+    )
+
+
+def _queries(side: _Side, singly: bool) -> list[tuple[slice, int]]:
+    """(columns, keys they see up to the last of them): all at once, or each alone."""
+    s, t = side.columns, len(side.keys)
+    return [(slice(j, j + 1), t - (s.stop - 1 - j)) for j in range(s.start, s.stop)] if singly else [(s, t)]
+
+
+def _core(qa: Array, qr: Array, kv: tuple[Array, Array], t: int, scale: float) -> Array:
+    """sum_t softmax(...) c_t.  qa (1, S, H, C), qr (1, S, H, Dr), kv c (1, T, C) and k (1, T, Dr) -> (1, S, H, C)."""
+    c, k = kv[0][:, :t], kv[1][:, :t]
+    s = qa.shape[1]
+    seen = mask(np.arange(t - s, t)[None], None, None, None, past=t - s, dtype=c.dtype)
+    return np.asarray(ctx_latent(probs(scores_absorbed(qa, qr, c, k, seen, scale=scale)), c))
