@@ -59,7 +59,7 @@ def digest(array: Array) -> str:
     a, found = np.atleast_1d(array), hashlib.sha256(str(np.shape(array)).encode())
     step = max(1, (1 << 22) * len(a) // max(a.size, 1))
     for start in range(0, len(a), step):  # a few rows at a time: a weight may be larger than what is free
-        found.update(np.ascontiguousarray(a[start : start + step], dtype=np.float32))
+        found.update(np.ascontiguousarray(a[start : start + step], dtype=np.float32).data)
     return "sha256:" + found.hexdigest()
 
 
