@@ -31,8 +31,6 @@ _BLOCK = {
     "attn_q_a.weight": "self_attn.q_a_proj.weight",
     "attn_q_a_norm.weight": "self_attn.q_a_layernorm.weight",
     "attn_q_b.weight": "self_attn.q_b_proj.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_kv_b.weight": "self_attn.kv_b_proj.weight",
     "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
     "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
@@ -45,6 +43,8 @@ _BLOCK = {
     for kind, inside in (("", ""), ("_shexp", "shared_experts."))
 }
 """llama.cpp's names -> the checkpoint's, below blk.i and model.layers.i; the tensors that are one to one."""
+_OTHERS = {"attn_q.weight": "self_attn.q_proj.weight", "attn_kv_b.weight": "self_attn.kv_b_proj.weight"}
+"""The same for tensors that only other converters write: without a query latent, and kv_b_proj whole."""
 _EXPERTS = {f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")}
 
 
@@ -110,8 +110,11 @@ def read(path: str | Path, c: Config) -> Held:
 
 
 def _restored(gguf: Any, tensors: Mapping[str, Any], c: Config) -> dict[str, Part]:
-    """`converted` undone; what has no counterpart keeps its name."""
+    """`converted` undone; what has no counterpart keeps its name. Where kv_b_proj is there both ways, its halves count: llama.cpp
+    computes with them.
+    """
     found: dict[str, Part] = {}
+    known = _BLOCK | _OTHERS
     for name, t in tensors.items():
         block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         at, last = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
@@ -123,8 +126,8 @@ def _restored(gguf: Any, tensors: Mapping[str, Any], c: Config) -> dict[str, Par
             other = name.replace("attn_k_b", "attn_v_b")
             require(other in tensors, f"{name} without {other}")
             found[f"{at}self_attn.kv_b_proj.weight"] = _joined(gguf, t, tensors[other], c)
-        elif last != "attn_v_b.weight":
-            to = (at + _BLOCK[last]) if last in _BLOCK else _WHOLE.get(last, name)
+        elif last != "attn_v_b.weight" and (last != "attn_kv_b.weight" or name.replace("kv_b", "k_b") not in tensors):
+            to = at + known[last] if last in known else _WHOLE.get(last, name)
             found[to] = Part(_shape(t), (_stored(gguf, t),), _reader(gguf, t))
     return found
 
