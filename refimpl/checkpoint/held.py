@@ -20,12 +20,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Stored:
-    """How numbers are stored: the format's name; `bits` of a code and how many share a scale, where they are codes with scales
-    along the last axis; `block` of FP8 codes.
+    """How numbers are stored: the format's name; for codes with scales along the last axis, how many steps (the widest, where they
+    differ) cover a group's range, and how many numbers share it; `block` of FP8 codes.
     """
 
     name: str
-    bits: int = 0
+    steps: int = 0
     group: int = 0
     block: tuple[int, int] = (128, 128)
 

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.weights:
         from refimpl.weights.under import under
 
-        case, gate = under(case, args.weights)
+        case, trace, gate = under(case, trace, args.weights)
         apart = [gate]
     if args.explain_tolerance:
         show(screen(lambda _: "\n".join(explain(case, trace, args.explain_tolerance)), 1))

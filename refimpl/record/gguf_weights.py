@@ -156,10 +156,14 @@ def _shape(t: Any) -> tuple[int, ...]:
 
 
 def _stored(gguf: Any, t: Any) -> Stored:
-    """The first number in the name of a quantised type is its bits; K-quants scale the scales of 256 together."""
+    """The first number in the name of a quantised type is its bits (FP4's widest step is a third of the largest number); K-quants
+    scale the scales of 256 together.
+    """
     name = t.tensor_type.name
-    bits = 0 if name in ("F32", "F16", "BF16", "F64") else int(next((x for x in name if x.isdigit()), "8"))
-    return Stored(name, bits, gguf.GGML_QUANT_SIZES[t.tensor_type][0] if bits else 0)
+    if name in ("F32", "F16", "BF16", "F64"):
+        return Stored(name)
+    steps = 3 if "FP4" in name else 2 ** int(next((x for x in name if x.isdigit()), "8")) - 1
+    return Stored(name, steps, gguf.GGML_QUANT_SIZES[t.tensor_type][0])
 
 
 def _reader(gguf: Any, t: Any, e: int | None = None) -> Callable[[], Array]:

@@ -130,7 +130,7 @@ def _explains(x: Array, theirs: Array, ours: Array, part: Part) -> bool:
     left = distance(x, theirs)
     if left > distance(ours, theirs) / 4:
         return False
-    return left <= _RESIDUE or (bool(part.stored[0].bits) and alike(x.astype(np.float32), theirs, part) is not None)
+    return left <= _RESIDUE or (bool(part.stored[0].steps) and alike(x.astype(np.float32), theirs, part) is not None)
 
 
 def _order(ours: Array, theirs: Array) -> Array:

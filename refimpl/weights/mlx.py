@@ -21,12 +21,12 @@ from refimpl.checkpoint.held import Array, Part, Stored
 from refimpl.layers.config import Config
 
 _BITS = (1, 2, 3, 4, 5, 6, 8)
-_FLOATS: dict[tuple[int, int], tuple[str, Any, Any]] = {
-    (4, 32): ("mxfp4", ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e8m0fnu),
-    (8, 32): ("mxfp8", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu),
-    (4, 16): ("nvfp4", ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn),
+_FLOATS: dict[tuple[int, int], tuple[str, int, Any, Any]] = {
+    (4, 32): ("mxfp4", 3, ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e8m0fnu),
+    (8, 32): ("mxfp8", 14, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu),
+    (4, 16): ("nvfp4", 3, ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn),
 }
-"""(bits, group) of codes without biases -> mode, dtype of a code, dtype of a scale."""
+"""(bits, group) of codes without biases -> mode, widest steps to the largest code (4 to 6, 416 to 448), dtype of a code, of a scale."""
 _STACK = re.compile(r"(.+\.mlp)\.switch_mlp\.(.+)")
 
 
@@ -107,8 +107,8 @@ def _tensor(ckpt: Checkpoint, name: str, width: int) -> _Tensor:
     has_biases = f"{base}.biases" in ckpt
     if not has_biases and (int(bits), group) not in _FLOATS:
         raise SpecError(f"{name}: {bits:g}-bit codes in groups of {group} without biases; expected {base}.biases")
-    mode = "affine" if has_biases else _FLOATS[int(bits), group][0]
-    stored = Stored(f"{mode} {int(bits)} bits, groups of {group}", int(bits), group)
+    mode, steps = ("affine", 2 ** int(bits) - 1) if has_biases else _FLOATS[int(bits), group][:2]
+    stored = Stored(f"{mode} {int(bits)} bits, groups of {group}", steps, group)
     return _Tensor((*packed[:-1], width), stored, partial(_values, ckpt, base, int(bits), group))
 
 
@@ -125,7 +125,7 @@ def _values(ckpt: Checkpoint, base: str, bits: int, group: int, e: int | None = 
         scales, biases = (of(kind).astype(np.float32)[..., None] for kind in ("scales", "biases"))
         x = grouped.astype(np.float32) * scales + biases
     else:
-        _, code, scale = _FLOATS[bits, group]
+        *_, code, scale = _FLOATS[bits, group]
         x = grouped.view(code).astype(np.float32) * of("scales").view(scale).astype(np.float32)[..., None]
     flat: Array = x.reshape(codes.shape)
     return flat

@@ -90,14 +90,14 @@ def alike(ours: Array, theirs: Array, part: Part) -> str | None:
 
 def _within(x: Array, y: Array, s: Stored) -> bool:
     """Whether no number is off by more than half its format's spacing; for codes, the root mean square of no group by more than a
-    step, that is the group's range, 0 with it, over the number of steps.
+    step, that is the group's range, 0 with it, over its steps.
     """
     off = np.abs(y - x)
-    if s.bits:
+    if s.steps:
         n = -x.shape[-1] % s.group
         pad = [(0, 0)] * (x.ndim - 1) + [(0, n)]
         groups, errors = (np.pad(v, pad).reshape(-1, s.group) for v in (x, off))
         span = np.maximum(groups.max(axis=1), 0) - np.minimum(groups.min(axis=1), 0)
-        return bool((np.sqrt(np.square(errors).mean(axis=1)) <= span / (2**s.bits - 1)).all())
+        return bool((np.sqrt(np.square(errors).mean(axis=1)) <= span / s.steps).all())
     floor = _E4M3_FLOOR * np.abs(x).max(initial=0) if s.name.startswith("F8") else 2.0**-25
     return bool((off <= _TWICE * _SPACING.get(s.name, 0.0) * np.abs(x) + floor * (s.name in _SPACING)).all())

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import cast
 
 from refimpl.checkpoint import Checkpoint
-from refimpl.diff import Case
-from refimpl.diff.gates import Gate
+from refimpl.diff import Case, Trace, digest
+from refimpl.diff.gates import Gate, weights_gate
+from refimpl.diff.precision import precision_of
 
 from .containers import open_weights
 from .holding import held_against
 
 
-def under(case: Case, path: str | Path) -> tuple[Case, Gate]:
-    """(the case as its tokens and config are, its weights the candidate's; a gate that says how those relate to the case's). The
-    gate fails for anything but rounding and MTP modules left out.
+def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate]:
+    """(the case with the candidate's weights, the trace, a gate that says how those weights relate to the case's). The gate fails
+    for anything but rounding and MTP modules left out.
+
+    A trace that declares the case's own weights, as an engine does that quantises what it is given, is taken to have run on these.
     """
     held = open_weights(path, case.config)
     found = list(held_against(case.checkpoint, case.config, held))
@@ -26,6 +29,10 @@ def under(case: Case, path: str | Path) -> tuple[Case, Gate]:
     text = f"{held.container} against the case: {counts}" + (
         f"; {bad[0].name}: {bad[0].status} {bad[0].how}" if bad else ""
     )
+    theirs = held.only(case.checkpoint)
+    if weights_gate(case.checkpoint, trace.header, precision_of(trace.header, trace.taps).storage)[0].state == "ok":
+        trace = replace(trace, header=replace(trace.header, weights={n: digest(x) for n, x in theirs.items()}))
+        text += "; the trace declares the case's"
     gate = Gate("converted", "FAIL" if bad else "ok", text, tuple(f.name for f in bad))
-    theirs = cast(Checkpoint, held.only(case.checkpoint))  # a mapping that knows shapes is all that judging asks of it
-    return replace(case, checkpoint=theirs), gate
+    held_by = cast(Checkpoint, theirs)  # a mapping that knows shapes is all that judging asks of it
+    return replace(case, checkpoint=held_by), trace, gate
