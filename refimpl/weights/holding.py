@@ -24,7 +24,9 @@ from .relations import BLOCKS, factors, permuted, rescaled
 from .rounding import alike, distance
 
 _RESIDUE = 2.0**-7
-"""What may be left after a factor: bf16 of all numbers makes 2^-9 or so; a step of codes is asked for apart."""
+"""More than rounding to bf16 leaves behind a factor; said if so."""
+_SAME = 2.0**-20
+"""Two orders of the same float32 operations are nearer."""
 
 
 def held_against(
@@ -91,11 +93,11 @@ class _Pair:
         codes, scales = self.checkpoint.raw(self.name)
         if scales is not None:
             for mistake, x in rescaled(codes, scales, self.checkpoint.block):
-                if alike(x, theirs, part) is not None:
+                if distance(x, theirs) <= _SAME or alike(x, theirs, part) is not None:
                     yield "scaled", mistake, ""
         s, x = factors(ours, theirs)
         if _explains(x, theirs, ours, part):
-            yield "scaled", f"by {s.item():.6g}", ""
+            yield "scaled", f"by {s.item():.6g}{_leaving(x, theirs)}", ""
         if (
             ours.ndim < 2
             and (c := float((theirs - ours).mean()))
@@ -105,7 +107,7 @@ class _Pair:
         for what, rows, columns in BLOCKS if ours.ndim == 2 and min(ours.shape) > 1 else ():
             s, x = factors(ours, theirs, rows, columns)
             if s.size < ours.size // 2 and _explains(x, theirs, ours, part):
-                yield "scaled", f"by a factor for each {what}, {s.min():.4g} to {s.max():.4g}", ""
+                yield "scaled", f"by a factor for each {what}, {s.min():.4g} to {s.max():.4g}{_leaving(x, theirs)}", ""
 
     def _moved(self, ours: Array, theirs: Array, part: Part) -> Iterator[tuple[Status, str, str]]:
         if source := self.kin.nearest(self.name, theirs):
@@ -126,11 +128,14 @@ def _of_shape(part: Part, x: Array, ours: Array) -> Part:
 
 
 def _explains(x: Array, theirs: Array, ours: Array, part: Part) -> bool:
-    """Whether x is so near to theirs that ours, which is not, is explained by it."""
+    """Whether x leaves a quarter at most of what ours is off by, or half where the rest is a rounding."""
+    left, error = distance(x, theirs), distance(ours, theirs)
+    return left <= error / 4 or (left <= error / 2 and alike(x.astype(np.float32), theirs, part) is not None)
+
+
+def _leaving(x: Array, theirs: Array) -> str:
     left = distance(x, theirs)
-    if left > distance(ours, theirs) / 4:
-        return False
-    return left <= _RESIDUE or (bool(part.stored[0].steps) and alike(x.astype(np.float32), theirs, part) is not None)
+    return f", leaving {left:.1e}" if left > _RESIDUE else ""
 
 
 def _order(ours: Array, theirs: Array) -> Array:
