@@ -98,13 +98,11 @@ def read(path: str | Path, c: Config) -> Held:
     with where(f"while reading {path}"):
         try:
             reader = gguf.GGUFReader(str(path))
+            keys = ("general.architecture", "deepseek2.block_count")
+            name, count = (field.contents() if (field := reader.get_field(key)) else None for key in keys)
         except (OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
-            raise SpecError(f"not a whole GGUF file: {error}") from None
-        field = reader.get_field("general.architecture")
-        name = field.contents() if field else None
+            raise SpecError(f"not a GGUF file, or not all of it: {error}") from None
         require(name == "deepseek2", f"architecture {name!r}; expected 'deepseek2'")
-        blocks = reader.get_field("deepseek2.block_count")
-        count = int(blocks.contents()) if blocks else 0
         require(count == c.num_hidden_layers, f"{count} blocks; the case has {c.num_hidden_layers} layers")
         return Held("GGUF", path, _restored(gguf, {t.name: t for t in reader.tensors}, c))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# fmt: off
 Status = Literal[
-    *("equal", "rounded", "left out", "permuted", "scaled", "offset", "copy", "zero"),
-    *("not finite", "misshapen", "differs", "missing", "extra"),
+    "equal", "rounded", "left out", "permuted", "scaled", "offset", "copy", "zero",
+    "not finite", "misshapen", "differs", "missing", "extra",
 ]
+# fmt: on
 FINE = ("equal", "rounded", "left out")
 """What a sound conversion may do: round, and leave MTP modules out."""
 

@@ -26,7 +26,7 @@ _FLOATS: dict[tuple[int, int], tuple[str, int, Any, Any]] = {
     (8, 32): ("mxfp8", 14, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu),
     (4, 16): ("nvfp4", 3, ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn),
 }
-"""(bits, group) of codes without biases -> mode, widest steps to the largest code (4 to 6, 416 to 448), dtype of a code, of a scale."""
+"""(bits, group) of codes without biases -> mode, widest steps (4 to 6, 416 to 448) to the largest, dtypes of code and scale."""
 _STACK = re.compile(r"(.+\.mlp)\.switch_mlp\.(.+)")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from refimpl.autograd.errors import require
 from refimpl.checkpoint import Checkpoint
-from refimpl.checkpoint.held import Part, Stored
+from refimpl.checkpoint.held import Array, Part, Stored
 
 Rules = Mapping[str, tuple[str, ...]]
 """Pattern of a name -> the checkpoint's names, with {0}, {1}, ... for its groups. Several: the tensor's equal parts one below the
@@ -37,6 +37,7 @@ def target(name: str, rules: Rules) -> tuple[str, ...]:
 
 def _restored(ckpt: Checkpoint, name: str, rules: Rules) -> dict[str, Part]:
     to, shape, stored = target(name, rules), ckpt.shape(name), (Stored(ckpt.dtype(name), block=ckpt.block),)
+    places: dict[str, tuple[int | slice, ...]]
     if "{e}" in to[0]:
         require(len(shape) == 3, f"{name} of {ckpt.path} has shape {shape}; expected a stack of matrices")
         places = {to[0].format(e=e): (e, slice(None)) for e in range(shape[0])}
@@ -49,5 +50,6 @@ def _restored(ckpt: Checkpoint, name: str, rules: Rules) -> dict[str, Part]:
     return {t: Part(shape, stored, partial(_read, ckpt, name, place)) for t, place in places.items()}
 
 
-def _read(ckpt: Checkpoint, name: str, place: tuple[int | slice, ...]) -> object:
-    return ckpt[name][place]
+def _read(ckpt: Checkpoint, name: str, place: tuple[int | slice, ...]) -> Array:
+    x: Array = ckpt[name][place]
+    return x

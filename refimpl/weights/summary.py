@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from refimpl.layers.config import Config
 from .findings import Finding, Status
 from .kin import order_of
 
-_STATUSES: dict[str, int] = {s: i for i, s in enumerate(Status.__args__)}
+_STATUSES: dict[str, int] = {s: i for i, s in enumerate(get_args(Status))}
 
 
 @dataclass(frozen=True)
