@@ -10,7 +10,7 @@ from refimpl.autograd.errors import SpecError
 from .common import Commands, progress
 
 _TEXT = """Hold converted weights against a case's, tensor by tensor, whatever the container: safetensors, DeepSeek's converted
-files, GGUF (needs the extra `llamacpp`'s gguf), mlx-lm's folders, torchtitan's or Megatron's names in safetensors.
+files, GGUF (extra `gguf`), mlx-lm's folders, torchtitan's or Megatron's names in safetensors.
 
 Each tensor is equal, rounded (to which format), or wrong, and then how: permuted (RoPE halves, transposed, keys and values,
 experts), scaled, missing, extra, a copy of another layer's. CASE is a case, or any checkpoint with its config.json.

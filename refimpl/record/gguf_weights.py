@@ -59,7 +59,7 @@ def supported(c: Config) -> Config:
 
 def write(case: Case, path: str | Path) -> None:
     """Write the case's config and weights, dequantised, in float32; MTP layers are left out."""
-    gguf = library("gguf", "llamacpp")
+    gguf = library("gguf", "gguf")
     c = supported(case.config)
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     _settings(gguf, writer, c)
@@ -94,7 +94,7 @@ def read(path: str | Path, c: Config) -> Held:
     """Checkpoint names -> the values that the file's tensors stand for, dequantised when asked for. SpecError for another
     architecture or size.
     """
-    gguf = library("gguf", "llamacpp")
+    gguf = library("gguf", "gguf")
     with where(f"while reading {path}"):
         try:
             reader = gguf.GGUFReader(str(path))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -593,6 +594,14 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path, capsys):
     write_file(tmp_path / "bare.safetensors", WEIGHTS)
     assert main(["weights", str(tmp_path / "bare.safetensors"), str(tmp_path / "half")]) == 3
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_gguf_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    """Catches an ImportError for a person who has not the extra."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model").write_bytes(b"GGUF")
+    with pytest.raises(SpecError, match=r"pip install 'deepseek-v3-refimpl\[gguf\]'"):
+        open_weights(tmp_path / "model", CONFIG)
 
 
 def test_an_index_of_one_file_is_a_checkpoint(tmp_path):
