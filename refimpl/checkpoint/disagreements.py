@@ -55,8 +55,7 @@ def _mtp(ckpt: Checkpoint, c: Config) -> Iterator[Disagreement]:
     if counted and not present:
         yield Disagreement(
             f"num_nextn_predict_layers is {counted}, but no layer follows the {depth} of the model: MTP is absent",
-            "vLLM and SGLang fail when they load it for speculative decoding; llama.cpp's and Megatron's converters count "
-            "blocks that are not there; set it to 0",
+            "engines that build what it counts find weights missing, vLLM and SGLang when drafting is asked for; set it to 0",
         )
     elif len(present) > counted:
         yield Disagreement(
@@ -75,8 +74,8 @@ def _bias(ckpt: Checkpoint) -> Iterator[Disagreement]:
     if other:
         yield Disagreement(
             f"the selection bias {BIAS} is {', '.join(sorted(other))}; every release has it in F32",
-            "where it stays in its dtype, scores closer than its spacing choose other experts; vLLM, SGLang and Megatron hold it "
-            "in float32 and keep the rounding; llama.cpp's exp_probs_b is F32 as well",
+            "where it stays in its dtype, scores closer than its spacing choose other experts; vLLM and Megatron hold it in "
+            "float32 and keep the rounding that was done",
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -169,7 +170,13 @@ def render(info: Info) -> str:
     lines += [f"MTP      {'present' + copies if info.mtp else 'absent'}"]
     lines += ["names and shapes  " + ("as expected" if info.ok else "NOT as expected")]
     lines += [f"  {line}" for line in info.report.lines()]
-    return "\n".join(lines + [f"WARNING  {d.what}\n         {d.stumbles}" for d in info.disagreements])
+    return "\n".join([*lines, *(_warning(d) for d in info.disagreements)])
+
+
+def _warning(d: Disagreement) -> str:
+    return "\n".join(
+        [f"WARNING  {d.what}", *textwrap.wrap(d.stumbles, 110, initial_indent=" " * 9, subsequent_indent=" " * 9)]
+    )
 
 
 def render_counts(c: Counts) -> list[str]:

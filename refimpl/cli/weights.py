@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.weights import held_against, open_weights
     from refimpl.weights.moving import weighed
     from refimpl.weights.report import Report, render, to_json
+    from refimpl.weights.summary import experts_told
 
     checkpoint = Checkpoint.open(args.case)
     if checkpoint.config is None:
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     config = Config.from_dict(checkpoint.config)
     case = Case.read(args.case) if args.impact else None
     held = open_weights(args.candidate, config)
-    findings = list(held_against(checkpoint, config, held, track=progress("comparing")))
+    findings = experts_told(list(held_against(checkpoint, config, held, track=progress("comparing"))), config)
     moves = weighed(case, held, findings, track=progress("running")) if case else None
-    report = Report(held.container, held.path, config, findings, moves)
+    report = Report(held.container, held.path, findings, moves)
     print(to_json(report) if args.json else render(report, everything=args.all))
     return 0 if report.ok else 1

@@ -77,6 +77,6 @@ def order_of(order: list[int], groups: int) -> str:
         return f"shifted by {shift}"
     size = n // groups if groups and n % groups == 0 else 0
     if size and all(order[i] % size == i % size and order[i] // size == order[i - i % size] // size for i in range(n)):
-        return f"whole groups moved: {' '.join(str(order[i] // size) for i in range(0, n, size))}"
+        return f"moved in whole groups: {' '.join(str(order[i] // size) for i in range(0, n, size))}"
     shown = " ".join(map(str, order[:16]))
     return f"permuted: {shown}{' ...' if n > 16 else ''}"

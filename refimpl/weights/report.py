@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refimpl.layers.config import Config
 from refimpl.version import __version__
 
 from .findings import Finding
@@ -26,7 +25,6 @@ class Report:
 
     container: str
     path: str
-    config: Config
     findings: list[Finding]
     weighed: list[Weighed] | None = None
 
@@ -39,9 +37,7 @@ class Report:
 def render(r: Report, *, everything: bool = False) -> str:
     """Counts, what is wrong, error by stored format, what it moves, the verdict last."""
     lines = [f"{r.path}: {r.container}, {len(r.findings)} tensors", *_counts(r)]
-    groups = [
-        g for g in grouped(r.findings, r.config) if everything or g.status not in ("equal", "rounded", "left out")
-    ]
+    groups = [g for g in grouped(r.findings) if everything or g.status not in ("equal", "rounded", "left out")]
     for g in groups if everything else groups[:MOST]:
         error = f"   error {g.error:.1e}" if 0 < g.error < math.inf else ""
         lines.append(f"  {g.status:<10} {g.where}{': ' + g.how if g.how else ''}{error}")
@@ -95,7 +91,7 @@ def to_json(r: Report) -> str:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    groups = [asdict(g) for g in grouped(r.findings, r.config) if g.status != "equal"]
+    groups = [asdict(g) for g in grouped(r.findings) if g.status != "equal"]
     body = {"schema": "refimpl-weights/1", "version": __version__, "ok": r.ok, "container": r.container, "path": r.path}
     body |= {"tensors": [asdict(f) for f in r.findings], "groups": groups}
     body |= {"formats": [asdict(row) for row in by_format(r.findings)]}

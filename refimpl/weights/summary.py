@@ -55,10 +55,10 @@ class FormatError:
     name: str
 
 
-def grouped(findings: Iterable[Finding], config: Config) -> list[Group]:
+def grouped(findings: Iterable[Finding]) -> list[Group]:
     """Groups in the order of severity, each in model order."""
     held: dict[tuple[str, str, str], list[Finding]] = {}
-    for f in _experts_told(list(findings), config):
+    for f in findings:
         held.setdefault((f.status, f.how, unit(f.name)), []).append(f)
     groups = [
         Group(
@@ -95,7 +95,7 @@ def by_format(findings: Iterable[Finding]) -> list[FormatError]:
     return sorted(rows, key=lambda r: -r.error)
 
 
-def _experts_told(findings: list[Finding], config: Config) -> list[Finding]:
+def experts_told(findings: list[Finding], config: Config) -> list[Finding]:
     """Experts of a layer that all lie in each other's places: their order instead of each one's."""
     count = config.n_routed_experts or 0
     places: dict[tuple[int | None, str], dict[int, int]] = {}

@@ -14,6 +14,7 @@ from refimpl.diff.precision import precision_of
 
 from .containers import open_weights
 from .holding import held_against
+from .summary import experts_told
 
 
 def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate]:
@@ -23,7 +24,7 @@ def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate
     A trace that declares the case's own weights, as an engine does that quantises what it is given, is taken to have run on these.
     """
     held = open_weights(path, case.config)
-    found = list(held_against(case.checkpoint, case.config, held))
+    found = experts_told(list(held_against(case.checkpoint, case.config, held)), case.config)
     bad = [f for f in found if not f.ok]
     counts = ", ".join(f"{n} {status}" for status, n in Counter(f.status for f in found).most_common())
     text = f"{held.container} against the case: {counts}" + (

@@ -399,7 +399,7 @@ def test_experts_in_other_places_are_told_by_their_order(ours, tmp_path, capsys)
     assert main(["weights", str(ours.path), str(path)]) == 1
     out = capsys.readouterr().out
     assert "mlp.experts.*.up_proj.weight in L1: experts shifted by 1" in out
-    assert "mlp.experts.*.down_proj.weight in L1: experts whole groups moved: 1 0 3 2" in out
+    assert "mlp.experts.*.down_proj.weight in L1: experts moved in whole groups: 1 0 3 2" in out
     assert order_of([0, 1, 2, 3], 2) == "shifted by 0" and order_of([1, 0, 2, 3], 2) == "permuted: 1 0 2 3"
 
 
