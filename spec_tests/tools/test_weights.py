@@ -615,3 +615,13 @@ def test_an_index_of_one_file_is_a_checkpoint(tmp_path):
 def test_a_config_that_counts_as_json_is_the_same_config():
     """Catches fixtures that test another model than they say."""
     assert Config.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+
+
+def test_q8_0_rounds_halves_away_from_zero(tmp_path):
+    """Catches numpy's halves to even: with 127 in a block the step is 1, and 2.5 becomes 3 (ggml's roundf)."""
+    weights = drawn(WIDE)
+    name = "model.norm.weight"
+    weights[name] = np.resize(np.array([127, 2.5, -2.5, 0.5, -4.5], np.float32), 64)
+    away = np.resize(np.array([127, 3, -3, 1, -5], np.float32), 64)
+    ours = Checkpoint.open(folder(tmp_path / "ours", weights, WIDE))
+    assert found(ours, folder(tmp_path / "theirs", weights | {name: away}, WIDE), WIDE)[name].how == "q8_0"
