@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from refimpl.layers.config import Config
 from refimpl.model import expected_tensors
 
 from .checks import Report, check, count_dtypes, scan_nonfinite
+from .disagreements import Disagreement, disagreements
 from .mapping import Checkpoint
 from .names import expert_of, is_mtp_copy, layer_of
 
@@ -56,6 +58,7 @@ class Info:
     tensors: int
     mtp: bool
     report: Report | None
+    disagreements: tuple[Disagreement, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,6 +91,7 @@ def describe(path: str | os.PathLike[str], *, scan: bool = False, progress: Prog
         tensors=sum(tensors for tensors, _ in dtypes.values()),
         mtp=mtp,
         report=report,
+        disagreements=tuple(disagreements(ckpt, config)) if config else (),
     )
 
 
@@ -165,7 +169,14 @@ def render(info: Info) -> str:
     copies = f", {len(info.report.mtp_copies)} copies of embedding and head" if info.mtp else ""
     lines += [f"MTP      {'present' + copies if info.mtp else 'absent'}"]
     lines += ["names and shapes  " + ("as expected" if info.ok else "NOT as expected")]
-    return "\n".join(lines + [f"  {line}" for line in info.report.lines()])
+    lines += [f"  {line}" for line in info.report.lines()]
+    return "\n".join([*lines, *(_warning(d) for d in info.disagreements)])
+
+
+def _warning(d: Disagreement) -> str:
+    return "\n".join(
+        [f"WARNING  {d.what}", *textwrap.wrap(d.stumbles, 110, initial_indent=" " * 9, subsequent_indent=" " * 9)]
+    )
 
 
 def render_counts(c: Counts) -> list[str]:

@@ -55,6 +55,10 @@ def _find_in_folder(folder: Path) -> Layout:
     parts = [p for p in folder.iterdir() if PART.fullmatch(p.name)]
     single = [folder / name for name in SINGLE if (folder / name).exists()]
     index = [folder / INDEX] if (folder / INDEX).exists() else []
+    if index and single:  # mlx-lm writes an index even of one file
+        with where(f"while reading {index[0]}"):
+            named = set(_read_index(index[0])[0].values())
+        single = [p for p in single if p.name not in named]
     found = [p.name for p in index + single] + ["model{rank}-mp{world}.safetensors"] * bool(parts)
     if len(found) > 1:
         raise SpecError(f"{folder} holds {' and '.join(found)}; name the file that is meant")

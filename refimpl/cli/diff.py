@@ -54,6 +54,12 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="also write a page that needs nothing else: stages by layers, and where each is off",
     )
+    diff.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="judge under these weights, which are reported apart (`refimpl weights`)",
+    )
     diff.add_argument("--explain-tolerance", metavar="TAP", help="say how far this tap may be off, and why, instead")
     diff.set_defaults(run=run)
 
@@ -73,12 +79,19 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.diff.judge import explain, judge
 
     case, trace = Case.read(args.case), Trace.read(args.candidate)
+    apart = []
+    if args.weights:
+        from refimpl.weights.under import under
+
+        case, trace, gate = under(case, trace, args.weights)
+        apart = [gate]
     if args.explain_tolerance:
         show(screen(lambda _: "\n".join(explain(case, trace, args.explain_tolerance)), 1))
         return 0
     if args.other:
         return _referee(case, trace, args)
     judgement = judge(case, trace, track=progress("replaying"), pictures=bool(args.html))
+    judgement.gates += apart
     for out, make in _files(args):
         deliver(make(judgement), out, quiet=True)
     if args.json:

@@ -29,6 +29,7 @@ from . import (
     schedule,
     taps,
     trace,
+    weights,
 )
 from . import map as maps
 
@@ -36,7 +37,7 @@ BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
-    *(diff, impact, explain, repro, info, case, record, maps, trace, taps),
+    *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
     *(generate, batch, recipe, data, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""

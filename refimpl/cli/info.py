@@ -15,7 +15,9 @@ from .common import Commands
 
 def add(commands: Commands) -> None:
     """Add `info`."""
-    info = commands.add_parser("info", help="what a checkpoint holds, misses, has too much (exit code 1 if so)")
+    info = commands.add_parser(
+        "info", help="what a checkpoint holds, misses, has too much, or says wrongly in config.json (exit code 1 if so)"
+    )
     info.add_argument(
         "checkpoint", help="a safetensors file, a folder, a bare config.json, or a preset such as deepseek-v3"
     )
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     info = describe(args.checkpoint, scan=args.scan, progress=_count_on_stderr if sys.stderr.isatty() else None)
     print(to_json(info) if args.json else render(info))
-    return 0 if info.ok else 1
+    return 0 if info.ok and not info.disagreements else 1
 
 
 def _count_on_stderr(done: int, total: int, name: str) -> None:

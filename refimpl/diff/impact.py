@@ -95,12 +95,12 @@ Run = tuple[tuple[str, ...], str, dict[str, Array], dict[str, Array]]
 def _measured(g: Grounds, tap: str, ours: Array, together: Array, rest: Array, runs: list[Run]) -> Impacts:
     """The logits of one tap in all these runs against ours."""
     keep, theirs = _positions(g, ours), g.recorded.taps.get(tap)
-    candidate = _moved(ours, together if theirs is None else theirs, keep)
+    candidate = moved(ours, together if theirs is None else theirs, keep)
     found = [
-        Impact(taps, why, _moved(ours, alone[tap], keep), _moved(ours, without[tap], keep))
+        Impact(taps, why, moved(ours, alone[tap], keep), moved(ours, without[tap], keep))
         for taps, why, alone, without in runs
     ]
-    return Impacts(tap, int(keep.sum()), theirs is not None, candidate, _moved(ours, rest, keep), tuple(found))
+    return Impacts(tap, int(keep.sum()), theirs is not None, candidate, moved(ours, rest, keep), tuple(found))
 
 
 def _but(grafts: Mapping[str, Graft], taps: Iterable[str]) -> dict[str, Graft]:
@@ -162,7 +162,7 @@ def _own(
     return found or {t: apart[t] for t in group}
 
 
-def _moved(ours: Array, theirs: Array, keep: Array) -> Moved:
+def moved(ours: Array, theirs: Array, keep: Array) -> Moved:
     """The distance of two (B, S, V) logits over the positions to keep."""
     a, b = (np.asarray(y, np.float64)[keep] for y in (ours, theirs))
     if not a.size:

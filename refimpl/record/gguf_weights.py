@@ -7,7 +7,7 @@ rotated rows stay interleaved. The YaRN multiplier is written as 0.1 mscale_all_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
+from refimpl.checkpoint.held import Held, Part, Stored
 from refimpl.diff import Case
 from refimpl.layers.config import Config
 
@@ -42,6 +43,8 @@ _BLOCK = {
     for kind, inside in (("", ""), ("_shexp", "shared_experts."))
 }
 """llama.cpp's names -> the checkpoint's, below blk.i and model.layers.i; the tensors that are one to one."""
+_OTHERS = {"attn_q.weight": "self_attn.q_proj.weight", "attn_kv_b.weight": "self_attn.kv_b_proj.weight"}
+"""The same for tensors that only other converters write: without a query latent, and kv_b_proj whole."""
 _EXPERTS = {f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")}
 
 
@@ -56,7 +59,7 @@ def supported(c: Config) -> Config:
 
 def write(case: Case, path: str | Path) -> None:
     """Write the case's config and weights, dequantised, in float32; MTP layers are left out."""
-    gguf = library("gguf", "llamacpp")
+    gguf = library("gguf", "gguf")
     c = supported(case.config)
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     _settings(gguf, writer, c)
@@ -87,37 +90,91 @@ def converted(weights: Mapping[str, Array], c: Config) -> dict[str, Array]:
     return found
 
 
-def read(path: str | Path, c: Config) -> dict[str, Array]:
-    """Checkpoint names -> the values that the file's tensors stand for, dequantised. SpecError for another architecture or size."""
-    gguf = library("gguf", "llamacpp")
+def read(path: str | Path, c: Config) -> Held:
+    """Checkpoint names -> the values that the file's tensors stand for, dequantised when asked for. SpecError for another
+    architecture or size.
+    """
+    gguf = library("gguf", "gguf")
     with where(f"while reading {path}"):
         try:
             reader = gguf.GGUFReader(str(path))
-        except (OSError, ValueError) as error:
-            raise SpecError(f"not a GGUF file: {error}") from None
-        field = reader.get_field("general.architecture")
-        name = field.contents() if field else None
+            keys = ("general.architecture", "deepseek2.block_count")
+            name, count = (field.contents() if (field := reader.get_field(key)) else None for key in keys)
+        except (OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
+            raise SpecError(f"not a GGUF file, or not all of it: {error}") from None
         require(name == "deepseek2", f"architecture {name!r}; expected 'deepseek2'")
-        blocks = reader.get_field("deepseek2.block_count")
-        count = int(blocks.contents()) if blocks else 0
         require(count == c.num_hidden_layers, f"{count} blocks; the case has {c.num_hidden_layers} layers")
-        return _restored({t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}, c)
+        return Held("GGUF", path, _restored(gguf, {t.name: t for t in reader.tensors}, c))
 
 
-def _restored(tensors: Mapping[str, Array], c: Config) -> dict[str, Array]:
-    """`converted` undone; what has no counterpart keeps its name."""
-    found: dict[str, Array] = {}
-    for name, x in tensors.items():
+def _restored(gguf: Any, tensors: Mapping[str, Any], c: Config) -> dict[str, Part]:
+    """`converted` undone; what has no counterpart keeps its name. Where kv_b_proj is there both ways, its halves count: llama.cpp
+    computes with them.
+    """
+    found: dict[str, Part] = {}
+    known = _BLOCK | _OTHERS
+    for name, t in tensors.items():
         block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         at, last = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
         if last in _EXPERTS:
-            found |= {f"{at}mlp.experts.{e}.{_EXPERTS[last]}_proj.weight": part for e, part in enumerate(x)}
+            count, *shape = _shape(t)
+            to = f"{at}mlp.experts.{{}}.{_EXPERTS[last]}_proj.weight"
+            found |= {to.format(e): Part((*shape,), (_stored(gguf, t),), _reader(gguf, t, e)) for e in range(count)}
         elif last == "attn_k_b.weight":
-            both = [x.transpose(0, 2, 1), tensors[f"blk.{block[1]}.attn_v_b.weight"]] if block else []
-            found[f"{at}self_attn.kv_b_proj.weight"] = np.concatenate(both, axis=1).reshape(-1, c.kv_lora_rank)
-        elif last != "attn_v_b.weight":
-            found[(at + _BLOCK[last]) if last in _BLOCK else _WHOLE.get(last, name)] = x
+            other = name.replace("attn_k_b", "attn_v_b")
+            require(other in tensors, f"{name} without {other}")
+            found[f"{at}self_attn.kv_b_proj.weight"] = _joined(gguf, t, tensors[other], c)
+        elif last != "attn_v_b.weight" and (last != "attn_kv_b.weight" or name.replace("kv_b", "k_b") not in tensors):
+            to = at + known[last] if last in known else _WHOLE.get(last, name)
+            found[to] = Part(_shape(t), (_stored(gguf, t),), _reader(gguf, t))
     return found
+
+
+def _joined(gguf: Any, k: Any, v: Any, c: Config) -> Part:
+    """kv_b_proj (H (Dn + Dv), C) of attn_k_b (H, C, Dn) and attn_v_b (H, Dv, C)."""
+    fit = len(_shape(k)) == len(_shape(v)) == 3 and _shape(v)[::2] == _shape(k)[:2]
+    require(fit, f"attn_k_b is {_shape(k)}, attn_v_b {_shape(v)}; expected (H, C, Dn) and (H, Dv, C)")
+    heads, latent, nope = _shape(k)
+
+    def joined() -> Array:
+        both = [_reader(gguf, k)().transpose(0, 2, 1), _reader(gguf, v)()]
+        return np.concatenate(both, axis=1).reshape(-1, latent)
+
+    def split(x: Array) -> tuple[Array, ...]:
+        k_b, v_b = np.split(x.reshape(heads, -1, latent), [nope], axis=1)
+        return k_b.transpose(0, 2, 1), v_b
+
+    rows = heads * (nope + _shape(v)[1])
+    return Part((rows, latent), (_stored(gguf, k), _stored(gguf, v)), joined, split)
+
+
+def _shape(t: Any) -> tuple[int, ...]:
+    """Slowest axis first."""
+    return tuple(int(n) for n in reversed(t.shape))
+
+
+def _stored(gguf: Any, t: Any) -> Stored:
+    """The first number in the name of a quantised type is its bits (FP4's widest step is a third of the largest number); K-quants
+    scale the scales of 256 together.
+    """
+    name = t.tensor_type.name
+    if name in ("F32", "F16", "BF16", "F64"):
+        return Stored(name)
+    steps = 3 if "FP4" in name else 2 ** int(next((x for x in name if x.isdigit()), "8")) - 1
+    return Stored(name, steps, gguf.GGML_QUANT_SIZES[t.tensor_type][0])
+
+
+def _reader(gguf: Any, t: Any, e: int | None = None) -> Callable[[], Array]:
+    """The tensor's values, or those of its e-th matrix, when called."""
+
+    def values() -> Array:
+        try:
+            x: Array = gguf.quants.dequantize(t.data if e is None else t.data[e], t.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise SpecError(f"{t.name}: {t.tensor_type.name} cannot be dequantised: {error}") from None
+        return x
+
+    return values
 
 
 def _settings(gguf: Any, w: Any, c: Config) -> None:

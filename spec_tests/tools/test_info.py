@@ -12,6 +12,7 @@ from refimpl.autograd.errors import SpecError
 from refimpl.checkpoint import Checkpoint, check, copies_that_differ, save, scan_nonfinite
 from refimpl.checkpoint.info import count_parameters, describe, render, to_json
 from refimpl.checkpoint.names import near
+from refimpl.cli import main
 from refimpl.layers.config import Config
 from refimpl.layers.presets import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, TINY
 from refimpl.model import expected_tensors
@@ -317,3 +318,72 @@ def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path, weights,
     fused = Checkpoint.open(make_file(tmp_path / "fused.safetensors", tensors))
     assert set(fused) == set(main)
     assert all(np.array_equal(fused[n], w) for n, w in main.items())
+
+
+# ------------------------------------------------------------------------------------ config.json and files
+
+
+def told(path):
+    return [d.what for d in describe(path).disagreements]
+
+
+def rewritten(path, **changes):
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return path
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def test_config_and_files_that_agree_are_not_warned_of(tmp_path, weights):
+    """Catches false alarms on what the releases are: FP8 announced, MTP counted and present, the bias F32."""
+    for dtype in ("float32", "bfloat16", "fp8"):
+        save(tmp_path / dtype, weights, TINY, dtype=dtype)
+        assert told(tmp_path / dtype) == []
+
+
+def test_quantisation_announced_or_present_alone_is_warned_of(tmp_path, weights, capsys):
+    """Catches quantization_config over BF16 weights (KeyError on scales in engines), and FP8 codes that nothing announces."""
+    save(tmp_path / "bf16", weights, TINY)
+    save(tmp_path / "fp8", weights, TINY, dtype="fp8")
+    assert main(["info", str(tmp_path / "bf16")]) == 0
+    capsys.readouterr()
+    (only,) = told(rewritten(tmp_path / "bf16", quantization_config=FP8))
+    assert "no tensor is FP8" in only
+    assert main(["info", str(tmp_path / "bf16")]) == 1
+    assert re.search(r"WARNING .*no tensor is FP8\n +.*vLLM, SGLang[\s\S]*KeyError", capsys.readouterr().out)
+    (only,) = told(rewritten(tmp_path / "fp8", quantization_config=None))
+    assert "no quantization_config" in only
+
+
+@pytest.mark.parametrize(
+    ("counted", "kept", "what"), [(1, 3, "MTP is absent"), (0, 4, "present, but"), (2, 4, "but 1 MTP")]
+)
+def test_mtp_that_is_counted_otherwise_than_present_is_warned_of(tmp_path, weights, counted, kept, what):
+    """Catches MTP counted but absent, called as expected; MTP present that no engine will load."""
+    save(tmp_path, {n: w for n, w in weights.items() if int((re.search(r"layers\.(\d+)", n) or "00")[1]) < kept}, TINY)
+    (only,) = told(rewritten(tmp_path, num_nextn_predict_layers=counted))
+    assert what in only
+
+
+def test_a_selection_bias_that_is_not_float32_is_warned_of(tmp_path, weights, capsys):
+    """Catches a cast of the whole model, which takes the bias along."""
+    named = {n: ("BF16", w.shape, w.astype(ml_dtypes.bfloat16).tobytes()) for n, w in weights.items()}
+    make_file(tmp_path / "model.safetensors", named)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    (only,) = told(tmp_path)
+    assert "selection bias" in only and "BF16" in only
+    assert main(["info", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["disagreements"][0]["what"] == only
+
+
+def test_an_index_that_names_absent_files_is_told_of(tmp_path, weights, capsys):
+    """Catches an index left beside a merged file, by which engines still go; and one that is opened itself."""
+    save(tmp_path, weights, TINY)
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (only,) = told(tmp_path / "model.safetensors")
+    assert "names 1 files that are not there: model-00001-of-00002" in only
+    assert main(["info", str(tmp_path / "model.safetensors.index.json")]) == 3
+    assert "1 of 1 shards are missing: model-00001-of-00002" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Where files and config.json disagree in what engines look for, and which of them stumble over it.
+
+A checkpoint can have every name and shape of its model and still not load, or load wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refimpl.layers.config import Config
+
+from .mapping import Checkpoint
+from .names import BIAS, SCALE, layer_of
+from .shards import INDEX, json_object
+
+_CODES = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """What config.json (or the index) says, what the files hold, and who stumbles."""
+
+    what: str
+    stumbles: str
+
+
+def disagreements(ckpt: Checkpoint, config: Config) -> list[Disagreement]:
+    """All of them; reads headers only."""
+    return [*_quantisation(ckpt, ckpt.config or {}), *_mtp(ckpt, config), *_bias(ckpt), *_index(ckpt)]
+
+
+def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagreement]:
+    told = raw.get("quantization_config") or {}
+    codes = [n for n in ckpt if ckpt.dtype(n) in _CODES]
+    if told.get("quant_method") == "fp8" and not codes:
+        yield Disagreement(
+            "config.json announces quantization_config fp8, but no tensor is FP8",
+            f"engines that build FP8 layers from it (vLLM, SGLang, transformers) look for weight{SCALE}: KeyError, or scales "
+            "left uninitialised; take the entry out",
+        )
+    if codes and not told:
+        yield Disagreement(
+            f"{len(codes)} tensors are FP8 codes with scales, but config.json has no quantization_config",
+            "vLLM, SGLang and transformers build plain layers, cast the codes to their dtype without the scales, or refuse "
+            f"weight{SCALE} as unexpected",
+        )
+
+
+def _mtp(ckpt: Checkpoint, c: Config) -> Iterator[Disagreement]:
+    depth, counted = c.num_hidden_layers, c.num_nextn_predict_layers or 0
+    present = {i for n in ckpt if (i := layer_of(n)) is not None and i >= depth}
+    if counted and not present:
+        yield Disagreement(
+            f"num_nextn_predict_layers is {counted}, but no layer follows the {depth} of the model: MTP is absent",
+            "engines that build what it counts find weights missing, vLLM and SGLang when drafting is asked for; set it to 0",
+        )
+    elif len(present) > counted:
+        yield Disagreement(
+            f"{len(present)} MTP layers are present, but num_nextn_predict_layers is {counted}",
+            "engines that count by it take these tensors for unexpected ones, or never draft; transformers ignores them",
+        )
+    elif len(present) < counted:
+        yield Disagreement(
+            f"num_nextn_predict_layers is {counted}, but {len(present)} MTP layers are present",
+            "engines that build what it counts find weights missing",
+        )
+
+
+def _bias(ckpt: Checkpoint) -> Iterator[Disagreement]:
+    other = {ckpt.dtype(n) for n in ckpt if n.endswith(BIAS)} - {"F32"}
+    if other:
+        yield Disagreement(
+            f"the selection bias {BIAS} is {', '.join(sorted(other))}; every release has it in F32",
+            "where it stays in its dtype, scores closer than its spacing choose other experts; vLLM and Megatron hold it in "
+            "float32 and keep the rounding that was done",
+        )
+
+
+def _index(ckpt: Checkpoint) -> Iterator[Disagreement]:
+    """An index beside the file that was named. One that was opened itself is refused where a shard is absent."""
+    folder = ckpt.files[0].parent
+    index = folder / INDEX
+    if len(ckpt.files) > 1 or not index.exists():
+        return
+    shards = json_object(index).get("weight_map")
+    named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    absent = sorted(n for n in named if not (folder / Path(n).name).exists())
+    if absent:
+        yield Disagreement(
+            f"{INDEX} names {len(absent)} files that are not there: {', '.join(absent[:3])}",
+            "transformers, vLLM and SGLang go by the index where there is one, and stop at the first absent file",
+        )
