@@ -190,7 +190,7 @@ def test_other_labels_are_other_gradients(torch_step):
     assert judge(c, Trace(dataclasses.replace(trace.header, training={}), trace.taps)).exit_code == 1
 
 
-@pytest.mark.parametrize("tap", ["bwd/L1/ffn_norm", "grad/model.layers.1.mlp.gate.weight"])
+@pytest.mark.parametrize("tap", ["bwd/L0/mla.q_rope", "grad/model.layers.1.mlp.gate.weight"])
 def test_a_wrong_gradient_is_blamed_alone(tap):
     """Catches a gradient that takes those before it along: each is judged on the recorded one behind it."""
     trace = trained("float32")
