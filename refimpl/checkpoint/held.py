@@ -69,6 +69,13 @@ class Held(Mapping[str, Array]):
         """The tensor's shape, without reading it."""
         return self._parts[name].shape
 
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) of a tensor."""
+        return self[name][start:stop]
+
+    def let_go(self) -> None:
+        """As a Checkpoint's: what was read is not kept."""
+
     def only(self, names: Mapping[str, Any]) -> Held:
         """Without what is not among the names."""
         return Held(self.container, self.path, {n: p for n, p in self._parts.items() if n in names})

@@ -79,6 +79,11 @@ class SafetensorsFile(Mapping[str, Array]):
         self._data = data
         self._start = start
 
+    def let_go(self) -> None:
+        """Give the pages back that have been read; what is used again is read again. Arrays that were handed out stay valid."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     @property
     def head(self) -> bytes:
         """The file's bytes before the tensors' data."""

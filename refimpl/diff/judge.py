@@ -197,7 +197,7 @@ class _Run:
     @cached_property
     def weights(self) -> StageWeights:
         """The case's weights, as the candidate holds them."""
-        return StageWeights(self.case.checkpoint, self.rounded)
+        return StageWeights(self.case.checkpoint, self.rounded, experts=self.case.config.n_routed_experts)
 
     @cached_property
     def training(self) -> Training | None:

@@ -29,10 +29,10 @@ _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\
 class StageWeights:
     """Checkpoint name and plan -> the weight as that plan holds it. What the stages before have read is let go if it is much."""
 
-    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
-        self.checkpoint, self.rounded = checkpoint, rounded
+    def __init__(self, checkpoint: Checkpoint, rounded: bool, *, experts: int = 1) -> None:
+        self.checkpoint, self.rounded, self.experts = checkpoint, rounded, experts
         self.held: dict[tuple[str, str], Array] = {}
-        self.stage, self.size = "", 0
+        self.stage, self.size, self.touched = "", 0, 0
 
     def __call__(self, name: str, plan: Plan) -> Any:
         """The weight, or a `Streamed` one."""
@@ -42,7 +42,7 @@ class StageWeights:
             if self.size > BUDGET:
                 self.held, self.size = {}, 0
         shape = self.checkpoint.shape(name)
-        size = int(np.prod(shape)) * (self._experts(name) if ".experts." in name else 1)
+        size = int(np.prod(shape)) * (self.experts if ".experts." in name else 1)
         if size >= LARGE and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
             return Streamed(self, name, plan, (shape[0], shape[1]))
         key = (name, plan.name)
@@ -51,14 +51,15 @@ class StageWeights:
             self.size += self.held[key].nbytes
         return self.held[key]
 
-    def _experts(self, name: str) -> int:
-        config = self.checkpoint.config or {}
-        return int(config.get("n_routed_experts") or 1)
-
     def read(self, name: str, plan: Plan, start: int, stop: int) -> Array:
         """Rows of a weight as the plan holds them."""
         w: Mapping[str, Array] = {name: self.checkpoint.rows(name, start, stop)}
-        return effective(effective(w, BF16) if self.rounded else w, plan)[name]
+        found = effective(effective(w, BF16) if self.rounded else w, plan)[name]
+        self.touched += found.nbytes
+        if self.touched > BUDGET:  # mapped pages count as memory until they are given back
+            self.checkpoint.let_go()
+            self.touched = 0
+        return found
 
 
 @dataclass(frozen=True)

@@ -35,5 +35,5 @@ def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate
         trace = replace(trace, header=replace(trace.header, weights={n: digest(x) for n, x in theirs.items()}))
         text += "; the trace declares the case's"
     gate = Gate("converted", "FAIL" if bad else "ok", text, tuple(f.name for f in bad))
-    held_by = cast(Checkpoint, theirs)  # a mapping that knows shapes is all that judging asks of it
+    held_by = cast(Checkpoint, theirs)  # shapes, rows and arrays are all that judging asks of it
     return replace(case, checkpoint=held_by), trace, gate

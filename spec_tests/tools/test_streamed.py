@@ -23,7 +23,7 @@ from .test_diff_partial import case, recording
 def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
     """Catches a block that begins in the wrong row, and a plan that is not applied to parts."""
     monkeypatch.setattr(module, "LARGE", 1 << 10)
-    weights = StageWeights(case().checkpoint, rounded)
+    weights = StageWeights(case().checkpoint, rounded, experts=16)
     rng, x = np.random.default_rng(0), None
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
         held = {name: case().checkpoint[name]}
