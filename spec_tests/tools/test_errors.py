@@ -4,6 +4,8 @@ Each case catches one wrong input that would otherwise run, crash elsewhere, or 
 """
 
 import re
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,8 @@ from refimpl.layers import router
 from refimpl.model import Impl
 from refimpl.spec_tests.cases.small_models import SMALL, small, some_tokens
 from refimpl.spec_tests.strategies.models import make_weights
+
+from .tree import ROOT
 
 DICT = SMALL.to_dict()
 
@@ -299,3 +303,13 @@ def test_router_functions_keep_their_inputs():
     a.flags.writeable = False
     kept = router.groups(router.group_scores(a, n_group=4, best=2), topk_group=2)
     router.ids(a, kept, k=4, n_group=4, fill=0.0)
+
+
+@pytest.mark.parametrize("command", ["case --regimes", "diff --schema", "schedule dualpipe --pp 8 --microbatches 20"])
+def test_a_reader_that_stops_reading_is_no_error(command):
+    """Catches a traceback, or an exit code that reads as a verdict, for `refimpl ... | head -1`."""
+    run = [sys.executable, "-m", "refimpl", *command.split()]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as p:
+        p.stdout.close()  # as `head` does when it has enough
+        error = p.stderr.read()
+    assert (p.returncode, error) == (0, b"")
