@@ -103,7 +103,7 @@ def main() -> None:
     times = fit(found[::2])
     print(f"{times}; worst error on the other half {100 * worst(times, found[1::2]):.0f} %")
     print("24 requests at once: engine {:.2f} s, simulated {:.2f} s".format(*replay(impl, times)))
-    exact = samples(impl, pages, max(4, args.samples // 4), Tiled(16))
+    exact = samples(impl, pages, max(4, args.samples // 4), Tiled())
     ratio = [e / p for (_, e), (_, p) in zip(exact, found, strict=False)]
     print(
         f"batch-invariant mode: {min(ratio):.1f} to {max(ratio):.1f} times a step's time, median {np.median(ratio):.1f}"

@@ -201,7 +201,12 @@ def test_each_policy_holds_less():
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*itertools.product(["keep", "report", "again", "roots", "mixed"], ["float32", "bf16"]), ("report", "fp8")],
+    [
+        *itertools.product(["keep", "report", "roots"], ["float32"]),
+        *[pytest.param(*p, marks=pytest.mark.slow) for p in itertools.product(["again", "mixed"], ["float32"])],
+        *[pytest.param(n, "bf16", marks=pytest.mark.slow) for n in ["keep", "report", "again", "roots", "mixed"]],
+        pytest.param("report", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_the_peak_is_where_it_was_predicted(name, precision):
     """Catches a segment forgotten, or counted while it is not there. Predicted from one layer of each kind in each mode;

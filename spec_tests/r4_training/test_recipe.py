@@ -40,6 +40,7 @@ def pretraining():
         step += 1
 
 
+@pytest.mark.slow
 def test_every_step_of_pretraining_is_what_the_report_says():
     """Catches a piece that begins one step off, a ramp in the wrong unit, a cosine that ends elsewhere, gamma or lambda switched at
     another token. All 242,785 steps; the floats come from the same doubles in another order, hence 1e-12.

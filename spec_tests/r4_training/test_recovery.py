@@ -65,7 +65,9 @@ def calm(tmp_path_factory):
     return weights(job(2, folder, TWO))
 
 
-@pytest.mark.parametrize(("victim", "where"), [(0, 0.1), (1, 0.9), (3, 0.5)])
+@pytest.mark.parametrize(
+    ("victim", "where"), [(0, 0.1), *[pytest.param(*p, marks=pytest.mark.slow) for p in [(1, 0.9), (3, 0.5)]]]
+)
 def test_the_job_goes_on_on_fewer_ranks(tmp_path, undisturbed, calm, victim, where):
     """Catches a checkpoint of some ranks only, moments or biases that the survivors lose, batches trained twice or never.
 
