@@ -96,6 +96,7 @@ def test_a_resumed_run_never_stopped(tmp_path, precision, how):
         np.testing.assert_array_equal(run.random[name].random(3), rng.random(3))
 
 
+@pytest.mark.slow
 def test_the_run_above_needs_all_that_is_saved(tmp_path):
     """Catches a test that would pass with less: leaving out any kind of tensor or fact changes the end."""
     run = Run.new(recipe("bf16")).go(2)
@@ -285,6 +286,7 @@ def test_any_mesh_holds_the_same_bits(tmp_path, on_four, n):
         assert got[name].dtype == x.dtype and got[name].tobytes() == x.tobytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", MESHES)
 def test_a_run_goes_on_on_any_mesh(tmp_path, on_four, n):
     """Catches moments or biases of other weights, a step counted anew: the third step on n ranks is that of four."""
@@ -299,6 +301,7 @@ def test_a_run_goes_on_on_any_mesh(tmp_path, on_four, n):
         np.testing.assert_allclose(got[name], x, rtol=0, atol=CLOSE, err_msg=name)
 
 
+@pytest.mark.slow
 def test_where_the_order_of_sums_is_fixed_another_mesh_gives_the_same_bits(tmp_path):
     """Catches a difference that a bound would excuse: without MTP, balance loss and clipping a 1F1B pipeline adds up as one
     rank does, so saved on 4 ranks and resumed on 1 and 2 the end has the bits of 4 throughout.

@@ -167,6 +167,7 @@ def test_a_masked_batch_trains_as_its_documents_alone(tmp_path):
 # ---- Ten terabytes
 
 
+@pytest.mark.slow
 def test_ten_terabytes_in_constant_memory(tmp_path, monkeypatch):
     """Catches a table of samples, maps that are never given back, offsets that overflow: 250 sparse files of 40 GB, 610 million
     samples; what was put at 48 of them in the order of the seed comes back, in less than 8 MiB.

@@ -65,6 +65,7 @@ def calm(tmp_path_factory):
     return weights(job(2, folder, TWO))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "where"), [(0, 0.1), *[pytest.param(*p, marks=pytest.mark.slow) for p in [(1, 0.9), (3, 0.5)]]]
 )
@@ -137,6 +138,7 @@ FOUND = importlib.util.find_spec("mpi4py") is not None and (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
 def test_a_killed_process_is_survived_by_relaunch(tmp_path, undisturbed):
     """Catches a recovery that only works where ranks share a process: rank 1 of four gets SIGKILL between its second and
