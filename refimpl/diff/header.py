@@ -55,6 +55,7 @@ class Header:
             optional = value is None and key in ("positions", "valid")
             require(optional or isinstance(value, kind), f"header key {key!r} is not a {kind.__name__}")
         require(all(isinstance(t, str) for t in d.get("expected", [])), "header key 'expected' lists taps by name")
+        require(all(isinstance(t, str) for t in d.get("phases", [])), "header key 'phases' lists phases by name")
         for key in ("producer", "weights", "precision", "layouts", "dims"):
             texts = all(isinstance(value, str) for value in d.get(key, {}).values())
             require(texts, f"header key {key!r} maps names to texts")

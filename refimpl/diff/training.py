@@ -57,6 +57,9 @@ def read_training(given: Mapping[str, Any]) -> Training:
         require(key in known, f"unknown key {key!r}; known: {', '.join(known)}")
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
         require(key == "labels" or number, f"{key} is {value!r}; expected a number from 0 on")
+        require(
+            key != "labels" or value is None or isinstance(value, list), "labels are lists of ids, a list a sequence"
+        )
     return Training(**given)
 
 

@@ -18,7 +18,7 @@ from refimpl.layers.stage import Recorder
 from .causal_lm import ForCausalLM, Output
 from .inputs import Inputs
 
-_CACHED = re.compile(r"dec(\d+)")
+_CACHED = re.compile(r"dec(\d{1,12})")
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,15 @@ def case():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_value_at_any_place_of_the_trace_header(case, tmp_path, seed):
     """Catches a traceback on a header whose JSON is sound and whose values are not: wrong types, sizes, names."""
     header, data = parts()
     trace = json.loads(header["__metadata__"]["trace"])
     trace |= {"slices": {"layers": [0, 1, 2]}, "layouts": {"rope": "half", "mla": "expanded"}, "valid": None}
+    if seed % 2:
+        trace |= {"phases": ["fwd", "bwd"], "training": {"mtp_weight": 0.0, "gamma": 0.1, "labels": trace["tokens"]}}
+        trace |= {"parallel": {"rank": 0, "axes": {"tp": [0, 1]}}}
     rng = np.random.default_rng(seed)
     some = [p for p in places(trace) if len(p) < 4 and p[:1] != ("weights",)] + [
         ("weights", k) for k in list(trace["weights"])[:3]
