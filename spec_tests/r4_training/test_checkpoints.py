@@ -274,6 +274,7 @@ def copied(folder, to):
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", MESHES)
 def test_any_mesh_holds_the_same_bits(tmp_path, on_four, n):
     """Catches a piece cut off, put elsewhere, left to the padding, or held by no rank: saved on 4 ranks, resumed on n and

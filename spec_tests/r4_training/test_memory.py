@@ -146,6 +146,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float64", "bf16", "fp8"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_made_once_more_has_the_same_bits(name, precision):

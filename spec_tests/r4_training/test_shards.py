@@ -83,6 +83,7 @@ def crash_at(n, run):
         os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_build_killed_at_any_write_goes_on_to_the_same_bytes(tmp_path):
     """Catches a half-written shard taken for whole, a place that is ahead of its shard, random numbers that depend on the restart,

@@ -52,6 +52,7 @@ def test_mixed_batches():
         Reservoir(0, np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_was_learned():
     """After learning to copy, a model learns to reverse after another token: with a quarter of each batch from the reservoir it
     still copies. Catches a reservoir that fills with new items only.

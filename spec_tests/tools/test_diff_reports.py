@@ -242,6 +242,7 @@ def on_a_terminal(argv, width, height, **env):
 BUG = ["diff", str(TINY), str(TINY / "hf-bug.safetensors")]
 
 
+@pytest.mark.slow
 def test_colour_is_for_terminals_only(capsys, monkeypatch):
     """Catches escapes in a file, on a pipe, under NO_COLOR, or none where a person watches."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # which libraries take for a terminal
@@ -259,6 +260,7 @@ def test_colour_is_for_terminals_only(capsys, monkeypatch):
     assert "\x1b" not in on_a_terminal(BUG, 400, 50, TERM="dumb")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 100])
 def test_lines_are_as_wide_as_the_terminal(width):
     """Catches lines that the terminal breaks within words: in the report, in how a tolerance is explained, in a referee's words."""

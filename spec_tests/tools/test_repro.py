@@ -199,6 +199,7 @@ ABSORBED = {"mla.q_absorbed", "mla.scores_absorbed", "mla.ctx_latent", "mla.ctx_
 RIGHT = "return np.float32(e) if (e := expected(dict(a))).dtype.kind == 'f' else e"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", ["expanded", "absorbed"])
 def test_every_stage_has_a_script_that_shows_it(mtp, tmp_path, attend, capsys):
     """Catches a stage without reproducer, one that needs this package, one that says 0 to a wrong candidate or 1 to a right one.

@@ -225,6 +225,7 @@ def naive_groups(w, bits, group):
     return shaped(words, np.uint32), shaped(scales, np.float32), shaped(biases, np.float32), shaped(values, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_mlx_groups_are_dequantised_and_told(tmp_path, bits):
     """Catches codes unpacked from the top, 3-bit codes that straddle words, the wrong group, keys judged in kv_b_proj's axes."""
