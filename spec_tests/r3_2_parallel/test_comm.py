@@ -643,6 +643,7 @@ def test_the_log_holds_every_call_with_bytes_per_peer():
 # ---- Size
 
 
+@pytest.mark.slow
 def test_2048_ranks_run_a_small_mixture_of_experts_step():
     """Catches a hub whose cost or memory grows beyond the n x n counts that the step itself has."""
     n, width = 2048, 8

@@ -169,6 +169,7 @@ def test_lower_precisions_train_alike(precision, shape, rtol):
     assert abs(other.loss / want.loss - 1) > 5 * rtol
 
 
+@pytest.mark.slow
 def test_the_order_of_ranks_changes_no_bit():
     """Catches a sum in the order of arrival."""
     shape, schedule = Mesh(pp=2, dp=2, ep=2), build("dualpipe", 2, 4)

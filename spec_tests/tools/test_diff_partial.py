@@ -56,7 +56,7 @@ def drawn(trace, seed, share):
 # ---- Any subset of a clean recording
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(CLEAN), st.integers(0, 10**6), st.sampled_from([0.95, 0.7, 0.5, 0.3, 0.1, 0.03]))
 def test_no_subset_of_a_clean_recording_is_called_wrong(name, seed, share):
     """Catches a tolerance that knows only where our own run rounds: real recordings of transformers, in part."""
@@ -91,7 +91,7 @@ def mistaken(name, precision):
         return trace_case(case(), precision=precision, patches=[Patch(*MUTANTS[name])])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=18, deadline=None)
 @given(
     st.sampled_from([m for m in MUTANTS if "A12" not in m]),
     st.sampled_from(["float32", "bf16"]),

@@ -360,6 +360,7 @@ def test_fp8_comes_back_within_half_a_code(tmp_path, weights):
         assert np.all(np.abs(ckpt[name].astype(np.float32) - w) <= 1.001 * bound)
 
 
+@pytest.mark.slow
 def test_the_released_checkpoint_would_have_its_688574839360_bytes():
     """Catches: any tensor, dtype or scale shape that differs from the release.
 
