@@ -57,7 +57,6 @@ def record_runs(
     plain = run(None)
     (first, logits), (second, _) = [(w, run(w)) for w in (watch(), watch())]
     taps, again = first.taps(), second.taps()
-    repeat = [_difference(x, again[t]) if t in again else np.inf for t, x in taps.items()]
     version = version_of(map_.package)
     warning = untested(map_, version)
     held = case.weights() if made.weights is None else made.weights
@@ -74,7 +73,7 @@ def record_runs(
         dims=first.axes,
         expected=sorted(first.places),
         precision={"storage": storage, "accumulate": "float32", **made.precision},
-        self_check={"logits_taps_off_vs_on": _difference(plain, logits), "repeat": max(repeat, default=0.0)},
+        self_check=self_check(plain, logits, taps, again),
         notes="; ".join(notes),
     )
     return Trace(header, taps)
@@ -126,6 +125,14 @@ def plain_only(case: Case, what: str) -> None:
     require(case.valid is None, f"the case has padding, which {what} is not told of")
     usual = case.positions is None or all(row == list(range(len(row))) for row in case.positions)
     require(usual, f"the case has positions of its own, which {what} is not told of")
+
+
+def self_check(plain: Array, logits: Array, taps: Mapping[str, Array], again: Mapping[str, Array]) -> dict[str, float]:
+    """Tests of a recorder, 0 if passed: watching moves no logit (`plain` are those of a run nobody watched), and a second run
+    gives the same bits.
+    """
+    repeat = [_difference(x, again[t]) if t in again else np.inf for t, x in taps.items()]
+    return {"logits_taps_off_vs_on": _difference(plain, logits), "repeat": max(repeat, default=0.0)}
 
 
 def _difference(a: Array, b: Array) -> float:

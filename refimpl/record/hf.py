@@ -7,16 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refimpl.autograd.errors import require
-from refimpl.autograd.tensor import Array
 from refimpl.diff import Case, Header, Trace, digest
 
+from .candidate import self_check
 from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
 from .hf_probes import dims
-from .hf_taps import Sighting, look, run
+from .hf_taps import look, run
 from .torch_arrays import libraries, one_thread, to_numpy
 
 DTYPES = ("float32", "bfloat16")
@@ -67,28 +65,10 @@ def trace_of(
         dims={tap: dims(tap) for tap in seen.taps},
         expected=seen.expected,
         precision={"storage": dtype, "accumulate": "float32"},
-        self_check=_self_check(plain, seen, again),
+        self_check=self_check(plain, to_numpy(seen.logits), seen.taps, again.taps),
         notes="; ".join([kinds, *([notes] if notes else []), *seen.notes]),
     )
     return Trace(header, seen.taps)
-
-
-def _self_check(plain: Array, seen: Sighting, again: Sighting) -> dict[str, float]:
-    """How far watching moved the logits (must be 0), and how far a second run differs in any tap."""
-    repeat = [_difference(seen.taps[t], again.taps[t]) if t in again.taps else np.inf for t in seen.taps]
-    return {
-        "logits_taps_off_vs_on": _difference(plain, to_numpy(seen.logits)),
-        "repeat": max(repeat, default=0.0),
-    }
-
-
-def _difference(a: Array, b: Array) -> float:
-    """0 for the same bits (NaN and infinity included), else the largest difference."""
-    if a.shape != b.shape:
-        return float("inf")
-    if a.tobytes() == b.tobytes():
-        return 0.0
-    return float(np.nan_to_num(np.abs(a.astype(np.float64) - b.astype(np.float64)), nan=np.inf).max())
 
 
 def positions_of(case: Case) -> list[list[int]]:

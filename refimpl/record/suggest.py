@@ -20,7 +20,7 @@ from refimpl.layers.stage import STAGES
 
 from .candidate import Candidate, library, plain_only
 from .ours import trace_case
-from .torch_map import quiet
+from .torch_arrays import one_thread
 from .watch import array
 
 _AXES = {s.tap: s.shape for s in STAGES.values()}
@@ -86,7 +86,7 @@ def _tensors(made: Candidate, case: Case) -> dict[tuple[str, str], Array]:
 
         return hook
 
-    with quiet(torch), ExitStack() as stack:
+    with one_thread(), ExitStack() as stack:
         for path, module in made.module.named_modules():
             if path:
                 stack.callback(module.register_forward_hook(leave(path), with_kwargs=True).remove)

@@ -12,21 +12,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import Array
+
+from .candidate import library
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def libraries() -> tuple[Any, Any]:
     """torch and transformers; SpecError says how to install them."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        extra = "pip install 'deepseek-v3-refimpl[interop]'"
-        raise SpecError(f"{error.name} cannot be imported; it comes with the extra: {extra}") from None
-    return torch, transformers
+    return library("torch", "interop"), library("transformers", "interop")
 
 
 def to_torch(array: Array) -> Any:
@@ -51,7 +46,7 @@ def to_numpy(tensor: Any) -> Array:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch with one thread, a fixed seed and no gradients, and leave its settings as they were."""
-    torch, _ = libraries()
+    torch = library("torch", "interop")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

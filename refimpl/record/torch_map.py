@@ -20,6 +20,7 @@ from refimpl.diff.names import Framework
 
 from .candidate import Candidate, Recorded, builder, deliver, library, plain_only, record_runs
 from .tapmap import read
+from .torch_arrays import one_thread
 from .watch import Watch, array
 from .wrapping import wrapped_functions
 
@@ -71,7 +72,7 @@ def trace_of(made: Candidate, case: Case, map_: Framework) -> Trace:
             out = made.call(made.module, case.tokens) if made.call else made.module(torch.tensor(case.tokens))
         return array(_logits(out))
 
-    with quiet(torch):
+    with one_thread():
         return record_runs(case, map_, run, watch, made, storage=_storage(torch, made.module))
 
 
@@ -145,19 +146,6 @@ def _torch_functions(names: set[str], told: Callable[..., None]) -> AbstractCont
             return out
 
     return Functions()
-
-
-@contextmanager
-def quiet(torch: Any) -> Iterator[None]:
-    """Run torch with one thread, a fixed seed and no gradients, and leave its settings as they were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _logits(out: Any) -> Any:
