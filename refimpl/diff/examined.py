@@ -18,7 +18,7 @@ from .judge import Judgement, judge
 from .part import Index, Part, part_of
 from .reading import Pick
 from .replay import Step, replay
-from .tolerance import FLOOR, row_errors
+from .tolerance import floor_of, row_errors
 from .trace import Trace
 
 
@@ -74,7 +74,7 @@ class Examined:
         """What a row's difference is divided by."""
         e = np.where(np.isfinite(self.step.exact), self.step.exact, 0).astype(np.float64)
         sizes = np.linalg.norm(np.atleast_1d(e), axis=-1)
-        floor = FLOOR.get(self.stage.name, (1e-3, ""))[0]
+        floor, _ = floor_of(self.stage.name)
         return max(float(sizes[row]) if row or sizes.ndim == 0 else float(sizes), floor * float(sizes.max()), 1e-300)
 
     def worst_row(self) -> Index:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import tolerance
 from .comparison import Shown
 from .fp8_rules import RULES
-from .tolerance import CONSTANTS, EXTRA, FACTOR, FLOOR, LEAN, ROUNDINGS
+from .tolerance import CONSTANTS, EXTRA, FACTOR, LEAN, ROUNDINGS
 
 
 def explained(shown: Shown, storage: str) -> list[str]:
@@ -16,7 +16,7 @@ def explained(shown: Shown, storage: str) -> list[str]:
     worst, lean = (max(getattr(t, name) for t in shown.twins) for name in ("worst", "lean"))
     inner = ", ".join(u.stages[:-1]) or "none: every input was recorded"
     extra, why = EXTRA.get(f.stage, (1.0, ""))
-    floor, reason = FLOOR.get(f.stage, (1e-3, "a thousandth, so that a row of zeros does not ask for zeros"))
+    floor, reason = tolerance.floor_of(f.stage)
     constant = any(s in CONSTANTS for s in u.stages)
     upright = tolerance.allowed_lean(u.stages, u.region, lean)
     limit = tolerance.allowed(f.stage, u.own, worst)

@@ -41,8 +41,9 @@ FLOOR = {
     "mla.scores": (0.1, "a softmax looks at differences, and a score near zero is a sum that cancels"),
     "mla.scores_absorbed": (0.1, "as mla.scores"),
 }
-"""stage -> (share of the largest row that a row counts as at least, its reason); a thousandth for all others."""
+"""stage -> (share of the largest row that a row counts as at least, its reason)."""
 _GRADIENTS = (0.1, "a gradient is a sum of parts that cancel, behind a softmax those of all keys")
+_OTHERS = (1e-3, "a thousandth, so that a row of zeros does not ask for zeros")
 INNER = 2.0
 """Units of roundoff by which a value that was not recorded is moved: up to one unit in the last place."""
 MASKED = -9e3
@@ -105,7 +106,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
     far, size, along = _sums(x, e)
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
-    errors = _relative(far, size, _floor(stage))
+    errors = _relative(far, size, floor_of(stage)[0])
     total = float(size.sum())
     leans = total > 0 and e.size >= FEW
     return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0)
@@ -114,7 +115,7 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
     far, size, _ = _sums(x, e)
-    return _relative(far, size, _floor(stage))
+    return _relative(far, size, floor_of(stage)[0])
 
 
 def _sums(x: Array, e: Array) -> tuple[Array, Array, Array]:
@@ -133,8 +134,9 @@ def _sums(x: Array, e: Array) -> tuple[Array, Array, Array]:
     return sums[0].reshape(lead), sums[1].reshape(lead), sums[2].reshape(lead)
 
 
-def _floor(stage: str) -> float:
-    return FLOOR.get(stage, _GRADIENTS if stage.startswith(("bwd/", "grad/")) else (1e-3, ""))[0]
+def floor_of(stage: str) -> tuple[float, str]:
+    """The share of the largest row that a stage's row counts as at least, and its reason."""
+    return FLOOR.get(stage, _GRADIENTS if stage.startswith(("bwd/", "grad/")) else _OTHERS)
 
 
 def element_errors(stage: str, x: Array, e: Array) -> Array:
@@ -142,7 +144,7 @@ def element_errors(stage: str, x: Array, e: Array) -> Array:
     x, e = comparable(np.atleast_1d(x), np.atleast_1d(e))
     with np.errstate(over="ignore"):
         size = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
-        least = max(_floor(stage) * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
+        least = max(floor_of(stage)[0] * float(size.max(initial=0)), math.sqrt(np.finfo(np.float64).tiny))
         return np.abs(x - e) / np.maximum(size, least)
 
 

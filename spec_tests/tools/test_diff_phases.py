@@ -18,7 +18,7 @@ from refimpl.autograd.tensor import data_of
 from refimpl.cli import main
 from refimpl.diff import Case, Header, Trace, digest, render
 from refimpl.diff.corpus import MUTANTS
-from refimpl.diff.judge import judge
+from refimpl.diff.judge import explain, judge
 from refimpl.layers import PRESETS
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model import ForCausalLM
@@ -216,6 +216,12 @@ def test_a_stage_without_its_vjp_is_found():
     absent = {t for t in trained("float32").taps if t.startswith(("bwd/", "grad/"))} - set(trace.taps)
     assert {"bwd/L1/router.scores", "grad/model.layers.1.mlp.gate.weight"} <= absent
     assert {"bwd/L1/ffn_norm", "bwd/L2/ffn_norm"} <= blamed, render(judgement)
+
+
+def test_the_tolerance_of_a_gradient_is_explained_as_it_is():
+    """Catches an explanation that tells the floor of other stages: small rows of a gradient count as a tenth of the largest."""
+    text = "\n".join(explain(case(), trained("float32"), "bwd/L1/ffn_norm"))
+    assert "at least 0.1 of the largest: a gradient is a sum of parts that cancel" in text
 
 
 LOSSES = ["L01", "L05", "T05"]
