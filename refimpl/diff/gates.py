@@ -11,7 +11,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.precision import BF16
 from refimpl.layers.stage import Call
-from refimpl.model.phases import is_part
+from refimpl.model.phases import in_part
 
 from .case import Case
 from .trace import Header, Trace, digest
@@ -72,9 +72,9 @@ def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> 
         ), False
     rounded = False
     wrong, missing = [], [n for n in weights if n not in header.weights]
-    for name, w in weights.items():
-        theirs = header.weights.get(name)
-        if theirs is None or theirs == digest(w):
+    for name in [n for n in weights if n in header.weights]:
+        w, theirs = weights[name], header.weights[name]
+        if theirs == digest(w):
             continue
         if storage == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):
             rounded = True
@@ -98,7 +98,7 @@ def phases_of(header: Header, taps: Iterable[str]) -> list[str]:
     """The phases of a run: declared, or else those that the taps' names begin with."""
     if header.phases != ["fwd"]:
         return header.phases
-    return ["fwd", *sorted({t.partition("/")[0] for t in taps if is_part(t.partition("/")[0])} - {"fwd"})]
+    return ["fwd", *sorted({t.partition("/")[0] for t in taps if in_part(t)} - {"fwd"})]
 
 
 def coverage_gate(program: list[Call], trace: Trace) -> Gate:
@@ -106,7 +106,7 @@ def coverage_gate(program: list[Call], trace: Trace) -> Gate:
     undecided.
     """
     meant = {"fwd", *trace.header.phases, *[t.partition("/")[0] for t in trace.taps]}
-    ours = [c.tap for c in program if is_part(p := c.tap.partition("/")[0]) or p in meant]
+    ours = [c.tap for c in program if in_part(c.tap) or c.tap.partition("/")[0] in meant]
     seen = [t for t in ours if t in trace.taps]
     unknown = sorted(set(trace.taps) - set(ours))
     absent = sorted(set(trace.header.expected) - set(trace.taps))

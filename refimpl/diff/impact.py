@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import tap_matches
-from refimpl.model.phases import is_part
+from refimpl.model.phases import in_part
 
 from .compare import Finding
 from .corpus import MUTANTS
@@ -121,7 +121,7 @@ def _positions(g: Grounds, logits: Array) -> Array:
 
 def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[str, ...]]:
     """Taps that are grafted together: those of one stage, in model order."""
-    forward = [f for f in j.findings if is_part(f.tap.partition("/")[0])]  # a gradient moves no logit of its own run
+    forward = [f for f in j.findings if in_part(f.tap)]  # a gradient moves no logit of its own run
     assert j.grounds is not None
     forward = [f for f in forward if set(f.region) <= set(j.grounds.calls)]  # codes have no place there
     blamed = [f for f in forward if not f.ok]

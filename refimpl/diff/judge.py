@@ -22,7 +22,7 @@ from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
-from refimpl.model.phases import Part, is_part, named, parts_of
+from refimpl.model.phases import Part, in_part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
 from .agreement import ranks_gate
@@ -171,6 +171,7 @@ class _Run:
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False
+    programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def settle(self, config: Config, track: Track) -> Judgement:
         """The judgement under a config with the gauges that explain something: one takes taps out of blame and puts none in."""
@@ -183,7 +184,12 @@ class _Run:
         return result
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
-        """The stage calls of the run under a config, and its inputs."""
+        """The stage calls of the run under a config, and its inputs; found once, however often they are judged."""
+        if config not in self.programs:
+            self.programs[config] = self._program(config)
+        return self.programs[config]
+
+    def _program(self, config: Config) -> tuple[list[Call], Inputs]:
         case, t, n_mtp = self.case, self.training, _n_mtp(config, self.case.checkpoint)
         labels = t.targets(case.tokens, case.valid) if t else None
         with where(f"in {case.path / 'tokens.json'}"):
@@ -230,9 +236,15 @@ class _Run:
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
         recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
         comparison = Comparison(
-            config, self.precision, admitted, recorded, without=without, show=self.show, unknown=unknown
+            config,
+            self.precision,
+            admitted,
+            recorded,
+            without=without,
+            show=self.show,
+            pictures=self.pictures,
+            unknown=unknown,
         )
-        comparison.pictures = self.pictures
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
@@ -241,9 +253,8 @@ class _Run:
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
-        found.grounds = Grounds(
-            config, [c for c in plain if is_part(c.tap.partition("/")[0])], recorded, admitted, self.precision
-        )
+        forward = [c for c in plain if in_part(c.tap)]
+        found.grounds = Grounds(config, forward, recorded, admitted, self.precision)
         return found
 
     def _embedded(self, inputs: Inputs) -> Array:

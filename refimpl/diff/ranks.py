@@ -25,7 +25,7 @@ UNITED = ("dims", "expected", "notes", "parallel", "self_check", "weights")
 """Header keys in which ranks may differ: each tells what it recorded, loaded and checked."""
 
 
-def is_part(header: Header) -> bool:
+def holds_parts(header: Header) -> bool:
     """Whether a trace holds parts of taps only, so that it cannot be read alone."""
     return any(map(is_marked, header.dims.values()))
 

@@ -21,7 +21,7 @@ from refimpl.checkpoint import safetensors
 from refimpl.layers.config import Config
 
 from .header import SCHEMA, Header, read_file
-from .ranks import is_part, read_ranks
+from .ranks import holds_parts, read_ranks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Trace:
         if path.is_dir():
             return cls(*read_ranks(path, sorted(path.glob("*.safetensors"))))
         header, file = read_file(path)
-        return cls(*read_ranks(path, [path])) if is_part(header) else cls(header, file)
+        return cls(*read_ranks(path, [path])) if holds_parts(header) else cls(header, file)
 
     def write(self, path: str | Path) -> None:
         """Write atomically."""

@@ -16,6 +16,7 @@ from refimpl.layers.mla import Attend
 from refimpl.layers.stage import Recorder
 
 from .causal_lm import ForCausalLM, Output
+from .impl import introduce
 from .inputs import Inputs
 
 _CACHED = re.compile(r"dec(\d{1,12})")
@@ -54,6 +55,11 @@ def is_part(phase: str) -> bool:
     return phase == "fwd" or bool(_CACHED.fullmatch(phase))
 
 
+def in_part(tap: str) -> bool:
+    """Whether a tap is of a run of tokens, not a gradient or an update."""
+    return is_part(tap.partition("/")[0])
+
+
 def cut(inputs: Inputs, part: Part) -> Inputs:
     """A part's columns of everything."""
     return replace(inputs, **{n: a[:, part.start : part.stop] for n, a in inputs.named()})
@@ -80,9 +86,7 @@ def run_parts(
     loss follows.
     """
     known, out = named(inputs, parts), None
-    for name, w in model.named_weights():
-        if hasattr(w, "dtype"):
-            recorder.know(f"w/{name}", w)
+    introduce(recorder, model, inputs)
     for name, array in known.items():
         recorder.know(name, array)
     if losses is not None:
