@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refimpl.autograd.errors import SpecError
+from refimpl.plotting import drawn
 
 from .simulate import Served
 
@@ -21,18 +20,7 @@ def curve(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 def svg(results: Mapping[str, Mapping[str, Sequence[Served]]]) -> bytes:
     """trace -> policy -> served, a row of panels a trace; the same bytes for the same results. SpecError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SpecError('drawing needs matplotlib: pip install "deepseek-v3-refimpl[plot]"') from error
-
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "policies", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 3.5 * len(results)), layout="constrained")
-        _draw(figure, results)
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return drawn(lambda figure: _draw(figure, results), size=(10, 3.5 * len(results)), salt="policies")
 
 
 def _draw(figure: Any, results: Mapping[str, Mapping[str, Sequence[Served]]]) -> None:

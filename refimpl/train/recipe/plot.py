@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-from refimpl.autograd.errors import SpecError
+from refimpl.plotting import drawn
 
 from .run import SCHEDULES, Phase, Run
 
@@ -48,18 +47,7 @@ def _steps(phase: Phase, n: int) -> set[int]:
 
 def svg(run: Run) -> bytes:
     """The figure as SVG, the same bytes for the same run. SpecError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SpecError('drawing needs matplotlib: pip install "deepseek-v3-refimpl[plot]"') from error
-
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": run.name, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 8), layout="constrained")
-        _draw(figure, run)
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return drawn(lambda figure: _draw(figure, run), size=(10, 8), salt=run.name)
 
 
 def _draw(figure: Any, run: Run) -> None:
