@@ -1,6 +1,6 @@
 """How much does speculative decoding by MTP give? A small model with one MTP module, trained on text, held against R 5.4.3.
 
-    python benchmarks/speculative.py --steps 1000 --model /tmp/bytes        trains (or reads what is there), then measures
+    python benchmarks/speculative.py --steps 1000 --model bytes_model       trains (or reads what is there), then measures
 
 The text is `corpus.txt.gz`, one token per byte, the last tenth held out. Prints, for several temperatures and depths, the part
 of the drafts that stood by depth, tokens per run of the model, what Leviathan et al. 2023 eq 1 expects of the first depth's
@@ -81,6 +81,42 @@ def deep() -> None:
         )
 
 
+def held_out_loss(impl: Impl, rows: list[list[int]]) -> float:
+    """Mean nats a byte on the prompts."""
+    ids = np.array(rows)
+    z = impl.model(impl.model.inputs(ids)).logits[:, :-1]
+    top = z.max(-1, keepdims=True)
+    loss = np.log(np.exp(z - top).sum(-1)) + top[..., 0] - np.take_along_axis(z, ids[:, 1:, None], -1)[..., 0]
+    return float(loss.mean())
+
+
+def table(impl: Impl, rows: list[list[int]], batch: int) -> None:
+    """Print a row a temperature and way to draft, each against plain decoding of the same requests."""
+    print(
+        "| temperature | drafts | stood, by depth | tokens a run | expected | time per token |\n|---|---|---|---|---|---|"
+    )
+    for temperature in (0.0, 0.7, 1.0):
+        settings = [Settings(temperature=temperature, max_tokens=TOKENS, seed=i) for i in range(len(rows))]
+        requests = [Request(p, s) for p, s in zip(rows, settings, strict=True)]
+        plain, _ = measured(impl, requests, None, batch=batch)
+        for how in (
+            Speculation(1),
+            Speculation(2, recycle=True),
+            Speculation(3, recycle=True),
+            Speculation(1, greedy=True),
+        ):
+            if how.greedy and temperature == 0:
+                continue
+            seconds, tally = measured(impl, requests, how, batch=batch)
+            stood = ", ".join(f"{100 * a:.0f} %" for a in tally.acceptance)
+            kind = f"{how.depth}{', greedy' if how.greedy else ''}"
+            expected = expected_tokens(tally.acceptance[0], how.depth)
+            print(
+                f"| {temperature} | {kind} | {stood} | {tally.tokens_per_step:.2f} | {expected:.2f} | {seconds / plain:.2f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Train if there is no model yet, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,34 +135,8 @@ def main() -> None:
     checkpoint = Checkpoint.open(args.model)
     impl = Impl().load(checkpoint.config or {}, checkpoint)
     rows = prompts(corpus[cut:], args.requests)
-    ids = np.array(rows)
-    z = impl.model(impl.model.inputs(ids)).logits[:, :-1]
-    top = z.max(-1, keepdims=True)
-    loss = np.log(np.exp(z - top).sum(-1)) + top[..., 0] - np.take_along_axis(z, ids[:, 1:, None], -1)[..., 0]
-    print(f"loss on the held-out prompts {loss.mean():.3f} nats a byte")
-    print(
-        "| temperature | drafts | stood, by depth | tokens a run | expected | time per token |\n|---|---|---|---|---|---|"
-    )
-    for temperature in (0.0, 0.7, 1.0):
-        settings = [Settings(temperature=temperature, max_tokens=TOKENS, seed=i) for i in range(len(rows))]
-        requests = [Request(p, s) for p, s in zip(rows, settings, strict=True)]
-        plain, _ = measured(impl, requests, None, batch=args.batch)
-        for how in (
-            Speculation(1),
-            Speculation(2, recycle=True),
-            Speculation(3, recycle=True),
-            Speculation(1, greedy=True),
-        ):
-            if how.greedy and temperature == 0:
-                continue
-            seconds, tally = measured(impl, requests, how, batch=args.batch)
-            stood = ", ".join(f"{100 * a:.0f} %" for a in tally.acceptance)
-            kind = f"{how.depth}{', greedy' if how.greedy else ''}"
-            expected = expected_tokens(tally.acceptance[0], how.depth)
-            print(
-                f"| {temperature} | {kind} | {stood} | {tally.tokens_per_step:.2f} | {expected:.2f} | {seconds / plain:.2f} |",
-                flush=True,
-            )
+    print(f"loss on the held-out prompts {held_out_loss(impl, rows):.3f} nats a byte")
+    table(impl, rows, args.batch)
 
 
 if __name__ == "__main__":

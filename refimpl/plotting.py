@@ -10,7 +10,7 @@ from refimpl.autograd.errors import SpecError
 
 
 def drawn(draw: Callable[[Any], None], *, size: tuple[float, float], salt: str) -> bytes:
-    """What `draw` puts on a matplotlib Figure of that size (inches), as SVG; `salt` makes its ids. SpecError without the library."""
+    """What `draw` puts on a Figure of that size in inches, as SVG; `salt` makes its ids. SpecError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

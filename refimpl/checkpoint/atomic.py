@@ -59,7 +59,7 @@ class Transaction:
         key = self._written[-1][1]
         if len(self._written) == 1:
             os.replace(self._written[0][0], key)
-            _flush_folder(key.parent)
+            flush_folder(key.parent)
             return
         aside: list[tuple[Path, Path]] = []  # (where it was put, where it belongs)
         placed: list[Path] = []
@@ -68,11 +68,11 @@ class Transaction:
                 if path.exists():
                     aside.append((_beside(path), path))
                     os.replace(path, aside[-1][0])
-                    _flush_folder(key.parent)
+                    flush_folder(key.parent)
             for temporary, path in self._written:
                 os.replace(temporary, path)
                 placed.append(path)
-                _flush_folder(key.parent)
+                flush_folder(key.parent)
         except BaseException:
             _put_back(aside, placed)
             raise
@@ -101,7 +101,7 @@ def _as_spec_error(path: Path) -> Iterator[None]:
         raise SpecError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make renames durable and ordered; only POSIX can open a folder for it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

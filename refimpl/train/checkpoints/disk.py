@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol, cast
 
+from refimpl.checkpoint.atomic import flush_folder
+
 BEHIND = 16  # writes whose sums may be outstanding: what they were given lives that long
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
 
@@ -44,13 +46,8 @@ class Disk:
         os.fsync(f.fileno())
 
     def sync_folder(self, path: Path) -> None:
-        """Make the names in a folder durable; only POSIX can open a folder for it."""
-        if os.name == "posix":
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        """Make the names in a folder durable."""
+        flush_folder(path)
 
     def rename(self, old: Path, new: Path) -> None:
         """One name for another, at once; `new` does not exist."""
