@@ -12,6 +12,7 @@ import numpy as np
 
 from refimpl.autograd import ops
 from refimpl.autograd.errors import require
+from refimpl.autograd.tensor import data_of
 
 from .marked import variant
 
@@ -34,5 +35,5 @@ def cold_start(z: Any, *, step: int, steps: int, start: int = 2, k: int = 2) -> 
     """
     there = unlocked(step, n_experts=z.shape[-1], steps=steps, start=start)
     require(there >= k, f"variant.cold_start: {k} experts a token, but only {there} unlocked at step {step}")
-    locked = np.arange(z.shape[-1], like=z) >= there
+    locked = np.arange(z.shape[-1], like=data_of(z)) >= there
     return ops.add(z, np.where(locked, z.dtype.type(-np.inf), z.dtype.type(0)))

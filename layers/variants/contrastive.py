@@ -14,6 +14,7 @@ import numpy as np
 
 from refimpl.autograd import nn_ops, ops
 from refimpl.autograd.errors import require
+from refimpl.autograd.tensor import data_of
 
 from .marked import variant
 
@@ -42,5 +43,5 @@ def clip_loss(logits: Any) -> Any:
     logits (B, B) -> ().
     """
     require(logits.shape[0] == logits.shape[1], f"variant.clip_loss: pairs were expected, not shape {logits.shape}")
-    pairs = np.arange(logits.shape[0], like=logits).astype(np.int64)
+    pairs = np.arange(logits.shape[0], like=data_of(logits)).astype(np.int64)
     return (nn_ops.nll(logits, pairs) + nn_ops.nll(ops.transpose(logits), pairs)) * 0.5
