@@ -81,6 +81,22 @@ def step(
     """Train on one batch, tokens (B, S): each predicts the next, or what `labels` has there (-100: nothing). `valid` is 0 for
     padding, attention stays inside `documents` (all as the model's inputs). -> the new state, what was seen.
     """
+    loss, grads, load = gradients(c, state, tokens, recipe, labels=labels, valid=valid, documents=documents)
+    return update(c, state, loss, grads, load, recipe)
+
+
+def gradients(
+    c: Config,
+    state: State,
+    tokens: Array,
+    recipe: Recipe,
+    *,
+    labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
+    scale: float = 1.0,
+) -> tuple[float, dict[str, Array], dict[str, Array]]:
+    """What a step updates by: the loss, the gradients of `scale` times the loss, tokens per expert by layer. Inputs as `step`."""
     held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
     model = ForCausalLM.from_weights(c, held).with_gradients()
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
@@ -88,7 +104,7 @@ def step(
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
     loss, load = out.loss, loads(c, out.routing)
     del out  # logits and hidden states: backward needs none of them
-    return update(c, state, float(data_of(loss)), named(model, backward(loss)), load, recipe)
+    return float(data_of(loss)), named(model, backward(loss, np.full_like(data_of(loss), scale))), load
 
 
 def loads(c: Config, routing: Mapping[str, Routing]) -> dict[str, Array]:
