@@ -9,6 +9,7 @@ halved. As long as nothing overflows or gets subnormal, a scale that is a power 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,5 +34,5 @@ def step(
     true = scale.unscale(grads)
     if true is None:
         return state, scale.update(True), Report(state.adam.t, loss, math.inf, load)
-    new, report = update(c, state, loss, true, load, recipe)
+    new, report = update(c, state, loss, true, load, replace(recipe, loss_scale=None))
     return new, scale.update(False), report

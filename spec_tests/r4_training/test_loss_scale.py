@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.autograd import Tensor, backward
+from refimpl.autograd import SpecError, Tensor, backward
 from refimpl.layers import STAGES, observing
 from refimpl.layers.neighbours import LossScale
 from refimpl.layers.precision import BF16, FLOAT32
 from refimpl.spec_tests.cases.small_models import SMALL, some_tokens
-from refimpl.train import AdamW, Recipe, State, init, loss_scale, step
+from refimpl.train import AdamW, Recipe, State, init, loss_scale, parallel, step
 from refimpl.train.half import HALF, to_half
+from refimpl.train.recipe.reading import load
 from refimpl.train.training import gradients
 
 WEIGHTS = init(SMALL, std=0.1)
@@ -103,6 +104,28 @@ def test_without_a_scale_small_gradients_are_lost():
     assert np.abs(truth).min() > 0 and not plain.any()
     # FP16's rounding is 2^-11 = 5e-4; 1e-3 was measured, of some 50 roundings on the way
     assert np.linalg.norm(scaled - truth) < 5e-3 * np.linalg.norm(truth)
+
+
+def test_weights_are_trained_by_gradients_that_were_fp16():
+    """Catches gradients of weights left in float32, which FP16's products do not give (beta1 = 0: the first moment is one)."""
+    recipe = Recipe(HALF, AdamW(betas=(0.0, 0.95)), max_norm=math.inf)
+    state, _, _ = loss_scale.step(SMALL, State(WEIGHTS), LossScale(scale=2.0**8), TOKENS[0], recipe)
+    for g in state.adam.m.values():
+        np.testing.assert_array_equal(to_half(g * 2.0**8), g * 2.0**8)
+
+
+def test_a_recipe_with_a_loss_scale_is_stepped_with_one():
+    """Catches FP16 trained without its scale because another step was called: the shipped recipe, by all three."""
+    recipe = load("article-fp16").recipe(0)
+    for other in (
+        lambda: step(SMALL, State(WEIGHTS), TOKENS[0], recipe),
+        lambda: parallel.start(None, SMALL, WEIGHTS, recipe, None, None),  # refused before it looks for its ranks
+    ):
+        with pytest.raises(SpecError, match=r"trains under a loss scale: step by refimpl.train.loss_scale.step"):
+            other()
+    assert recipe.plan is HALF and recipe.loss_scale == 65536
+    state, _, _ = loss_scale.step(SMALL, State(WEIGHTS), LossScale(recipe.loss_scale), TOKENS[0], recipe)
+    assert state.adam.t == 1
 
 
 # ---- The plan
