@@ -27,6 +27,11 @@ class Curve:
 
 def curve(confidence: Array, right: Array, *, bins: int = 15) -> Curve:
     """Bins ((i-1)/n, i/n], as the source has them; 0 is in the first.  confidence (*), right (*) of 0 and 1."""
+    return Curve(*_binned(confidence, right, bins))
+
+
+def _binned(confidence: Array, right: Array, bins: int) -> tuple[Array, Array, Array]:
+    """A curve's three arrays."""
     require(bins >= 1 and confidence.size > 0, f"a calibration curve of {bins} bins over {confidence.size} answers")
     require(confidence.shape == right.shape, f"confidence has shape {confidence.shape}, right has {right.shape}")
     c, r = confidence.reshape(-1).astype(np.float64), right.reshape(-1).astype(np.float64)
@@ -34,12 +39,12 @@ def curve(confidence: Array, right: Array, *, bins: int = 15) -> Curve:
     at = np.clip(np.ceil(c * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(at, minlength=bins)
     some = np.maximum(count, 1)
-    return Curve(count, *(np.bincount(at, weights=x, minlength=bins) / some for x in (c, r)))
+    said, were_right = (np.bincount(at, weights=x, minlength=bins) / some for x in (c, r))
+    return count, said, were_right
 
 
 @variant("ece", what="expected calibration error", claims="a1-58", source=_GUO, shape="")
 def ece(confidence: Array, right: Array, *, bins: int = 15) -> Array:
     """sum over bins of |right - confidence| times the bin's part of all answers.  confidence (B, S), right (B, S) -> ()."""
-    found = curve(confidence, right, bins=bins)
-    gap = np.abs(found.accuracy - found.confidence)
-    return np.asarray((gap * found.count).sum() / found.count.sum())
+    count, said, were_right = _binned(confidence, right, bins)
+    return np.asarray((np.abs(were_right - said) * count).sum() / count.sum())
