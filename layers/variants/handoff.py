@@ -22,7 +22,7 @@ from .marked import variant
     "confidence",
     what="probability of the likeliest token",
     claims="a1-58",
-    source="Hendrycks and Gimpel 2017, section 2 (arXiv 1610.02136)",
+    source="Hendrycks and Gimpel 2017 (arXiv 1610.02136)",
     shape="B S",
 )
 def confidence(logits: Any) -> Any:

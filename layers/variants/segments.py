@@ -14,12 +14,11 @@ from typing import Any
 from refimpl.autograd import ops
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, data_of
-from refimpl.layers.mla import KV, Attention, latents
 
 from .marked import variant
 
 Layer = Callable[[Any, Any], Any]
-"""(memory (B, P, D) or None, x (B, S, D)) -> y (B, S, D)."""
+"""(memory (B, P, D) or None, x (B, S, D)) -> y (B, S, D). With MLA, whose `entries` of the memory are the cache `past` of x."""
 
 
 @variant(
@@ -34,14 +33,6 @@ def segment_memory(memory: Array | None, x: Any, *, length: int) -> Array:
     require(length >= 0, f"variant.segment_memory: a memory of {length} tokens")
     held = data_of(x) if memory is None else ops.concat([memory, data_of(x)], axis=1)
     return held[:, max(held.shape[1] - length, 0) :]
-
-
-def recalled(m: Attention, memory: Array, table: Array) -> KV:
-    """What MLA's cache would hold of a memory, made anew by the weights of now, which learn from it.
-    memory (B, P, D) after the layer's norm, table (2, B, P, Dr/2) -> latents (B, P, C), rotated keys (B, P, Dr).
-    """
-    _, latent, kr = latents(m, memory, table)
-    return latent, kr
 
 
 def segment(

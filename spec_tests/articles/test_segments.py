@@ -6,8 +6,9 @@ import pytest
 from refimpl.autograd import SpecError, Tensor, backward, directional, ops
 from refimpl.layers import STAGES
 from refimpl.layers.common import mask
+from refimpl.layers.mla import entries
 from refimpl.layers.rope import rope_tables
-from refimpl.layers.variants.segments import recalled, segment
+from refimpl.layers.variants.segments import segment
 from refimpl.spec_tests.cases.small_models import CLOSE, SMALL, small
 
 MODEL = small()
@@ -26,7 +27,7 @@ def layer(attention, at):
     def run(memory, x):
         s, p = x.shape[1], 0 if memory is None else memory.shape[1]
         m = mask(np.zeros((2, s), int), None, None, None, past=p, dtype=np.float64)
-        past = recalled(attention, memory, table(at - p, p)) if p else None
+        past = entries(attention, memory, table(at - p, p)) if p else None
         return ops.add(x, attention(x, table(at, s), m, past)[0])
 
     return run
