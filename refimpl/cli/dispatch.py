@@ -29,6 +29,7 @@ from . import (
     schedule,
     taps,
     trace,
+    train,
     weights,
 )
 from . import map as maps
@@ -38,7 +39,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, precision, schedule, cluster),
+    *(generate, batch, recipe, data, train, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

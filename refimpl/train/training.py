@@ -49,12 +49,15 @@ class State:
 
 @dataclass(frozen=True)
 class Report:
-    """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer."""
+    """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer, and what the loss
+    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it.
+    """
 
     step: int
     loss: float
     norm: float
     load: dict[str, Array]
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:
@@ -86,9 +89,19 @@ def step(
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
     with observing(recipe.plan):
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-    loss, load = out.loss, loads(c, out.routing)
+    loss, load, seen = out.loss, loads(c, out.routing), parts(out.losses)
     del out  # logits and hidden states: backward needs none of them
-    return update(c, state, float(data_of(loss)), named(model, backward(loss)), load, recipe)
+    return update(c, state, float(data_of(loss)), named(model, backward(loss)), load, recipe, seen)
+
+
+def parts(losses: Mapping[str, Any]) -> dict[str, float]:
+    """What a model's `losses` are made of, as `Report.parts` names it."""
+    found = dict[str, float]()
+    for name, loss in losses.items():
+        part = "balance" if name.endswith("loss.seq_aux") else name.removeprefix("loss.")
+        if name != "loss":
+            found[part] = found.get(part, 0.0) + float(data_of(loss))
+    return found
 
 
 def loads(c: Config, routing: Mapping[str, Routing]) -> dict[str, Array]:
@@ -104,7 +117,13 @@ def named(model: ForCausalLM, grads: Gradients) -> dict[str, Array]:
 
 
 def update(
-    c: Config, state: State, loss: float, grads: dict[str, Array], load: dict[str, Array], recipe: Recipe
+    c: Config,
+    state: State,
+    loss: float,
+    grads: dict[str, Array],
+    load: dict[str, Array],
+    recipe: Recipe,
+    parts: Mapping[str, float],
 ) -> tuple[State, Report]:
     """Clip, AdamW on the masters, bias by load: what a step does with its gradients. -> the new state, what was seen."""
     state, norm = descend(state, grads, recipe)
@@ -116,7 +135,7 @@ def update(
                 zero_sum = c.dialect.bias_update == "zero_sum"
                 with unit(place):
                     weights[name] = bias_update(weights[name], n, gamma=recipe.gamma, zero_sum=zero_sum)
-    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load)
+    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load, parts)
 
 
 def descend(state: State, grads: dict[str, Array], recipe: Recipe) -> tuple[State, float]:

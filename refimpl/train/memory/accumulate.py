@@ -28,7 +28,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.loss import IGNORE
 from refimpl.layers.stage import observing
 from refimpl.model import ForCausalLM, Inputs, Output
-from refimpl.train.training import Recipe, Report, State, loads, named, update
+from refimpl.train.training import Recipe, Report, State, loads, named, parts, update
 
 from .policies import Frugal, Policy
 
@@ -41,11 +41,14 @@ def step(
     *,
     micro_batches: int = 1,
     labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
     policy: Policy | None = None,
 ) -> tuple[State, Report]:
     """`refimpl.train.step` on tokens (B, S) in micro-batches of B / micro_batches sequences, and under a memory policy.
 
-    `labels` (B, S): by default the tokens; IGNORE (-100) does not count. SpecError unless B divides.
+    `labels` (B, S): by default the tokens; IGNORE (-100) does not count. `valid`, `documents` as there. SpecError unless B
+    divides.
     """
     require(
         micro_batches >= 1 and len(tokens) % micro_batches == 0,
@@ -56,11 +59,13 @@ def step(
     if policy is not None:
         policy.check(c)
         model = Frugal.from_weights(c, dict(_given(model))).following(policy, recipe.plan)
-    labels = tokens if labels is None else labels
-    parts = np.split(np.arange(len(tokens)), micro_batches)
-    batches = [model.inputs(tokens[i], labels=labels[i]) for i in parts]
-    loss, grads, load = accumulate(model, batches, recipe)
-    return update(c, state, loss, named(model, grads), load, recipe)
+    rows = {"labels": tokens if labels is None else labels, "valid": valid, "documents": documents}
+    batches = [
+        model.inputs(tokens[i], **{name: x[i] for name, x in rows.items() if x is not None})
+        for i in np.split(np.arange(len(tokens)), micro_batches)
+    ]
+    loss, grads, load, seen = accumulate(model, batches, recipe)
+    return update(c, state, loss, named(model, grads), load, recipe, seen)
 
 
 def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
@@ -69,22 +74,27 @@ def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
 
 def accumulate(
     model: ForCausalLM, batches: Sequence[Inputs], recipe: Recipe
-) -> tuple[float, Gradients, dict[str, Array]]:
-    """Loss of all micro-batches together, its gradients by leaf, tokens per expert by layer. SpecError without labels."""
+) -> tuple[float, Gradients, dict[str, Array], dict[str, float]]:
+    """Loss of all micro-batches together, its gradients by leaf, tokens per expert by layer, its parts. SpecError without
+    labels.
+    """
     require(batches, "no micro-batch")
-    total, grads, load = 0.0, Gradients(), dict[str, Array]()
+    total, grads, load, seen = 0.0, Gradients(), dict[str, Array](), dict[str, float]()
     counts = [_counts(b, model.n_mtp) for b in batches]
     whole = {key: max(sum([n[key] for n in counts]), 1) for key in counts[0]}
     for inputs, n in zip(batches, counts, strict=True):
         with observing(recipe.plan):
             out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-        loss = _share(out, {key: n[key] / whole[key] for key in n}, model, recipe)
-        for at, seen in loads(model.config, out.routing).items():
-            load[at] = load[at] + seen if at in load else seen
+        share = {key: n[key] / whole[key] for key in n}
+        loss = _share(out, share, model, recipe)
+        for name, part in parts(out.losses).items():
+            seen[name] = seen.get(name, 0.0) + part * share[_means(model, name)]
+        for at, counted in loads(model.config, out.routing).items():
+            load[at] = load[at] + counted if at in load else counted
         del out  # logits and hidden states: backward needs none of them
         total += float(data_of(loss))
         backward(loss, into=grads)
-    return total, grads, load
+    return total, grads, load, seen
 
 
 def _counts(inputs: Inputs, depths: int) -> dict[str, int]:
@@ -100,13 +110,19 @@ def _share(out: Output, share: dict[str, float], model: ForCausalLM, recipe: Rec
     """What a micro-batch adds to the loss of the whole batch ()."""
     if len(set(share.values())) == 1:
         return out.loss * share["labels0"]
-    valid = model.config.dialect.mtp_loss_mean == "valid"
     heads = [name for name in out.losses if name.startswith("loss.mtp")]
     loss = out.losses["loss.main"] * share["labels0"]
     for name, part in out.losses.items():
         if name in heads:
-            depth = name.removeprefix("loss.mtp") if valid else "0"
-            loss = loss + part * (share[f"labels{depth}"] * recipe.mtp_weight / len(heads))
+            loss = loss + part * (share[_means(model, name.removeprefix("loss."))] * recipe.mtp_weight / len(heads))
         elif name.endswith("loss.seq_aux"):
             loss = loss + part * share["sequences"]
     return loss
+
+
+def _means(model: ForCausalLM, part: str) -> str:
+    """What a part of the loss is a mean over, as `_counts` names it."""
+    if part == "balance":
+        return "sequences"
+    own = part.startswith("mtp") and model.config.dialect.mtp_loss_mean == "valid"
+    return f"labels{part.removeprefix('mtp')}" if own else "labels0"
