@@ -35,12 +35,13 @@ def recipe(precision="bf16", **optimizer):
     }
 
 
-def shards(
-    folder, text="".join([f"{i} times {i} is {i * i}. " for i in range(40)]), length=LENGTH, packing="concatenate"
-):
+TEXT = "".join([f"{i} times {i} is {i * i}.\n" for i in range(40)])
+
+
+def shards(folder, text=TEXT, length=LENGTH, packing="concatenate"):
     """Shards of a text of bytes; every document a line, so best-fit leaves padding."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.txt").write_text(text.replace(". ", ".\n"))
+    (folder / "text.txt").write_text(text)
     list(build(folder / "shards", [folder / "text.txt"], Bytes(), Build(length, packing, split="line")))
     return folder / "shards"
 

@@ -1,5 +1,6 @@
 """A training run: the loop is the step repeated, a resumed run is one that never stopped, metrics say what the step saw."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_the_loop_is_the_step_repeated(whole, shards):
     state = train.State(train.init(runs.CONFIG, seed=3, std=0.1))
     for t in range(runs.STEPS):
         batch, cursor = reader.take(cursor, runs.BATCH)
-        lr = [1e-3, 2e-3][t] if t < 2 else 3e-3 + (1e-3 - 3e-3) * ((1 - np.cos(np.pi * ((t - 2) / 4))) / 2)
+        lr = [1e-3, 2e-3][t] if t < 2 else 3e-3 + (1e-3 - 3e-3) * ((1 - math.cos(math.pi * ((t - 2) / 4))) / 2)
         how = train.Recipe(job.run.recipe(0).plan, train.AdamW(lr, moments="bf16"), gamma=0.01 if t < 3 else 0.0)
         how = replace(how, mtp_weight=0.3 if t < 3 else 0.1, aux_weight=1e-2)
         state, report = train.step(runs.CONFIG, state, recipe=how, **batch.inputs())
