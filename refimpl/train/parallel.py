@@ -75,6 +75,24 @@ def start(world: Comm, c: Config, weights: Mapping[str, Array], recipe: Recipe, 
     return Rank(c, groups, schedule, local, recipe, held, [kind.shard(held, dtype) for kind in local.kinds])
 
 
+def again(rank: Rank, weights: Mapping[str, Array]) -> Rank:
+    """As this rank, at the start of a run with other weights."""
+    return start(rank.groups.world, rank.config, weights, rank.recipe, rank.groups.mesh, rank.schedule)
+
+
+def changed(rank: Rank, c: Config) -> Rank:
+    """The same rank with another config of the same shapes: phases of a run change how positions are turned (R 4.3)."""
+    c, local = trained(c, rank.recipe), rank.local
+    if c == rank.config:
+        return rank
+    model = ForCausalLM(c)
+    nothing = {
+        n: np.broadcast_to(rank.recipe.plan.dtype(0), w.shape) for n, w in model.named_weights() if not w.optional
+    }
+    new = divide(rank.groups, rank.schedule.layout, model.load(nothing))
+    return replace(rank, config=c, local=replace(local, cut=new.cut, model=new.model))
+
+
 def trained(c: Config, recipe: Recipe) -> Config:
     """The model that a recipe trains: without MTP modules if their loss does not count."""
     return c if recipe.mtp_weight else c.replace(num_nextn_predict_layers=0)
@@ -98,8 +116,8 @@ def step(
     out, grads, load, heard = _passes(rank, {"tokens": tokens} | {n: x for n, x in rows.items() if x is not None})
     loss, parts = _together(rank, out, heard)
     update = partial(_adamw, opt=replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(t - 1)))
-    parts = [{name: grads[name] for name in kind.names} for kind in local.kinds]
-    new, shards, norm = axes.data.step(rank.shards, parts, update, max_norm=recipe.max_norm)
+    own = [{name: grads[name] for name in kind.names} for kind in local.kinds]
+    new, shards, norm = axes.data.step(rank.shards, own, update, max_norm=recipe.max_norm)
     assert norm is not None
     load = {at: all_reduce(local.replicas, n, f"load.{at}") for at, n in sorted(load.items())}
     weights = dict(rank.weights)
@@ -131,7 +149,7 @@ def _passes(
     loss.
     """
     recipe, local, load, heard = rank.recipe, rank.local, dict[str, Array](), dict[str, float]()
-    batches = _micro_batches(rank, {"labels": rows["tokens"]} | rows)
+    batches = _micro_batches(rank, {"labels": rows["tokens"], **rows})
 
     def leaf(name: str, w: Any) -> Any:
         held = recipe.plan.weight(name, rank.weights[name]) if hasattr(w, "dtype") else w
