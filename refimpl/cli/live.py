@@ -16,9 +16,9 @@ Tell = Callable[["Record"], None]
 
 
 @contextmanager
-def told(every: int, steps: int) -> Iterator[Tell]:
-    """What to give the records of a run of so many steps to."""
-    if not sys.stdout.isatty():
+def told(every: int, steps: int, *, alone: bool = True) -> Iterator[Tell]:
+    """What to give the records of a run of so many steps to; lines too where this process is not `alone` on the screen."""
+    if not (alone and sys.stdout.isatty()):
         yield lambda r: print(line(r, steps), flush=True) if r["step"] % every == 0 or r["step"] == steps else None
         return
     from rich.console import Console

@@ -85,9 +85,10 @@ def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
     from .live import told
 
     how: dict[str, Any] = {"resume": args.resume}
-    with _asked() as asked, told(job.log.every, len(job)) as tell:
+    launched = any(name in os.environ for name in LAUNCHED)
+    with _asked() as asked, told(job.log.every, len(job), alone=not launched) as tell:
         how |= {"stop": asked, "tell": tell}
-        if any(name in os.environ for name in LAUNCHED):
+        if launched:
             from refimpl.parallel_emulation.comm import mpi
 
             require(args.ranks is None, "--ranks is for the simulator; under mpiexec the processes are the ranks")

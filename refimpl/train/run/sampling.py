@@ -10,7 +10,7 @@ from refimpl.autograd.errors import require
 from refimpl.infer import Request, Settings, generate
 from refimpl.layers.config import Config
 from refimpl.model import Impl
-from refimpl.train.data import load_tokenizer
+from refimpl.train.data import Bytes, load_tokenizer
 from refimpl.train.data.tokenizer import EOS
 from refimpl.train.training import Recipe
 
@@ -26,7 +26,7 @@ class Sampler:
         self._how = how = job.samples
         if how is None:
             return
-        known = job.tokenizer or ("bytes" if tokenizer == "bytes/1" else None)
+        known = job.tokenizer or ("bytes" if tokenizer == Bytes.fingerprint else None)
         require(known, f"samples of shards by tokenizer {tokenizer}: name its file, [data] tokenizer = ...")
         self._tokenizer = load_tokenizer(known or "")
         self._ids = [[int(i) for i in ids] for ids in self._tokenizer.encode(how.prompts)]
