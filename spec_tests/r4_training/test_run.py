@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from refimpl.autograd import SpecError
 from refimpl.spec_tests.cases import runs
 from refimpl.train.checkpoints import Keeper
 from refimpl.train.data import Reader, Shards
+from refimpl.train.memory import Frugal
 from refimpl.train.run import records
 from refimpl.train.run import train as go
 from refimpl.train.run.monitor import VARIES
@@ -91,3 +95,56 @@ def test_a_folder_with_a_run_is_not_begun_again(whole, shards):
         go(runs.job(shards), whole[1])
     with pytest.raises(SpecError, match="no run to resume"):
         go(runs.job(shards), whole[1] / "nowhere", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("memory", "micro_batch"),
+    [
+        ("report", None),
+        *[pytest.param(*p, marks=pytest.mark.slow) for p in [("roots", None), ("again", 4), (500_000, None)]],
+    ],
+)
+def test_memory_policies_change_no_bit(whole, shards, tmp_path, memory, micro_batch):
+    """Catches a policy that is not followed (it would measure as `keep` does), or that follows it to other gradients."""
+    followed = []
+    job = runs.job(shards, memory=memory, micro_batch=micro_batch, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        before = Frugal.following
+        patch.setattr(Frugal, "following", lambda self, p, plan: followed.append(p) or before(self, p, plan))
+        go(job, tmp_path / "run")
+    assert followed and not all(s.mode == "keep" for p in followed for s in p.segments)
+    for mine, theirs in zip(same(records(tmp_path / "run")), same(records(whole[1])), strict=False):
+        assert mine == theirs
+
+
+def test_micro_batches_are_the_batch(whole, shards, tmp_path):
+    """Catches micro-batches that each take a step. The first loss is the sum of theirs, in float32; then bfloat16 drifts."""
+    go(runs.job(shards, micro_batch=1, steps=2), tmp_path / "run")
+    mine, theirs = (list(records(folder)) for folder in (tmp_path / "run", whole[1]))
+    assert [r["tokens"] for r in mine] == [r["tokens"] for r in theirs[:2]]
+    assert mine[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3) and mine[0]["loss"] != theirs[0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(whole, shards, tmp_path):
+    """Catches a run that a SIGKILL leaves in a state from which it ends elsewhere, whenever it comes."""
+    code = (
+        "import sys, pathlib; sys.path.insert(0, {root!r}); import conftest\n"
+        "from refimpl.spec_tests.cases import runs; from refimpl.train.run import train\n"
+        "train(runs.job(pathlib.Path({shards!r})), {folder!r}, resume={resume}, tell=lambda r: print(r['step'], flush=True))"
+    )
+    folder, root = tmp_path / "run", str(Path(__file__).parents[2])
+    (tmp_path / "run").mkdir()
+    for at in (1, 3, 5, None):
+        text = code.format(
+            root=root, shards=str(shards), folder=str(folder), resume=folder.joinpath("checkpoints").exists()
+        )
+        with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if at is not None and int(line) >= at:
+                    process.kill()
+    (tensors, cursor), (want, where) = saved(folder), saved(whole[1])
+    assert cursor == where and tensors.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_array_equal(tensors[name], x, err_msg=name)
+    assert same(records(folder)) == same(records(whole[1]))

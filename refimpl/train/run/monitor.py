@@ -70,6 +70,12 @@ class Monitor:
             self._board.add(whole)
         self._tell(whole)
 
+    def sync(self) -> None:
+        """What was written onto the disk."""
+        for journal in (self._journal, self._samples):
+            if journal is not None:
+                journal.sync()
+
     def sampled(self, samples: Sequence[Record]) -> None:
         """Texts that the model made."""
         for sample in samples:
