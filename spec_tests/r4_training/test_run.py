@@ -21,18 +21,6 @@ from refimpl.train.run import train as go
 from refimpl.train.run.monitor import VARIES
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return runs.shards(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory):
-    """The job in one go -> its end, its folder."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return go(runs.job(shards), folder), folder
-
-
 def same(records):
     """What must not depend on when and where a step was taken."""
     return [{name: x for name, x in r.items() if name not in VARIES} for r in records]
@@ -68,7 +56,7 @@ def test_the_loop_is_the_step_repeated(whole, shards):
         np.testing.assert_array_equal(end.weights[name], w, err_msg=name)
 
 
-@pytest.mark.parametrize("stops", [(1,), (2, 5)])
+@pytest.mark.parametrize("stops", [(1, 4), pytest.param((2, 5), marks=pytest.mark.slow)])
 def test_a_resumed_run_never_stopped(whole, shards, tmp_path, stops):
     """Catches moments, cursor, average or step number lost or counted twice over a stop, and metrics with gaps or doubles."""
     job, folder, done = runs.job(shards), tmp_path / "run", 0

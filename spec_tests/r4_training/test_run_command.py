@@ -17,39 +17,28 @@ from refimpl.train.run.monitor import VARIES
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """A recipe file in a folder with its shards."""
+def recipe(shards, tmp_path_factory):
+    """A recipe file that says what `runs.job` says."""
     folder = tmp_path_factory.mktemp("recipe")
-    runs.shards(folder)
     keys = {k: x for k, x in runs.CONFIG.to_dict().items() if isinstance(x, int) and not isinstance(x, bool)}
     model = "".join([f"{k} = {x}\n" for k, x in keys.items()])
     tables = (
-        f'[model]\npreset = "tiny"\n{model}[data]\nshards = "shards"\n[log]\npeak = 1e9\n[checkpoints]\nevery = 4\n'
+        f'[model]\npreset = "tiny"\n{model}[data]\nshards = "{shards}"\n[log]\npeak = 1e9\n[checkpoints]\nevery = 2\n'
     )
-    (folder / "job.toml").write_text(f"{to_toml(runs.recipe())}\n{tables}")
+    (folder / "job.toml").write_text(f"{to_toml(runs.recipe())}\n{tables}[train]\nseed = 3\n")
     return folder / "job.toml"
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """The run in one go -> its records, what was printed."""
-    folder, out = tmp_path_factory.mktemp("whole") / "run", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "line", lambda r, steps, before=live.line: out.append(before(r, steps)) or out[-1])
-        assert main(["train", str(recipe), "-o", str(folder)]) == 0
-    return folder, out
 
 
 def same(folder):
     return [{name: x for name, x in r.items() if name not in VARIES} for r in records(folder)]
 
 
-def test_a_line_a_step(whole):
-    """Catches a run that says nothing where nobody watches, or what no program can read."""
-    folder, out = whole
-    assert [line.split("  ")[:2] for line in out] == [
-        [f"step {r['step']}/6", f"loss {r['loss']:.4f}"] for r in records(folder)
-    ]
+def test_a_file_and_a_command_are_the_job(recipe, whole, tmp_path, capfd):
+    """Catches a table of the file that the command drops, a run that says nothing where nobody watches, lines that are no steps."""
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    assert same(tmp_path / "run") == same(whole[1])
+    lines = [line.split("  ")[:2] for line in capfd.readouterr().out.splitlines()]
+    assert lines == [[f"step {r['step']}/6", f"loss {r['loss']:.4f}"] for r in records(whole[1])]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch, capfd):
@@ -71,7 +60,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     command = re.search(r"stopped after step 3, saved; go on with: refimpl (.*)\n", said.err)[1]
     assert main(shlex.split(command)) == 0
-    assert same(tmp_path / "run") == same(whole[0])
+    assert same(tmp_path / "run") == same(whole[1])
 
 
 def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
@@ -88,7 +77,7 @@ def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
 
 def test_what_went_wrong_says_how_to_go_on(recipe, whole, tmp_path, capfd):
     """Catches a run begun over another, bad input that ends as a bug, and advice to resume where nothing was begun."""
-    folder = shutil.copytree(whole[0], tmp_path / "run")
+    folder = shutil.copytree(whole[1], tmp_path / "run")
     assert main(["train", str(recipe), "-o", str(folder)]) == BAD_INPUT
     said = capfd.readouterr().err
     assert "holds a run of 6 steps; --resume goes on with it" in said and "mended" not in said
@@ -110,7 +99,7 @@ def test_on_ranks_of_the_simulator(recipe, whole, tmp_path):
     roundings to bfloat16 that it moves.
     """
     assert main(["train", str(recipe), "-o", str(tmp_path / "run"), "--ranks", "2", "--steps", "3"]) == 0
-    for mine, theirs in zip(same(tmp_path / "run"), same(whole[0]), strict=False):
+    for mine, theirs in zip(same(tmp_path / "run"), same(whole[1]), strict=False):
         assert mine["links/bytes"] > 0 and mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
@@ -123,12 +112,12 @@ def test_a_process_of_mpiexec_is_a_rank(recipe, tmp_path, monkeypatch, capfd):
 
 def test_plot(whole, tmp_path, capfd):
     """Catches a figure of another format than its name says, and a file that is begun and left."""
-    assert main(["plot", str(whole[0]), "-o", str(tmp_path / "run.pdf")]) == BAD_INPUT
+    assert main(["plot", str(whole[1]), "-o", str(tmp_path / "run.pdf")]) == BAD_INPUT
     assert "ends in .svg or .png" in capfd.readouterr().err
     assert main(["plot", str(tmp_path), "-o", str(tmp_path / "run.svg")]) == BAD_INPUT
     assert "holds no metrics.jsonl" in capfd.readouterr().err and not list(tmp_path.iterdir())
     with contextlib.suppress(ImportError):
         import matplotlib  # noqa: F401
 
-        assert main(["plot", str(whole[0]), "-o", str(tmp_path / "run.svg"), "--metric", "load/*/dead"]) == 0
+        assert main(["plot", str(whole[1]), "-o", str(tmp_path / "run.svg"), "--metric", "load/*/dead"]) == 0
         assert "<svg" in (tmp_path / "run.svg").read_text() and capfd.readouterr().out.endswith("run.svg\n")

@@ -38,7 +38,9 @@ def test_bias_by_hand():
     assert meters.bias(np.float32([3, -3, 3, -3])) == {"drift": 3.0, "spread": 6.0}
 
 
-@pytest.mark.parametrize("c", [DEEPSEEK_V3, TINY.replace(num_nextn_predict_layers=2)], ids=["V3", "tiny"])
+@pytest.mark.parametrize(
+    "c", [DEEPSEEK_V3.replace(num_hidden_layers=5), TINY.replace(num_nextn_predict_layers=2)], ids=["V3", "tiny"]
+)
 @pytest.mark.parametrize("mtp", [False, True])
 def test_flop_of_a_token(c, mtp):
     """Catches experts counted that a token does not visit, an embedding that multiplies nothing, MTP without its head.
@@ -59,11 +61,6 @@ def test_flop_of_a_token(c, mtp):
 
 
 # ---- Records
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return runs.shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +101,7 @@ def test_a_record_says_what_the_step_saw(run, shards):
     assert first["norm"] == report.norm and first["peak_bytes"] > 1 << 24
 
 
-def test_held_out_text_and_samples_come_when_they_are_due(run, shards, tmp_path):
+def test_held_out_text_and_samples_come_when_they_are_due(run, whole, shards, tmp_path):
     """Catches an evaluation that learns, that averages batches with unequal labels, or that is off by a step; samples likewise.
 
     Oracle: one pass over all six rows at once, by the weights of a run that ends there without evaluating. Rounded to
@@ -113,9 +110,8 @@ def test_held_out_text_and_samples_come_when_they_are_due(run, shards, tmp_path)
     rows = list(records(run))
     assert [r["step"] for r in rows if "eval/main" in r] == [3, 6]
     assert [(s["step"], s["prompt"]) for s in records(run, "samples.jsonl")] == [(n, "1 times") for n in (0, 4, 6)]
-    plain = train(runs.job(shards), tmp_path / "plain")
     job = runs.job(shards)
-    engine = Serial(job, State(dict(plain.weights)))
+    engine = Serial(job, State(dict(whole[0].weights)))
     held = runs.shards(tmp_path / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
     reader = Reader(Shards(held))
     batch, _ = reader.take(reader.start(), 6)

@@ -31,10 +31,10 @@ element that is nearly 0 beside that rounding moves by up to lr = 3e-3 either wa
 
 
 def job(folder, **changes):
-    """Six steps in float32 on rows that end in padding, held-out text after every third."""
+    """Four steps in float32 on rows that end in padding, held-out text after the third and the last."""
     shards = runs.shards(folder / "data", packing="best-fit")
     held = runs.shards(folder / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
-    plain = runs.job(shards, run=read(runs.recipe("float32")), evaluation=Evaluation(held, 3, 4, 4))
+    plain = runs.job(shards, run=read(runs.recipe("float32")), evaluation=Evaluation(held, 3, 4, 4), steps=4)
     return replace(plain, **changes)
 
 
@@ -89,8 +89,9 @@ def test_two_ranks_take_the_run_of_one(tmp_path):
     equal(tmp_path / "stopped", tmp_path / "two")
     train(one, tmp_path / "fewer", resume=True)
     alike(tmp_path / "fewer", tmp_path / "one")
-    for name, x in saved(tmp_path / "fewer").items():
-        assert np.isfinite(x).all() and x.shape == saved(tmp_path / "one")[name].shape
+    assert {n: x.shape for n, x in saved(tmp_path / "fewer").items()} == {
+        n: x.shape for n, x in saved(tmp_path / "one").items()
+    }
 
 
 @pytest.mark.slow
