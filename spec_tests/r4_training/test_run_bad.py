@@ -14,7 +14,7 @@ from refimpl.spec_tests.cases.failing_disk import FullDisk
 from refimpl.train.checkpoints import Keeper, keeper
 from refimpl.train.data import Cursor
 from refimpl.train.guard import NotFinite
-from refimpl.train.recipe import read, to_toml
+from refimpl.train.recipe import load, read, to_toml
 from refimpl.train.run import Evaluation, Samples, feed, journal, load_job, records, train
 from refimpl.train.run.monitor import VARIES
 
@@ -85,7 +85,7 @@ peak = "2G"
     assert job.evaluation == Evaluation(tmp_path / "held", 100, 4, 2)
     assert job.samples == Samples(("a", "b"), 100, 64, 0.5)
     assert job.log.tensorboard and job.log.peak == 2e9 and job.log.every == 1
-    assert read(runs.recipe()) == job.run
+    assert read(runs.recipe()) == job.run == load(tmp_path / "job.toml")  # `refimpl recipe` reads it too
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from refimpl.autograd import SpecError
 from refimpl.cli import live
@@ -148,18 +147,29 @@ def test_a_journal_goes_on_where_it_is_told(tmp_path):
 # ---- For people
 
 
-def test_a_line_and_a_table(run):
-    """Catches a table that leaves out a layer, a part of the loss or the held-out loss."""
+class Screen(io.StringIO):
+    """Where a person watches."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_line_and_a_table(run, monkeypatch):
+    """Catches a table that leaves out a layer, a part of the loss or the held-out loss, and one that is drawn into a pipe."""
     last = list(records(run))[-1]
     assert live.line(last, 6).startswith(f"step 6/6  loss {last['loss']:.4f}  held out {last['eval/main']:.4f}  norm ")
-    out = io.StringIO()
-    Console(file=out, width=120).print(live.table(last, 6))
-    text = out.getvalue()
+    screen, pipe = Screen(), io.StringIO()
+    for out, alone in ((screen, True), (pipe, True)):
+        monkeypatch.setattr("sys.stdout", out)
+        with live.told(1, 6, alone=alone) as tell:
+            tell(last)
+    text = screen.getvalue()
     assert all(
         name in text for name in ("step 6 of 6, only, 288 tokens", "loss/mtp1", "loss/balance", "eval/main", "tokens/s")
     )
     row = next(line for line in text.splitlines() if " L1 " in line)
     assert f"{last['load/L1/peak']:.2f}" in row and f"{last['bias/L1/drift']:.4f}" in row
+    assert pipe.getvalue() == live.line(last, 6) + "\n"
     assert [live.size(n) for n in (5, 3 << 10, 5 << 19, 1 << 30)] == ["5 B", "3 KiB", "2.5 MiB", "1 GiB"]
 
 
