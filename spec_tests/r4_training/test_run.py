@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,13 +36,14 @@ def saved(folder):
 
 
 def test_the_loop_is_the_step_repeated(whole, shards):
-    """Catches a schedule read a step early, batches in another order, a step on stale weights. Oracle: `train.step` in a plain
+    """Catches a schedule read a step early, batches in another order, an average of other weights. Oracle: `train.step` in a plain
     loop, each step's recipe written out from the report's formulas.
     """
     job, state = runs.job(shards), None
     reader = Reader(Shards(shards), 3, None)
     cursor, losses = reader.start(), []
     state = train.State(train.init(runs.CONFIG, seed=3, std=0.1))
+    average = dict(state.weights)
     for t in range(runs.STEPS):
         batch, cursor = reader.take(cursor, runs.BATCH)
         lr = [1e-3, 2e-3][t] if t < 2 else 3e-3 + (1e-3 - 3e-3) * ((1 - math.cos(math.pi * ((t - 2) / 4))) / 2)
@@ -49,11 +51,15 @@ def test_the_loop_is_the_step_repeated(whole, shards):
         how = replace(how, mtp_weight=0.3 if t < 3 else 0.1, aux_weight=1e-2)
         state, report = train.step(runs.CONFIG, state, recipe=how, **batch.inputs())
         losses.append(report.loss)
+        average = {n: np.float32(0.9) * a + np.float32(0.1) * state.weights[n] for n, a in average.items()}
     end, folder = whole
+    found, _ = saved(folder)
     assert end.complete and end.step == runs.STEPS
     assert [r["loss"] for r in records(folder)] == losses
     for name, w in state.weights.items():
         np.testing.assert_array_equal(end.weights[name], w, err_msg=name)
+        kept = average[name] if "bias" not in name else w  # the balancing bias is no parameter
+        np.testing.assert_array_equal(found[f"ema/{name}"], kept, err_msg=name)
 
 
 @pytest.mark.parametrize("stops", [(1, 4), pytest.param((2, 5), marks=pytest.mark.slow)])
@@ -81,6 +87,8 @@ def test_a_folder_with_a_run_is_not_begun_again(whole, shards):
     """Catches a run written over another."""
     with pytest.raises(SpecError, match=r"holds a run of 6 steps; --resume"):
         go(runs.job(shards), whole[1])
+    again = go(runs.job(shards, steps=4), shutil.copytree(whole[1], whole[1].with_name("again")), resume=True)
+    assert again.complete and again.step == 6
     with pytest.raises(SpecError, match="no run to resume"):
         go(runs.job(shards), whole[1] / "nowhere", resume=True)
 

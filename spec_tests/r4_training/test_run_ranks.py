@@ -148,6 +148,26 @@ def test_no_number_on_ranks(tmp_path, monkeypatch):
     assert Keeper(tmp_path / "run" / "checkpoints").steps() == [2, 3]
 
 
+def _sometimes():
+    d = runs.recipe("float32")
+    d["phase"][0]["mtp_weight"] = [{"value": 0.3, "share": 0.5}, {"value": 0.0}]
+    return d
+
+
+@pytest.mark.slow
+def test_mtp_modules_that_are_never_trained_are_left_out(tmp_path):
+    """Catches a checkpoint that one rank writes with them and ranks without them: neither could go on from the other's."""
+    d = runs.recipe("float32")
+    d["phase"][0]["mtp_weight"] = 0
+    plain = job(tmp_path, run=read(d))
+    end = train(plain, tmp_path / "one")
+    assert not [n for n in end.weights if ".layers.2." in n] and "loss/mtp1" not in next(records(tmp_path / "one"))
+    train(plain, tmp_path / "run", stop=stop_after(2))
+    simulated(replace(plain, mesh="ep=2"), tmp_path / "run", 2, resume=True, stop=stop_after(1))
+    train(plain, tmp_path / "run", resume=True)
+    alike(tmp_path / "run", tmp_path / "one")
+
+
 def test_what_ranks_cannot_do_is_refused(tmp_path):
     """Catches a batch that does not divide, a mesh of another size, a policy or samples that would be dropped without a word."""
     plain = job(tmp_path, evaluation=None)
@@ -155,8 +175,13 @@ def test_what_ranks_cannot_do_is_refused(tmp_path):
         (replace(plain, mesh="pp=2,ep=2"), r"the mesh pp 2 x dp 1 x ep 2 x tp 1 takes 4 ranks, the run has 3"),
         (plain, r"4 sequences for 3 data-parallel ranks in micro-batches of 2"),
         (replace(plain, memory="report"), r"memory 'report': recomputation is for one rank"),
+        (
+            replace(plain, mesh="ep=3", steps=2, evaluation=Evaluation(plain.shards["only"], 9, 4, 4)),
+            r"4 sequences for 3 data",
+        ),
         (replace(plain, samples=Samples(("a",))), r"samples are made on one rank"),
         (replace(plain, mesh="pp=3"), r"2 layers do not divide among 3 stages"),
+        (replace(plain, run=read(_sometimes()), mesh="pp=3"), r"mtp_weight is 0 in a part of the run only"),
     ]
     for bad, says in cases:
         with pytest.raises(SpecError, match=says):

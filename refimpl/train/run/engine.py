@@ -63,8 +63,8 @@ class Serial:
     def start(cls, job: Job, saved: Saved | None) -> Serial:
         """From a checkpoint, or from new weights. SpecError for a checkpoint of another config."""
         if saved is None:
-            return cls(job, State(init(job.model(0), seed=job.seed, std=job.run.optimizer.init_std)))
-        found = serial.resume(saved, job.model(saved.step))
+            return cls(job, State(init(job.model_after(0), seed=job.seed, std=job.run.optimizer.init_std)))
+        found = serial.resume(saved, job.model_after(saved.step))
         return cls(job, found.state, found.ema)
 
     @property

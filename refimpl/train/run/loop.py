@@ -140,10 +140,10 @@ class Loop:
                 kept = f"kept: {self.keeper.path(self.engine.done)}" if self.engine.done else "it was the first step"
                 raise NotFinite(f"{error}\n  {kept}") from None
         self._save(cursors)
-        return End(self.engine.done, self.engine.done == len(self.job), self.engine.weights())
+        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights())
 
     def _now(self, step: int) -> tuple[Config, Recipe]:
-        return self.job.run.config(step, self.job.config), self.job.run.recipe(step)
+        return self.job.model(step), self.job.run.recipe(step)
 
     def _step(self, cursors: Cursors, stop: Callable[[], bool]) -> tuple[Cursors, bool]:
         """One step with everything due after it -> the cursors after it, whether to stop."""
@@ -180,4 +180,4 @@ class Loop:
             self.monitor.sync()
         job, done = self.job, self.engine.done
         cursor, counters = {of: c.to_dict() for of, c in cursors.items()}, {"job": job.identity(done)}
-        return self.engine.snapshot(facts(job.model(done), cursor=cursor, counters=counters))
+        return self.engine.snapshot(facts(job.model_after(done), cursor=cursor, counters=counters))
