@@ -67,7 +67,7 @@ def run(shards, tmp_path_factory):
     """A run with everything but TensorBoard -> its folder."""
     folder = tmp_path_factory.mktemp("run")
     held = runs.shards(folder / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
-    job = runs.job(shards, evaluation=Evaluation(held, 3, 6, 2), samples=Samples(("1 times",), 4, 3))
+    job = runs.job(shards, evaluation=Evaluation(held, 4, 6, 2), samples=Samples(("1 times",), 4, 3))
     train(job, folder / "run")
     return folder / "run"
 
@@ -107,7 +107,7 @@ def test_held_out_text_and_samples_come_when_they_are_due(run, whole, shards, tm
     bfloat16 alike, so only the order of float32 sums differs.
     """
     rows = list(records(run))
-    assert [r["step"] for r in rows if "eval/main" in r] == [3, 6]
+    assert [r["step"] for r in rows if "eval/main" in r] == [4, 6]
     assert [(s["step"], s["prompt"]) for s in records(run, "samples.jsonl")] == [(n, "1 times") for n in (0, 4, 6)]
     job = runs.job(shards)
     engine = Serial(job, State(dict(whole[0].weights)))
@@ -178,7 +178,7 @@ def test_curves_are_the_records(run):
     found = curves(run, ["eval/*", "loss"], "step")
     rows = list(records(run))
     assert found["loss"] == ([1, 2, 3, 4, 5, 6], [r["loss"] for r in rows])
-    assert found["eval/main"] == ([3, 6], [rows[2]["eval/main"], rows[5]["eval/main"]]) and "eval/mtp1" in found
+    assert found["eval/main"] == ([4, 6], [rows[3]["eval/main"], rows[5]["eval/main"]]) and "eval/mtp1" in found
     assert set(found) == {"loss", "eval/main", "eval/mtp1"}
 
 
