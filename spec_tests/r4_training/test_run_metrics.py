@@ -27,6 +27,7 @@ def test_load_by_hand():
     """Catches a mean over experts that have tokens, an entropy in bits, a dead expert counted as log 0."""
     assert meters.load(np.array([2, 2, 2, 2])) == {"peak": 1.0, "entropy": 1.0, "dead": 0}
     assert meters.load(np.array([8, 0, 0, 0])) == {"peak": 4.0, "entropy": 0.0, "dead": 3}
+    assert meters.load(np.array([1, 7]))["dead"] == 0
     half = meters.load(np.array([3, 3, 0, 0]))
     assert half["peak"] == 2.0 and half["dead"] == 2 and half["entropy"] == pytest.approx(0.5, abs=1e-15)
     assert meters.load(np.zeros(4, np.int64)) == {"peak": 0.0, "entropy": 0.0, "dead": 4}
@@ -159,6 +160,7 @@ def test_a_line_and_a_table(run, monkeypatch):
     last = list(records(run))[-1]
     assert live.line(last, 6).startswith(f"step 6/6  loss {last['loss']:.4f}  held out {last['eval/main']:.4f}  norm ")
     screen, pipe = Screen(), io.StringIO()
+    monkeypatch.setenv("COLUMNS", "100")
     for out, alone in ((screen, True), (pipe, True)):
         monkeypatch.setattr("sys.stdout", out)
         with live.told(1, 6, alone=alone) as tell:
