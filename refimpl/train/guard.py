@@ -30,14 +30,24 @@ class NotFinite(SpecError):
     """A step gave no number; the state before it is good."""
 
 
-def guarded_step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State, Report]:
-    """`step`, or NotFinite if loss or gradient norm is NaN or infinite: which stage first showed it, of which tokens."""
+def guarded_step(
+    c: Config,
+    state: State,
+    tokens: Array,
+    recipe: Recipe,
+    take: Callable[..., tuple[State, Report]] = step,
+    **rows: Array,
+) -> tuple[State, Report]:
+    """`step`, or NotFinite if loss or gradient norm is NaN or infinite: which stage first showed it, of which tokens.
+
+    `take`: another way to take the same step (`memory.step`); `rows`: labels, valid, documents, as there.
+    """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        new, report = step(c, state, tokens, recipe)
+        new, report = take(c, state, tokens, recipe, **rows)
     try:
         check(report)
     except NotFinite as error:
-        raise NotFinite(f"{error}\n  {first_bad(c, state, tokens, recipe)}") from None
+        raise NotFinite(f"{error}\n  {first_bad(c, state, tokens, recipe, **rows)}") from None
     return new, report
 
 
@@ -48,14 +58,14 @@ def check(report: Report) -> None:
         raise NotFinite(f"{what}; the state before it is unchanged")
 
 
-def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe) -> str:
+def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe, **rows: Array) -> str:
     """The first weight, else the first stage forward, else the first in backward, that holds NaN or infinity, in words."""
     held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
     for name, w in held.items():
         if not np.isfinite(w).all():
             return f"the weight {name} holds it already: {_count(w)}"
     model, watch = ForCausalLM.from_weights(c, held).with_gradients(), Watch()
-    inputs = model.inputs(tokens, labels=tokens)
+    inputs = model.inputs(tokens, **({"labels": tokens} | rows))
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         with observing(recipe.plan, watch):
             out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)

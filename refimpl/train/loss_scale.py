@@ -28,11 +28,11 @@ def step(
     step gives the old state, and a norm that is infinite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        loss, grads, load = gradients(c, state, tokens, recipe, labels=labels, scale=scale.scale)
+        loss, grads, load, seen = gradients(c, state, tokens, recipe, labels=labels, scale=scale.scale)
     if isinstance(recipe.plan, Half):
         grads = {n: recipe.plan.gradient(n, g) for n, g in grads.items()}
     true = scale.unscale(grads)
     if true is None:
-        return state, scale.update(True), Report(state.adam.t, loss, math.inf, load)
-    new, report = update(c, state, loss, true, load, replace(recipe, loss_scale=None))
+        return state, scale.update(True), Report(state.adam.t, loss, math.inf, load, seen)
+    new, report = update(c, state, loss, true, load, replace(recipe, loss_scale=None), seen)
     return new, scale.update(False), report

@@ -20,6 +20,7 @@ from refimpl.layers.stage import observing, phase, unit
 from refimpl.model import ForCausalLM, expected_tensors
 
 from .optimizer import AdamState, AdamW, adamw, clip
+from .shares import part_of
 
 
 def constant(step: int) -> float:
@@ -53,12 +54,15 @@ class State:
 
 @dataclass(frozen=True)
 class Report:
-    """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer."""
+    """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer, and what the loss
+    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it.
+    """
 
     step: int
     loss: float
     norm: float
     load: dict[str, Array]
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:
@@ -85,8 +89,8 @@ def step(
     """Train on one batch, tokens (B, S): each predicts the next, or what `labels` has there (-100: nothing). `valid` is 0 for
     padding, attention stays inside `documents` (all as the model's inputs). -> the new state, what was seen.
     """
-    loss, grads, load = gradients(c, state, tokens, recipe, labels=labels, valid=valid, documents=documents)
-    return update(c, state, loss, grads, load, recipe)
+    loss, grads, load, seen = gradients(c, state, tokens, recipe, labels=labels, valid=valid, documents=documents)
+    return update(c, state, loss, grads, load, recipe, seen)
 
 
 def gradients(
@@ -99,16 +103,28 @@ def gradients(
     valid: Array | None = None,
     documents: Array | None = None,
     scale: float = 1.0,
-) -> tuple[float, dict[str, Array], dict[str, Array]]:
-    """What a step updates by: the loss, the gradients of `scale` times the loss, tokens per expert by layer. Inputs as `step`."""
+) -> tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]:
+    """What a step updates by: the loss, the gradients of `scale` times the loss, tokens per expert by layer, the loss's parts.
+    Inputs as `step`.
+    """
     held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
     model = ForCausalLM.from_weights(c, held).with_gradients()
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
     with observing(recipe.plan):
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-    loss, load = out.loss, loads(c, out.routing)
+    loss, load, seen = out.loss, loads(c, out.routing), parts(out.losses)
     del out  # logits and hidden states: backward needs none of them
-    return float(data_of(loss)), named(model, backward(loss, np.full_like(data_of(loss), scale))), load
+    return float(data_of(loss)), named(model, backward(loss, np.full_like(data_of(loss), scale))), load, seen
+
+
+def parts(losses: Mapping[str, Any]) -> dict[str, float]:
+    """What a model's `losses` are made of, as `Report.parts` names it."""
+    found = dict[str, float]()
+    for name, loss in losses.items():
+        if name != "loss":
+            part = part_of(name)
+            found[part] = found.get(part, 0.0) + float(data_of(loss))
+    return found
 
 
 def loads(c: Config, routing: Mapping[str, Routing]) -> dict[str, Array]:
@@ -124,7 +140,13 @@ def named(model: ForCausalLM, grads: Gradients) -> dict[str, Array]:
 
 
 def update(
-    c: Config, state: State, loss: float, grads: dict[str, Array], load: dict[str, Array], recipe: Recipe
+    c: Config,
+    state: State,
+    loss: float,
+    grads: dict[str, Array],
+    load: dict[str, Array],
+    recipe: Recipe,
+    parts: Mapping[str, float],
 ) -> tuple[State, Report]:
     """Clip, AdamW on the masters, bias by load: what a step does with its gradients. -> the new state, what was seen."""
     state, norm = descend(state, grads, recipe)
@@ -136,7 +158,7 @@ def update(
                 zero_sum = c.dialect.bias_update == "zero_sum"
                 with unit(place):
                     weights[name] = bias_update(weights[name], n, gamma=recipe.gamma, zero_sum=zero_sum)
-    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load)
+    return replace(state, weights=weights), Report(state.adam.t, loss, norm, load, parts)
 
 
 def check_unscaled(recipe: Recipe) -> None:

@@ -94,7 +94,7 @@ def test_without_a_scale_small_gradients_are_lost():
 
     def lost(scale):
         with np.errstate(over="ignore", invalid="ignore"):
-            _, grads, _ = gradients(SMALL, State(small), TOKENS[0], RECIPE, scale=scale)
+            _, grads, *_ = gradients(SMALL, State(small), TOKENS[0], RECIPE, scale=scale)
         return {n: HALF.gradient(n, g) / np.float32(scale) for n, g in grads.items()}
 
     small = init(SMALL, std=0.006)

@@ -19,6 +19,8 @@ from .schedule import SHAPES, Piece, Schedule
 from .steps import Steps, steps_of
 
 _RUN = ("name", "origin", "unpublished", "ema", "optimizer", "phase")
+JOB = ("model", "data", "train", "checkpoints", "evaluation", "samples", "log")
+"""Tables of a recipe file that say what a training run does with the recipe (`refimpl.train.run.reading`); not read here."""
 _PHASE = (
     "name",
     "tokens",
@@ -64,7 +66,7 @@ def load(source: str | Path) -> Run:
 
 def read(d: Mapping[str, Any]) -> Run:
     """A run from the keys and values of a recipe file."""
-    _known(d, _RUN, "the recipe")
+    known_keys(d, (*_RUN, *JOB), "the recipe")
     phases = d.get("phase", [])
     require(_tables(phases) and phases, "a recipe has at least one [[phase]]")
     o = d.get("optimizer", {})
@@ -85,7 +87,7 @@ def read(d: Mapping[str, Any]) -> Run:
 
 
 def _optimizer(d: Mapping[str, Any]) -> Optimizer:
-    _known(d, _OPTIMIZER, "the optimizer")
+    known_keys(d, _OPTIMIZER, "the optimizer")
     for key in ("eps", "weight_decay", "clip", "init_std", "loss_scale"):
         require(
             key not in d or (_number(d[key]) and d[key] >= 0),
@@ -108,7 +110,7 @@ def _optimizer(d: Mapping[str, Any]) -> Optimizer:
 def _phase(d: Mapping[str, Any], number: int) -> Phase:
     name = d.get("name", f"{number}")
     with where(f"in phase {name!r}"):
-        _known(d, _PHASE, "a phase")
+        known_keys(d, _PHASE, "a phase")
         for key in ("sequence", "batch", "lr"):
             require(key in d, f"{key} is missing")
         sequence, multiple = _whole(d, "sequence", 0), _whole(d, "batch_multiple", 1)
@@ -151,7 +153,7 @@ def _schedule(key: str, given: Any, tokens: int, steps: Steps | None) -> Schedul
 def _piece(
     d: Mapping[str, Any], first: int, before: float | None, tokens: int, steps: Steps | None, *, is_last: bool
 ) -> Piece:
-    _known(d, _PIECE, "a piece")
+    known_keys(d, _PIECE, "a piece")
     start, end = _ends(d, before)
     shape = d.get("shape", "linear" if start != end else "constant")
     require(shape in SHAPES, f"shape is {shape!r}; known: {', '.join(SHAPES)}")
@@ -198,7 +200,8 @@ def _ends(d: Mapping[str, Any], before: float | None) -> tuple[float, float]:
 # ---- Values
 
 
-def _known(d: Mapping[str, Any], keys: Sequence[str] | set[str], what: str) -> None:
+def known_keys(d: Mapping[str, Any], keys: Sequence[str] | set[str], what: str) -> None:
+    """SpecError for a key that is none of `keys`, with the one that was probably meant."""
     for key in d:
         if key not in keys:
             near = get_close_matches(key, list(keys), n=1, cutoff=0.6)
