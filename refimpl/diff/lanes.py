@@ -69,7 +69,8 @@ class Lane:
         if arg.startswith("w/"):
             return r.weights(arg[2:], self.plan)
         if arg in r.inputs:
-            return r.inputs[arg]
+            a = r.inputs[arg]
+            return a if a.dtype.kind in "iub" else a.astype(self.plan.dtype, copy=False)
         if not self.given or arg not in r.taps:
             return self.values[arg]
         a = r.taps[arg]

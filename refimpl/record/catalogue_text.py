@@ -18,6 +18,7 @@ COMPARED = {
     "set": "as a set along the last axis, no difference allowed",
     "gauge": "as value, after undoing a declared layout of the rotated channels",
     "distribution": "as value",
+    "given": "not at all: later stages are replayed on it",
 }
 """Comparison class -> how the diff compares such a tap."""
 GROUPS = {
@@ -29,6 +30,7 @@ GROUPS = {
     "moe": "Experts",
     "mtp": "Multi-token prediction (`fwd/mtp1/...`: there `mtp.` is left out)",
     "loss": "Losses",
+    "optim": "The optimiser (`upd/grad_norm`; the other names are those of a weight: `upd/model.norm.weight.exp_avg`)",
     "int8": "Described in articles, not in V3",
 }
 _HOME = {"attn_out": "mla", "shared": "moe"}

@@ -14,10 +14,13 @@ from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
 from refimpl.diff import Case, Header, Trace, digest
 from refimpl.diff.fp8_taps import stored, with_codes
 from refimpl.diff.gradients import backward_of, gradient_name
+from refimpl.diff.optimizer import Inputs, Optimizer, stepped_by
 from refimpl.diff.training import PHASES, Training, read_training
+from refimpl.layers import adamw
 from refimpl.layers.fp8_parts import RECORDED
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
+from refimpl.layers.numerics.formats import to_bf16
 from refimpl.layers.precision import Plan, plan
 from refimpl.layers.router import bias_update, counts
 from refimpl.layers.stage import Call, Patch, Recorder, observing, phase, unit
@@ -49,6 +52,8 @@ def trace_case(
         found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
     with observing(*patches):
         program = _codes(program, found, used) if used.gemms else program
+        if t and t.optimizer:
+            program += _stepped(program, found, t.optimizer, case)
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -96,6 +101,17 @@ def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Cal
     return program
 
 
+def _stepped(program: list[Call], found: dict[str, Array], o: Optimizer, case: Case) -> list[Call]:
+    """The calls of the optimiser's step, which is added to what was found. Before a later step than the first, moments are 0."""
+    calls, masters = stepped_by(program, o), Inputs(found, case.checkpoint, o.masters)
+    for call in calls:
+        args = [None if n is None else masters[n] for n in call.args]
+        out = np.zeros_like(args[0]) if call.stage == adamw.before.name else call.of(*args, **call.static)
+        kept = next((s for pattern, s in o.storage().items() if fnmatchcase(call.tap, pattern)), "float32")
+        found[call.tap] = to_bf16(out) if kept == "bfloat16" else out.astype(args[0].dtype)
+    return calls
+
+
 def _gradients(model: ForCausalLM, recorder: Recorder, loss: Any) -> dict[str, Array]:
     """Of every tap and weight, from one tape over the whole run."""
     inner = {gradient_name(tap): a for tap, a in recorder.taps.items() if isinstance(a, Tensor)}
@@ -118,5 +134,6 @@ def _update(model: ForCausalLM, out: Output, t: Training) -> None:
 def _stored(a: Array, call: Call, used: Plan) -> Array:
     if call.stage in RECORDED:
         return stored(call.stage, a)
-    bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16"
+    wide = call.stage.startswith("grad/")  # accumulated in float32 (R 3.3.3)
+    bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16" and not wide
     return np.ascontiguousarray(a.astype(ml_dtypes.bfloat16) if bf16 else a)
