@@ -10,6 +10,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 
 from . import fp8_rules, tolerance
+from .holes import UNKNOWN, excused
 from .optimizer import doubtful
 from .picture import Picture
 from .reading import Pick, cut
@@ -63,6 +64,8 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, step.call.of.compare
     exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
+    if step.naive is not None and kind not in ("set", "exact"):
+        exact = excused(x, exact, cut(step.naive, pick))
     settled, doubt = settled_rows(step, pick), doubtful(step)
     if doubt is not None:  # as if the candidate held ours there
         x = np.where(cut(doubt, pick), exact, x)
@@ -109,6 +112,8 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
 def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
+    if np.isnan(e).all() and e.size:
+        return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
     found = tolerance.distance(call.stage, x, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)

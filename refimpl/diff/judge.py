@@ -36,6 +36,7 @@ from .fp8_taps import decoded, has_codes, with_codes
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
+from .holes import UNKNOWN
 from .lanes import Recorded
 from .names import by_name
 from .optimizer import Inputs as Read
@@ -249,7 +250,8 @@ class _Run:
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
-        gates = [coverage_gate(program, self.trace), self_check_gate(header)]
+        blind = [f.tap for f in comparison.findings if f.open and f.note == UNKNOWN]
+        gates = [coverage_gate(program, self.trace, blind), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
