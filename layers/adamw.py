@@ -54,7 +54,7 @@ def exp_avg_sq(g: Array, before: Array | None, *, beta: float) -> Any:
 def step(
     w: Array, m: Array, v: Array, *, lr: float, beta1: float, beta2: float, eps: float, decay: float, steps: int
 ) -> Any:
-    """w (1 - lr decay) - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^steps), v^ = v / (1 - beta2^steps).
+    """(1 - lr decay) w - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^steps), v^ = v / (1 - beta2^steps).
     w (*), m (*), v (*) -> (*).
     """
     denominator = np.sqrt(v / (1 - beta2**steps)) + eps

@@ -30,10 +30,11 @@ def axes_of(fn: Callable[..., Any]) -> tuple[dict[str, Axes], Axes]:
 
 
 def fitted(axes: Axes, ndim: int) -> Axes | None:
-    """The axes of an array of that many: "..." stands for as many as are missing; None if they do not fit."""
-    if ("...",) in axes:
-        i, missing = axes.index(("...",)), ndim - len(axes) + 1
-        axes = (*axes[:i], *[(f"...{k}",) for k in range(missing)], *axes[i + 1 :])
+    """The axes of an array of that many: "..." or "*" stands for as many as are missing; None if they do not fit."""
+    for some in ("...", "*"):
+        if (some,) in axes:
+            i, missing = axes.index((some,)), ndim - len(axes) + 1
+            axes = (*axes[:i], *[(f"{some}{k}",) for k in range(missing)], *axes[i + 1 :])
     return axes if len(axes) == ndim else None
 
 

@@ -82,8 +82,10 @@ def gradient(
     name: str,
     kernel: Callable[[str], Kernel],
 ) -> Array:
-    """The sum over the readers of a tap of vjp(their arguments)(gradient of their output). given: for each reader its arguments,
-    that gradient, and the arguments of what is run again before it (`makers`); `name` is the tap's.
+    """The sum over the readers of a tap of vjp(their arguments)(gradient of their output).
+
+    given: for each reader its arguments, that gradient, and the arguments of what is run again before it (`makers`); `name` is the
+    tap's.
     """
     parts = [_back(r, m, args, name, kernel) for r, m, args in zip(readers, makers, given, strict=True)]
     total = parts[0]
@@ -107,7 +109,7 @@ def _back(
         y = reader.of.fn(*_put(reader.args, values, name, leaf), **reader.static)
     if not isinstance(y, Tensor):
         return np.zeros_like(leaf.data)
-    seed = None if isinstance(dy, float) else np.asarray(data_of(dy), y.dtype).reshape(y.shape)
+    seed = None if type(dy) is float else np.asarray(data_of(dy), y.dtype).reshape(y.shape)
     return backward(y, seed).get(leaf, np.zeros_like(leaf.data))
 
 

@@ -22,7 +22,7 @@ from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
-from refimpl.model.phases import Part, in_part, named, parts_of
+from refimpl.model.phases import Part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
 from .agreement import ranks_gate
@@ -256,8 +256,7 @@ class _Run:
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
-        forward = [c for c in plain if in_part(c.tap)]
-        found.grounds = Grounds(config, forward, recorded, admitted, self.precision)
+        found.grounds = Grounds(config, plain, recorded, admitted, self.precision)
         return found
 
     def _embedded(self, inputs: Inputs) -> Array:
