@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,8 +67,8 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     if step.naive is not None and kind not in ("set", "exact"):
         exact = excused(x, exact, cut(step.naive, pick))
     settled, doubt = settled_rows(step, pick), doubtful(step)
-    if doubt is not None:  # as if the candidate held ours there
-        x = np.where(cut(doubt, pick), exact, x)
+    if doubt is not None:  # as if the candidate, and every twin, held ours there
+        x, step = np.where(cut(doubt, pick), exact, x), _without(step, doubt)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "given":
@@ -82,6 +82,11 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         note = f"{wrong} of {x.size} elements differ" if wrong else ""
         return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
     return _values(step, x, exact, chained, settled, units, pick)
+
+
+def _without(step: Step, doubt: Array) -> Step:
+    """The step, of which no twin says anything where there is doubt."""
+    return replace(step, twins=lambda: (np.where(doubt, step.exact, twin) for twin in step.twins()))
 
 
 def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:

@@ -53,7 +53,7 @@ def trace_case(
     with observing(*patches):
         program = _codes(program, found, used) if used.gemms else program
         if t and t.optimizer:
-            program += _stepped(program, found, t.optimizer, case)
+            program += _stepped(program, found, t.optimizer, case, used.dtype)
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -101,14 +101,14 @@ def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Cal
     return program
 
 
-def _stepped(program: list[Call], found: dict[str, Array], o: Optimizer, case: Case) -> list[Call]:
+def _stepped(program: list[Call], found: dict[str, Array], o: Optimizer, case: Case, dtype: Any) -> list[Call]:
     """The calls of the optimiser's step, which is added to what was found. Before a later step than the first, moments are 0."""
     calls, masters = stepped_by(program, o), Inputs(found, case.checkpoint, o.masters)
     for call in calls:
-        args = [None if n is None else masters[n] for n in call.args]
+        args = [None if n is None else masters[n].astype(dtype, copy=False) for n in call.args]
         out = np.zeros_like(args[0]) if call.stage == adamw.before.name else call.of(*args, **call.static)
         kept = next((s for pattern, s in o.storage().items() if fnmatchcase(call.tap, pattern)), "float32")
-        found[call.tap] = to_bf16(out) if kept == "bfloat16" else out.astype(args[0].dtype)
+        found[call.tap] = to_bf16(out) if kept == "bfloat16" else out.astype(dtype)
     return calls
 
 
