@@ -62,7 +62,7 @@ def step(
 
 
 @stage(
-    "optim.before", what="moment before the step", eq="R 4.2 (AdamW)", shape="F D", tap="weight.before", compare="given"
+    "optim.before", what="moment before the step, and weight.exp_avg_sq.before", eq="R 4.2 (AdamW)", shape="F D", tap="weight.exp_avg.before", compare="given"
 )
 def before(like: Array) -> Any:
     """What a trace alone can say: nothing else is known.  like (*) -> (*)."""

@@ -54,7 +54,7 @@ def _stage(x: Examined, part: Part) -> Iterator[str]:
 def _readers(call: Call) -> Iterator[str]:
     """What reads the tap or weight, and so sends something back to it."""
     for r in call.static["readers"]:
-        sent = "1" if r.stage == LOSS else gradient_name(r.tap)
+        sent = f"{gradient_name(r.tap)}{', which is 1' if r.stage == LOSS else ''}"
         yield _line("reader", f"{r.tap} ({r.of.what}), by {sent}")
 
 
@@ -94,9 +94,7 @@ def _value(x: Examined, index: Index, part: Part, most: int) -> Iterator[str]:
         return
     yield from _sum(terms, most)
     yield from _slopes(terms, most)
-    if not terms.by_name and is_gradient(part.calls[-1]):
-        yield _line("depends on", "the loss, whose gradient is 1: none behind it was recorded")
-    elif not terms.by_name:
+    if not terms.by_name:
         moved = [f"{n}{list(i)} = {v}" for n, i, v in moved_by(part)]
         floats = any(a.dtype.kind == "f" for a in part.leaves.values())
         nothing = "nothing: every slope is 0" if floats else "no input's value, only on its place"

@@ -22,7 +22,7 @@ from refimpl.layers.stage import STAGES, Call
 from .axes import Axes, axes_of, fitted
 from .grounds import Grounds
 from .lanes import Lane
-from .gradients import gradient_name
+from .gradients import LOSS, gradient_name
 from .program import names
 from .tangents import is_gradient, value_of
 
@@ -87,6 +87,7 @@ def part_of(g: Grounds, region: Iterable[str], at: Index, shape: tuple[int, ...]
     calls = tuple([_float64(c) for c in listed if not _before(listed[-1], c)])
     inner = {c.tap for c in calls}
     first = {n: call for call in reversed(calls) for n in names(call.args) if n not in inner}
+    lane.values[gradient_name(f"fwd/{LOSS}")] = np.ones(())
     leaves = {n: np.asarray(lane.value(n, call, g.recorded)) for n, call in first.items()}
     tap = calls[-1].tap
     shapes = {n: a.shape for n, a in leaves.items()} | {tap: shape}
@@ -133,10 +134,10 @@ def _wishes(part: Part) -> Iterator[Mapping[str, Array]]:
         if name in wanted:
             yield {name: wanted[name]}
     if "S" in wanted:
-        until = np.arange(int(wanted["S"][0]) + 1)
-        yield {"S": until, "T": until}  # attention over the tokens before, all at once
-        after = np.arange(until[-1], len(max(_spans(part, "S"), key=len, default=until)))
-        yield {"S": after, "T": after}  # a gradient, over those after
+        at, n, t = int(wanted["S"][0]), *(max(map(len, _spans(part, a)), default=0) for a in "ST")
+        cached = max(t - n, 0)  # keys of earlier parts come first
+        yield {"S": np.arange(at + 1), "T": np.arange(cached + at + 1)}  # attention over the tokens before, all at once
+        yield {"S": np.arange(at, n), "T": np.arange(cached + at, t)}  # a gradient, over those after
     yield from ({name: keep} for name, keep in wanted.items() if name not in ("B", "S", "T", "H"))
 
 
@@ -299,7 +300,8 @@ def _unnamed(name: str, ndim: int) -> Axes:
 def _float64(call: Call) -> Call:
     """The call as the exact lane makes it."""
     if is_gradient(call):  # what waits for it in fewer bits is not asked
-        args = tuple([a[: len(r.args) + 1] for r, a in zip(call.static["readers"], call.args, strict=True)])
+        readers = call.static["readers"]
+        args = tuple([(*r.args, gradient_name(r.tap)) for r in readers])
         plain = {"makers": (None,) * len(args), "kernel": lambda stage: PLAIN}
         return replace(call, args=args, static=call.static | plain)
     return replace(call, static=call.static | {"dtype": np.float64}) if "dtype" in call.static else call

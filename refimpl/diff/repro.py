@@ -183,8 +183,7 @@ def _backwards(part: Part) -> str:
         step = f'along(lambda x: {_called(r, x)}, a["{x}"], t["{x}"])'
         steps.append(f't["{r.tap}"] = ' + (f't["{r.tap}"] + ' if r.tap in seen else "") + step)
         seen.add(r.tap)
-    ended = [(tap, gradient_name(tap)) for tap in ends(part.calls)]
-    sums = [f'np.sum(t["{tap}"] * a["{dy}"])' if dy in part.leaves else f'np.sum(t["{tap}"])' for tap, dy in ended]
+    sums = [f'np.sum(t["{tap}"] * a["{gradient_name(tap)}"])' for tap in ends(part.calls)]
     body = [*steps, f"found[place] = {' + '.join(sums)}"]
     head = [f"found, wanted = np.zeros({shape}), np.zeros({shape}, bool)", "wanted[AT] = True"]
     lines = [_line(c, last=False).strip() for c in forward] + [*head, "for place in map(tuple, np.argwhere(wanted)):"]

@@ -14,7 +14,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
-from .gradients import LOSS, gradient_name
+from .gradients import gradient_name
 
 
 def is_gradient(call: Call) -> bool:
@@ -52,9 +52,9 @@ def seeds(calls: tuple[Call, ...]) -> Iterator[tuple[Call, Call]]:
 
 
 def ends(calls: tuple[Call, ...]) -> list[str]:
-    """The forward taps at which the way ends: their gradient was recorded, or is 1."""
+    """The forward taps at which the way ends: their gradient was recorded, or is the loss' own, 1."""
     inner = {str(c.static["name"]) for c in calls if is_gradient(c)}
-    return list(dict.fromkeys([r.tap for _, r in seeds(calls) if r.tap not in inner or r.stage == LOSS]))
+    return list(dict.fromkeys([r.tap for _, r in seeds(calls) if r.tap not in inner]))
 
 
 def slopes_of_gradient(calls: tuple[Call, ...], values: Mapping[str, Any], shape: tuple[int, ...], at: Any) -> Any:
@@ -72,7 +72,7 @@ def slopes_of_gradient(calls: tuple[Call, ...], values: Mapping[str, Any], shape
 
         step = along(f, np.asarray(values[name]), moved[name])
         moved[reader.tap] = moved[reader.tap] + step if reader.tap in moved else step
-    return {gradient_name(tap): moved[tap] for tap in ends(calls) if gradient_name(tap) in values}
+    return {gradient_name(tap): moved[tap] for tap in ends(calls)}
 
 
 def value_of(arg: Any, values: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ GROUPS = {
     "moe": "Experts",
     "mtp": "Multi-token prediction (`fwd/mtp1/...`: there `mtp.` is left out)",
     "loss": "Losses",
-    "optim": "The optimiser (`upd/grad_norm`; the other names are those of a weight: `upd/model.norm.weight.exp_avg`)",
+    "optim": "The optimiser (`upd/grad_norm`; `weight` is any: `upd/model.norm.weight`, `upd/model.norm.weight.exp_avg.before`)",
     "int8": "Described in articles, not in V3",
 }
 _HOME = {"attn_out": "mla", "shared": "moe"}
