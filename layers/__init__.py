@@ -3,7 +3,23 @@
 if __name__ != "refimpl.layers":
     raise ImportError(f"this folder is the package refimpl.layers, not {__name__}; see pyproject.toml")
 
-from . import adamw, block, common, config, loss, mla, moe, mtp, neighbours, numerics, precision, presets, rope, router, stage
+from . import (
+    adamw,
+    block,
+    common,
+    config,
+    loss,
+    mla,
+    moe,
+    mtp,
+    neighbours,
+    numerics,
+    precision,
+    presets,
+    rope,
+    router,
+    stage,
+)
 from .config import Config, Dialect
 from .presets import PRESETS
 from .stage import STAGES, Recorder, Stage, observing

@@ -1,4 +1,4 @@
-"""A step of AdamW as stages, so that a trace of a training step can hold what its optimiser did (R 4.2; Loshchilov and Hutter 2019).
+"""A step of AdamW as stages, so that a trace of a training step can hold what its optimiser did (R 4.2).
 
 Rounding is no part of it: in which dtype moments and masters are kept (R 3.3.3: bfloat16 and float32) is the run's.
 """
@@ -23,7 +23,9 @@ def decay_of(name: str, weight_decay: float, decays: Literal["all", "matrices"])
     return 0.0 if decays == "matrices" and "norm" in module else weight_decay
 
 
-@stage("optim.grad_norm", what="norm of all gradients, before clipping", eq="R 4.2 (clipping)", shape="", tap="grad_norm")
+@stage(
+    "optim.grad_norm", what="norm of all gradients, before clipping", eq="R 4.2 (clipping)", shape="", tap="grad_norm"
+)
 def grad_norm(*grads: Array) -> Any:
     """sqrt of the sum of all gradients' squares.  N times grad (*) -> ()."""
     total = np.zeros(())
@@ -44,7 +46,9 @@ def exp_avg(g: Array, before: Array | None, *, beta: float) -> Any:
     return beta * (0 if before is None else before) + (1 - beta) * g
 
 
-@stage("optim.exp_avg_sq", what="second moment after the step", eq="R 4.2 (AdamW)", shape="F D", tap="weight.exp_avg_sq")
+@stage(
+    "optim.exp_avg_sq", what="second moment after the step", eq="R 4.2 (AdamW)", shape="F D", tap="weight.exp_avg_sq"
+)
 def exp_avg_sq(g: Array, before: Array | None, *, beta: float) -> Any:
     """v = beta v_before + (1 - beta) g^2, from 0 (None).  g (*), before (*) or None -> (*)."""
     return beta * (0 if before is None else before) + (1 - beta) * g * g
@@ -62,7 +66,12 @@ def step(
 
 
 @stage(
-    "optim.before", what="moment before the step, and weight.exp_avg_sq.before", eq="R 4.2 (AdamW)", shape="F D", tap="weight.exp_avg.before", compare="given"
+    "optim.before",
+    what="moment before the step (likewise exp_avg_sq)",
+    eq="R 4.2 (AdamW)",
+    shape="F D",
+    tap="weight.exp_avg.before",
+    compare="given",
 )
 def before(like: Array) -> Any:
     """What a trace alone can say: nothing else is known.  like (*) -> (*)."""

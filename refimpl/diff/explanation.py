@@ -163,7 +163,9 @@ def _slopes(terms: Terms, most: int) -> Iterator[str]:
     found = sorted([t for n in terms.first_order for t in terms.by_name[n]], key=lambda t: -abs(t.product))
     if not found:
         return
-    yield _line("first order", f"of {_some(terms.first_order)}: how far 1 % more of an input moves the number, in %; not a sum")
+    yield _line(
+        "first order", f"of {_some(terms.first_order)}: how far 1 % more of an input moves the number, in %; not a sum"
+    )
     for t in found[:most]:
         share = f"{t.product / terms.y:+8.4f}" if terms.y else ""
         yield _line("", f"{share:>9}  {t.name}{list(t.index)} = {t.value:.6g}, slope {t.slope:.6g}")

@@ -3,8 +3,8 @@
 The gradient by a tap is the sum of what its readers send back, each the vjp of one stage at the recorded forward inputs and the
 recorded gradient of its output. So a wrong gradient is the fault of a reader of that tap, and of nothing further on.
 
-What an FP8 recipe keeps of an activation until its weight's gradient is not the activation: of SwiGLU its inputs as codes, from which
-it is run again (R 3.3.3, special case (2)). Such a gradient reads those inputs too.
+What an FP8 recipe keeps of an activation until its weight's gradient is not the activation: of SwiGLU its inputs as codes, from
+which it is run again (R 3.3.3, special case (2)). Such a gradient reads those inputs too.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def gradient(
     return total
 
 
-def _back(
-    reader: Call, maker: Call | None, args: tuple[Any, ...], name: str, kernel: Callable[[str], Kernel]
-) -> Array:
+def _back(reader: Call, maker: Call | None, args: tuple[Any, ...], name: str, kernel: Callable[[str], Kernel]) -> Array:
     """What one reader sends back to the tap."""
     n = len(reader.args)
     values, dy = list(args[:n]), args[n]

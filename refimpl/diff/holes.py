@@ -1,8 +1,8 @@
 """What a recorded NaN or infinity spoils: what depends on it by the mathematics, and nothing else.
 
-Floating point says 0 x NaN = NaN, so a NaN at one token would make everything before it NaN as well: a masked key has weight 0, but its
-value is multiplied. The mathematics says that those numbers do not depend on it. Nothing is derived stage by stage: the stage is run
-with two different numbers in the hole's place, and where both runs agree to the bit, the hole does not matter.
+Floating point says 0 x NaN = NaN, so a NaN at one token would make everything before it NaN as well: a masked key has weight 0,
+but its value is multiplied. The mathematics says that those numbers do not depend on it. Nothing is derived stage by stage: the
+stage is run with two different numbers in the hole's place, and where both runs agree to the bit, the hole does not matter.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Recorded:
 
 @dataclass
 class Lane:
-    """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use; `naive`,
-    whether NaN spreads as floating point spreads it, and `torn`, whether that has made a difference.
+    """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use;
+    `naive`, whether NaN spreads as floating point spreads it, and `torn`, whether that would make a difference.
     """
 
     plan: Plan

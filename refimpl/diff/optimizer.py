@@ -1,7 +1,7 @@
 """The optimiser's step in a trace: what its header says of it, and the calls from the gradients to the weights after it.
 
-`upd/grad_norm` is the norm before clipping, `upd/NAME` a weight after the step, `upd/NAME.exp_avg` and `upd/NAME.exp_avg_sq` its moments
-after it, the same with `.before` those before it (0 before the first step), `upd/NAME.clipped` the gradient that they see.
+`upd/grad_norm` is the norm before clipping, `upd/NAME` a weight after the step, `upd/NAME.exp_avg` and `upd/NAME.exp_avg_sq` its
+moments after it, the same with `.before` those before it (0 before the first step), `upd/NAME.clipped` the gradient that they see.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW's settings (defaults: those of R 4.2 that it gives); `max_norm` None: gradients are not clipped; `decays`, which weights
-    decay; `moments` and `masters`, how they are kept (R 3.3.3: bfloat16, float32); `step`, the how manieth it is, from 1.
+    """AdamW's settings (defaults: those of R 4.2 that it gives); `max_norm` None: gradients are not clipped; `decays`, which
+    weights decay; `moments` and `masters`, how they are kept (R 3.3.3: bfloat16, float32); `step`, its number, from 1.
     """
 
     lr: float
@@ -63,7 +63,9 @@ def read_optimizer(given: object) -> Optimizer:
         if key in _TEXTS:
             require(value in _TEXTS[key], f"optimizer's {key} is {value!r}; expected {' or '.join(_TEXTS[key])}")
         elif not (key == "max_norm" and value is None):
-            require(_fits(key, value), f"optimizer's {key} is {value!r}; expected {_WANTED.get(key, 'a number from 0 on')}")
+            require(
+                _fits(key, value), f"optimizer's {key} is {value!r}; expected {_WANTED.get(key, 'a number from 0 on')}"
+            )
     require("lr" in given, "optimizer lacks lr")
     return Optimizer(**given)
 

@@ -20,9 +20,9 @@ from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from .axes import Axes, axes_of, fitted
+from .gradients import LOSS, gradient_name
 from .grounds import Grounds
 from .lanes import Lane
-from .gradients import LOSS, gradient_name
 from .program import names
 from .tangents import is_gradient, value_of
 
@@ -78,8 +78,8 @@ class Part:
 
 
 def part_of(g: Grounds, region: Iterable[str], at: Index, shape: tuple[int, ...]) -> Part:
-    """The whole region of a tap, nothing cut: float64, the candidate's recorded values where it has them. An optimiser's step begins
-    at its gradient, recorded or not.
+    """The whole region of a tap, nothing cut: float64, the candidate's recorded values where it has them. An optimiser's step
+    begins at its gradient, recorded or not.
     """
     listed, lane = [g.calls[t] for t in region], Lane(FLOAT64)
     for call in [c for c in listed if _before(listed[-1], c)]:

@@ -14,8 +14,8 @@ from refimpl.layers.stage import Call, tap_matches
 
 from .reading import is_bfloat16, is_float16
 from .tolerance import UNIT
-from .training import optimizer_storage
 from .trace import Header
+from .training import optimizer_storage
 
 MOST = 0.8
 """Share of the float32 taps that must hold values of a narrower dtype for the trace to be one of that dtype."""

@@ -15,8 +15,8 @@ from refimpl.checkpoint import Transaction
 from refimpl.layers.stage import Call
 
 from .examined import Examined
-from .part import Index, Part, smallest
 from .gradients import gradient_name
+from .part import Index, Part, smallest
 from .plain import function_of, literal, plain
 from .tangents import along, ends, is_gradient, seeds
 from .tolerance import comparable

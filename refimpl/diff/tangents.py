@@ -1,7 +1,7 @@
 """How one number of a gradient leans on the gradients behind it, without a second derivative.
 
-dx = sum over readers y of J_y^T dy, so the slope of dx[at] by dy is J_y e_at: how the forward values move when x[at] does. That is pushed
-along the readers, from the tap on, to every tap whose gradient was recorded; each reader by differences of its own function.
+dx = sum over readers y of J_y^T dy, so the slope of dx[at] by dy is J_y e_at: how the forward values move when x[at] does. That is
+pushed along the readers, from the tap on, to every tap whose gradient was recorded; each by differences of its own function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a trace of a training step says of it: the weights of the losses, the labels, the speed of the balancing bias, the optimiser."""
+"""What a trace of a training step says of it: the losses' weights, the labels, the speed of the balancing bias, the optimiser."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PHASES = ("bwd", "grad", "upd")
 
 @dataclass(frozen=True)
 class Training:
-    """lambda (`mtp_weight`), alpha (`aux_weight`) and gamma of R 4.2, labels (B, S) or None: the tokens, padding ignored; the optimiser
-    if its step is judged.
+    """lambda (`mtp_weight`), alpha (`aux_weight`) and gamma of R 4.2, labels (B, S) or None: the tokens, padding ignored; the
+    optimiser if its step is judged.
     """
 
     mtp_weight: float = 0.0

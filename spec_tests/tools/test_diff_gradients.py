@@ -1,4 +1,4 @@
-"""One number of a gradient, down to the gradients behind it, and as a script; FP8 training steps; how reports speak of gradients."""
+"""One number of a gradient, down to the gradients behind it, and as a script; FP8 training steps; reports of gradients."""
 
 import functools
 import json
@@ -68,7 +68,9 @@ def test_directional_derivatives_are_those_of_the_tape():
 def test_terms_of_a_gradient_are_those_of_a_loop():
     """Catches a reader that is forgotten, a weight that is not transposed, and the gradient of another token."""
     b, s, d = index = (1, 6, 20)
-    weight = {n: np.asarray(case().checkpoint[f"model.layers.0.mlp.{n}_proj.weight"], np.float64) for n in ("gate", "up")}
+    weight = {
+        n: np.asarray(case().checkpoint[f"model.layers.0.mlp.{n}_proj.weight"], np.float64) for n in ("gate", "up")
+    }
     dy = {n: trained().taps[f"bwd/L0/mlp.{n}"] for n in weight}
     expected = {
         (f"bwd/L0/mlp.{n}", (b, s, f)): dy[n][b, s, f] * w[f, d] for n, w in weight.items() for f in range(len(w))
@@ -90,6 +92,7 @@ def test_terms_of_a_weight_gradient_are_those_of_a_loop():
     assert found == pytest.approx(expected, rel=1e-9) and len(found) == 48
 
 
+@pytest.mark.slow
 def test_terms_of_a_region_sum_to_the_number():
     """Catches a way through the layers that is walked twice, or not at all: where few gradients were recorded."""
     few = only(trained(), lambda t: not t.startswith("bwd/") or t.endswith(("resid", "/logits")))
@@ -116,10 +119,14 @@ def test_terms_sum_to_the_gradient_everywhere():
     assert len(done) > 45
 
 
+@pytest.mark.slow
 def test_readers_are_named():
     """Catches an explanation of a gradient that does not say whose fault it can be."""
     text = "\n".join(explain_number(examined(wrong(), "bwd/L1/mla.kv_b"), (0, 3, 1, 2), 2))
-    assert "fwd/L1/mla.ctx (attention output of every head), by bwd/L1/mla.ctx" in text and "bwd/L1/mla.scores[0, 1," in text
+    assert (
+        "fwd/L1/mla.ctx (attention output of every head), by bwd/L1/mla.ctx" in text
+        and "bwd/L1/mla.scores[0, 1," in text
+    )
     text = "\n".join(explain_number(examined(wrong(), "bwd/loss.main")))
     assert "by bwd/loss.total, which is 1" in text and "they sum to the number" in text
 
@@ -127,6 +134,7 @@ def test_readers_are_named():
 # ---- Scripts
 
 
+@pytest.mark.slow
 def test_a_gradient_is_a_script(tmp_path):
     """Catches a script that needs this package, that agrees with a wrong gradient, or differs from a right one."""
     made = repro(examined(wrong(), "bwd/L1/mla.q_a"))
@@ -183,6 +191,7 @@ def test_an_fp8_training_step_conforms(precision):
 # ---- Reports
 
 
+@pytest.mark.slow
 def test_rules_of_gradients_are_described():
     """Catches a gradient's rule that calls itself a gate."""
     run = json.loads(to_sarif(wrong()))["runs"][0]
@@ -192,6 +201,7 @@ def test_rules_of_gradients_are_described():
     assert not [r for r in rules if rules[r].startswith("the gate") and r.startswith(("bwd/", "grad/"))]
 
 
+@pytest.mark.slow
 def test_one_cause_is_one_finding_in_a_coarse_trace():
     """Catches a common cause that fills the screen: an eps that shows at three kinds of taps, which no norm is."""
     from refimpl.diff.corpus import MUTANTS

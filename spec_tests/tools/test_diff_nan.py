@@ -66,7 +66,7 @@ def spoiled(trace, tap):
     return Trace(trace.header, dict(trace.taps) | {tap: a})
 
 
-@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("hole", ["k and v", *[pytest.param(h, marks=pytest.mark.slow) for h in ("k", "hidden")]])
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_hole_is_blamed_where_it_arises(hole, precision):
     """Catches stages behind a hole blamed for it, those before it in the sequence too, which 0 x NaN would make NaN."""
@@ -89,7 +89,8 @@ def test_a_hole_hides_no_earlier_token(hole, tap, precision):
     assert {HOLES[hole], tap} <= {f.tap for f in judgement.culprits}, render(judgement)
 
 
-@pytest.mark.parametrize("hole", ["k and v", pytest.param("hidden", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hole", ["k and v", "hidden"])
 def test_a_hole_hides_nothing_in_a_coarse_trace(hole):
     """Catches a region whose inner, computed values spread the hole: what is not recorded is mended as well."""
     few = only(torn(hole), lambda t: t.endswith(("resid", "resid_mid", "kv_b", "router.ids", "logits")))
@@ -98,7 +99,7 @@ def test_a_hole_hides_nothing_in_a_coarse_trace(hole):
     assert {f.tap for f in judge(case(), wrong).culprits} >= {HOLES[hole], "fwd/L1/resid_mid"}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_candidate_that_multiplies_zero_by_nan_is_not_blamed_for_it(precision):
     """Catches every stage behind a hole blamed in a candidate, such as ours, whose masked keys are multiplied with 0."""
 
@@ -111,6 +112,7 @@ def test_a_candidate_that_multiplies_zero_by_nan_is_not_blamed_for_it(precision)
     assert [f.tap for f in judgement.culprits] == ["fwd/L1/mla.kv_b"], render(judgement)
 
 
+@pytest.mark.slow
 def test_an_expert_of_nan_spoils_its_own_tokens_only():
     """Catches a token of other experts that is not compared because one expert's weights are NaN."""
     ids = np.asarray(clean("float32").taps["fwd/L1/router.ids"])

@@ -116,7 +116,7 @@ def test_the_step_of_our_own_trainer_is_judged():
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["float32", "bf16"]), st.integers(0, 10**6), st.sampled_from([0.6, 0.3, 0.1]))
 def test_no_part_of_a_step_is_called_wrong(precision, seed, share):
-    """Catches a sign of a first step that roundings may turn round held against a candidate, where its gradient was not recorded."""
+    """Catches a sign of a first step, which roundings may turn round, held against a candidate whose gradient is unknown."""
     judgement = judge(case(), drawn(stepped(precision), seed, share))
     assert not judgement.culprits, render(judgement)
 
@@ -148,7 +148,7 @@ def test_moments_that_nobody_recorded_are_asked_for():
 # ---- Wrong ones
 
 
-SOME = ["O02"]
+SOME = ["O06"]
 ALL = [id for id in MUTANTS if id[0] == "O" and id not in QUIET]
 
 
