@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,8 @@ def _script(x: Examined, part: Part, kind: str, place: str) -> str:
     stages = list(dict.fromkeys([r.stage for c in part.calls for r in c.static.get("readers", (c,))]))
     limit = {"value": f.allowed, "lean": f.upright}.get(kind, 0.0)
     size = x.size(part.origin(part.tap, part.at)[: max(len(x.step.exact.shape) - 1, 0)]) if kind == "value" else 1.0
-    helpers = [*([comparable] if kind in ("value", "lean") else []), *([along] if backwards else [])]
+    helpers: list[Callable[..., Any]] = [comparable] if kind in ("value", "lean") else []
+    helpers += [along] if backwards else []
     text = plain(stages, helpers)
     at = ", ".join(map(str, part.at)) or "..."
     return _TEMPLATE.format(
