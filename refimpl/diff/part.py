@@ -19,7 +19,7 @@ from refimpl.layers.gemm import PLAIN
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
-from .axes import Axes, axes_of, fitted
+from .axes import Axes, axes_at
 from .gradients import LOSS, gradient_name
 from .grounds import Grounds
 from .lanes import Lane
@@ -91,8 +91,8 @@ def part_of(g: Grounds, region: Iterable[str], at: Index, shape: tuple[int, ...]
     leaves = {n: np.asarray(lane.value(n, call, g.recorded)) for n, call in first.items()}
     tap = calls[-1].tap
     shapes = {n: a.shape for n, a in leaves.items()} | {tap: shape}
-    axes = {n: _named(n, call, leaves[n].ndim) for n, call in first.items()}
-    axes[tap] = _named(str(calls[-1].static.get("name", tap)), calls[-1], len(shape), tap)
+    axes = {n: axes_at(n, call, leaves[n].ndim) for n, call in first.items()}
+    axes[tap] = axes_at(str(calls[-1].static.get("name", tap)), calls[-1], len(shape), tap)
     return Part(calls, leaves, at, axes, {n: tuple([np.arange(k) for k in s]) for n, s in shapes.items()})
 
 
@@ -277,24 +277,6 @@ def _fewer_experts(part: Part) -> Part:
 def _ids(part: Part) -> str:
     """The leaf that says who goes to which expert, "" if there is none."""
     return next((n for n in part.leaves if n.endswith("/router.ids") and part.leaves[n].ndim == 3), "")
-
-
-def _named(name: str, call: Call, ndim: int, shown: str = "") -> Axes:
-    """A leaf's axes by the docstring of the first stage that reads it, or gives it; a gradient's are those of what it is by."""
-    readers = call.static.get("readers", ())
-    for reader, result in [(r, gradient_name(r.tap)) for r in readers] or [(call, call.tap)]:
-        known, given = axes_of(reader.of.fn)
-        parameters = list(inspect.signature(reader.of.fn).parameters)
-        pairs = [(a, known.get(parameters[min(i, len(parameters) - 1)], ())) for i, a in enumerate(reader.args)]
-        for arg, axes in [*pairs, (result, given)]:
-            if arg == name and (found := fitted(axes, ndim)) is not None:
-                return found
-    return _unnamed(shown or name, ndim)
-
-
-def _unnamed(name: str, ndim: int) -> Axes:
-    """Axes that nothing is known of: names that occur once."""
-    return tuple([(f"{name}[{i}]",) for i in range(ndim)])
 
 
 def _float64(call: Call) -> Call:
