@@ -47,13 +47,11 @@ def trace_case(
     """
     used, patterns, listed = plan(precision), list(taps), list(phases)
     held, t = effective(case.weights(), used), None if training is None else read_training(training)
-    parts = parts_of(listed, len(case.tokens[0]), attend)
     with observing(*patches, used):
+        parts = parts_of(listed, len(case.tokens[0]), attend)
         found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
     with observing(*patches):
-        program = _codes(program, found, used) if used.gemms else program
-        if t and t.optimizer:
-            program += _stepped(program, found, t.optimizer, case, used.dtype)
+        program = _completed(program, found, used, t.optimizer if t else None, case)
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -91,6 +89,12 @@ def _run(
         found |= _gradients(model, recorder, out.loss)
         program += backward_of(program, {n: w.shape for n, w in held.items() if not is_buffer(n)})
     return found, program
+
+
+def _completed(program: list[Call], found: dict[str, Array], used: Plan, o: Optimizer | None, case: Case) -> list[Call]:
+    """The program with codes and the optimiser's step, where there are such."""
+    program = _codes(program, found, used) if used.gemms else program
+    return program + (_stepped(program, found, o, case, used.dtype) if o else [])
 
 
 def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Call]:

@@ -166,7 +166,7 @@ def test_any_value_and_bits_of_a_training_step(case, tmp_path, seed):
     rng, seen = np.random.default_rng(seed), set()
     names = sorted(trace.taps)
     groups = [[n for n in names if n.startswith(p)] for p in ("upd/", "grad/", "bwd/", "fwd/")]
-    for i in range(40):
+    for i in range(20):
         kept = {n: trace.taps[n] for n in names if rng.random() < (0.1, 0.5, 1.0)[i % 3]}
         for group in groups[: 1 + i % 4]:
             tap = group[rng.integers(len(group))]
