@@ -4,6 +4,7 @@ if __name__ != "refimpl.layers":
     raise ImportError(f"this folder is the package refimpl.layers, not {__name__}; see pyproject.toml")
 
 from . import (
+    adamw,
     block,
     common,
     config,
@@ -31,6 +32,7 @@ __all__ = [
     "Dialect",
     "Recorder",
     "Stage",
+    "adamw",
     "block",
     "common",
     "config",

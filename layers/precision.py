@@ -84,7 +84,8 @@ FLOAT32 = Plan("float32", np.float32)
 """Every stage in float32."""
 
 _KEPT: Table = tuple(
-    (pattern, "fp32") for pattern in ("mask", "mla.rope_tables", "router.*", "mla.scores*", "loss.*", "cache.positions")
+    (pattern, "fp32")
+    for pattern in ("mask", "mla.rope_tables", "router.*", "mla.scores*", "loss.*", "cache.positions", "optim.*")
 )
 _BF16_WEIGHTS: Table = (("*e_score_correction_bias", "fp32"), ("*", "bf16"))
 BF16 = Plan("bf16", np.float32, (*_KEPT, ("*", "bf16")), weights=_BF16_WEIGHTS)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import data_of
 
-Compare = Literal["exact", "set", "value", "gauge", "distribution"]
+Compare = Literal["exact", "set", "value", "gauge", "distribution", "given"]
 STAGES: dict[str, Stage] = {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from .common import Commands, progress
@@ -38,9 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.diff import Case, Trace
     from refimpl.diff.impact import impacts, impacts_to_json, render_impacts
     from refimpl.diff.judge import judge
+    from refimpl.model.phases import in_part
 
     judgement = judge(Case.read(args.case), Trace.read(args.candidate), track=progress("replaying"))
     patterns = args.graft.split(",") if args.graft else []
     found = impacts(judgement, patterns, by_layer=args.by_layer, track=progress("grafting"))
     print(impacts_to_json(found) if args.json else render_impacts(found))
+    if backwards := [f.tap for f in judgement.culprits if not in_part(f.tap)]:
+        left = f"{len(backwards)} blamed gradients and updates are left out: they move no logit of their run ({backwards[0]} ...)"
+        print(left, file=sys.stderr)
     return 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, require
 
 from .common import Commands
 
@@ -30,6 +31,11 @@ def add(commands: Commands) -> None:
         help="record a training step: losses, gradients and the bias update, with mtp_weight (lambda), aux_weight (alpha) and "
         "gamma as given, e.g. mtp_weight=0.3,aux_weight=1e-4,gamma=0.001; '' for all of them 0",
     )
+    trace.add_argument(
+        "--optimizer",
+        metavar="KEY=VALUE,...",
+        help="with --training: record AdamW's step too, e.g. lr=2.2e-4,moments=bfloat16,max_norm=1 (docs/taps.md)",
+    )
     trace.set_defaults(run=run)
 
 
@@ -42,10 +48,23 @@ def run(args: argparse.Namespace) -> int:
     options["phases"] = args.phases.split(",")
     if args.training is not None:
         options["training"] = dict(map(_setting, filter(None, args.training.split(","))))
+    if args.optimizer is not None:
+        require(args.training is not None, "--optimizer needs --training, '' if all of its numbers are 0")
+        options["training"]["optimizer"] = dict(map(_value, args.optimizer.split(",")))
     trace = trace_case(Case.read(args.case), **options)
     trace.write(args.out)
     print(f"{args.out}: {len(trace.taps)} taps")
     return 0
+
+
+def _value(text: str) -> tuple[str, object]:
+    """KEY=VALUE as the header has it: numbers, null and words."""
+    key, equals, value = text.partition("=")
+    require(equals, f"--optimizer {text!r}: expected KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def _setting(text: str) -> tuple[str, float]:

@@ -10,6 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from refimpl.layers.stage import Call
+
+from .gradients import gradient_name
+
 Factors = tuple[str, ...]
 """The names whose product an axis is: ("H", "Dn+Dr")."""
 Axes = tuple[Factors, ...]
@@ -30,11 +34,30 @@ def axes_of(fn: Callable[..., Any]) -> tuple[dict[str, Axes], Axes]:
 
 
 def fitted(axes: Axes, ndim: int) -> Axes | None:
-    """The axes of an array of that many: "..." stands for as many as are missing; None if they do not fit."""
-    if ("...",) in axes:
-        i, missing = axes.index(("...",)), ndim - len(axes) + 1
-        axes = (*axes[:i], *[(f"...{k}",) for k in range(missing)], *axes[i + 1 :])
+    """The axes of an array of that many: "..." or "*" stands for as many as are missing; None if they do not fit."""
+    for some in ("...", "*"):
+        if (some,) in axes:
+            i, missing = axes.index((some,)), ndim - len(axes) + 1
+            axes = (*axes[:i], *[(f"{some}{k}",) for k in range(missing)], *axes[i + 1 :])
     return axes if len(axes) == ndim else None
+
+
+def axes_at(name: str, call: Call, ndim: int, shown: str = "") -> Axes:
+    """A leaf's axes by the docstring of the first stage that reads it, or gives it; a gradient's are those of what it is by."""
+    readers = call.static.get("readers", ())
+    for reader, result in [(r, gradient_name(r.tap)) for r in readers] or [(call, call.tap)]:
+        known, given = axes_of(reader.of.fn)
+        parameters = list(inspect.signature(reader.of.fn).parameters)
+        pairs = [(a, known.get(parameters[min(i, len(parameters) - 1)], ())) for i, a in enumerate(reader.args)]
+        for arg, axes in [*pairs, (result, given)]:
+            if arg == name and (found := fitted(axes, ndim)) is not None:
+                return found
+    return _unnamed(shown or name, ndim)
+
+
+def _unnamed(name: str, ndim: int) -> Axes:
+    """Axes that nothing is known of: names that occur once."""
+    return tuple([(f"{name}[{i}]",) for i in range(ndim)])
 
 
 def _inside(text: str, start: int) -> str:

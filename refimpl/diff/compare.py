@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
 
 from . import fp8_rules, tolerance
+from .holes import UNKNOWN, excused
+from .optimizer import doubtful
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
@@ -62,9 +64,15 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, step.call.of.compare
     exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
-    settled = settled_rows(step, pick)
+    if step.naive is not None and kind not in ("set", "exact"):
+        exact = excused(x, exact, cut(step.naive, pick))
+    settled, doubt = settled_rows(step, pick), doubtful(step)
+    if doubt is not None:  # as if the candidate, and every twin, held ours there
+        x, step = np.where(cut(doubt, pick), exact, x), _without(step, doubt)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
+    if kind == "given":
+        return Finding(call.tap, call.stage, True, 0.0, note="taken as it is")
     if call.stage in fp8_rules.RULES:
         return _codes(step, x, chained, settled, units, pick)
     if kind == "set":
@@ -74,6 +82,11 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         note = f"{wrong} of {x.size} elements differ" if wrong else ""
         return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
     return _values(step, x, exact, chained, settled, units, pick)
+
+
+def _without(step: Step, doubt: Array) -> Step:
+    """The step, of which no twin says anything where there is doubt."""
+    return replace(step, twins=lambda: (np.where(doubt, step.exact, twin) for twin in step.twins()))
 
 
 def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
@@ -104,6 +117,8 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
 def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
+    if np.isnan(e).all() and e.size:
+        return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
     found = tolerance.distance(call.stage, x, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)

@@ -23,6 +23,7 @@ from .corpus import MUTANTS, Mutant
 from .fp8_rules import RULES, alike
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
+from .optimizer import MASTER
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
 
 NARROW = ("bfloat16", "float16")
@@ -44,6 +45,7 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
     blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps | r.withdrawn]
     calls = {call.tap: call for call in program}
     found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
+    found = [d for d in found if not any(set(d.taps) < set(other.taps) for other in found)]
     named = {tap for d in found for tap in d.taps}
     rest = [f for f in blamed if f.tap not in named]
     found += [d for dtype in NARROW if (d := _narrow(dtype, rest, calls, r))][:1]
@@ -62,6 +64,8 @@ def _joined(found: list[Diagnosis]) -> list[Diagnosis]:
 
 def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
     """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
+    if m.also and not _stages(r.taps, calls, m) <= {f.stage for f in blamed}:
+        return None  # one of its stages was seen, and is right
     touched, same = [f for f in blamed if any(_with(m, calls[t]) for t in f.region)], set()
     for f in sorted(
         touched, key=lambda f: len(f.region)
@@ -73,11 +77,16 @@ def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded
     return Diagnosis(m.id, m.title, m.threads, tuple([f.tap for f in touched if f.tap in same])) if same else None
 
 
+def _stages(taps: Iterable[str], calls: dict[str, Call], m: Mutant) -> set[str]:
+    """Which of the stages that a mutant changes were recorded."""
+    return {calls[t].stage for t in taps if t in calls and m.at(calls[t].stage)}
+
+
 def _with(m: Mutant, call: Call) -> Call | None:
     """The call with the mutant in it, which for a gradient is in the readers of its tap; None if it has no place there."""
     readers = call.static.get("readers", ())
     if call.own is None or not any(r.stage == m.stage for r in readers):
-        return call if call.stage == m.stage else None
+        return call if m.at(call.stage) else None
     changed = [replace(r, own=replace(r.of, fn=m.fn)) if r.stage == m.stage else r for r in readers]
     return replace(call, static=call.static | {"readers": tuple(changed)})
 
@@ -88,7 +97,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
     """
     try:
         ours = rerun([calls[t] for t in f.region], r, m)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, FloatingPointError):
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError):
         # the mutant does not take these inputs: it is not the mistake
         return None if any(calls[t].own for t in f.region) else False
     if ours.dtype.kind == "O":  # arrays made of what lies on the tape: the same
@@ -132,11 +141,19 @@ def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
 
 def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
     """The mutant's function, given what it reads beside the stage's arguments."""
-    if not m.reads:
-        return m.fn
+    fn = m.at(call.stage)
+    assert fn is not None
+    if not m.reads or call.stage != m.stage:
+        return fn
+    return partial(fn, reads=tuple([lane.value(_read(n, call, r), call, r) for n in m.reads]))
+
+
+def _read(name: str, call: Call, r: Recorded) -> str:
+    """The full name of what a mutant reads at a call."""
     unit = call.tap.rpartition("/")[0]
-    names = [r.weight(unit, n.removeprefix("w:")) if n.startswith("w:") else f"{unit}/{n}" for n in m.reads]
-    return partial(m.fn, reads=tuple([lane.value(n, call, r) for n in names]))
+    if name == "master":
+        return MASTER + str(call.args[0]).removeprefix("grad/")
+    return r.weight(unit, name.removeprefix("w:")) if name.startswith("w:") else f"{unit}/{name}"
 
 
 def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:

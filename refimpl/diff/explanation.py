@@ -9,12 +9,16 @@ import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
-from refimpl.layers.stage import STAGES
+from refimpl.layers.stage import STAGES, Call
 
 from .examined import Examined
+from .gradients import LOSS, gradient_name
 from .part import Index, Part, smallest
+from .tangents import is_gradient
 from .terms import Term, Terms, moved_by, terms_of
 
+INPUTS = 20
+"""So many inputs are listed."""
 LABEL = 14
 """Width of the column of labels."""
 
@@ -38,16 +42,31 @@ def _stage(x: Examined, part: Part) -> Iterator[str]:
     call = part.calls[-1]
     doc = " ".join((x.stage.__doc__ or "").partition("\n\n")[0].split())
     yield _line("equation", doc)
+    if is_gradient(call):
+        yield from _readers(call)
+    else:
+        yield from _inputs(x, call)
+    if len(part.calls) > 1:
+        inner = ", ".join([c.tap.removeprefix("fwd/") for c in part.calls[:-1]][-6:])
+        yield _line("region", f"{len(part.calls)} stages that were not recorded apart: ... {inner}, itself")
+
+
+def _readers(call: Call) -> Iterator[str]:
+    """What reads the tap or weight, and so sends something back to it."""
+    for r in call.static["readers"]:
+        sent = f"{gradient_name(r.tap)}{', which is 1' if r.stage == LOSS else ''}"
+        yield _line("reader", f"{r.tap} ({r.of.what}), by {sent}")
+
+
+def _inputs(x: Examined, call: Call) -> Iterator[str]:
     parameters = list(inspect.signature(x.stage.fn).parameters)
     pairs = [(parameters[min(i, len(parameters) - 1)], a) for i, a in enumerate(call.args)]
-    yield _line("inputs", ", ".join([f"{p} = {_named(a)}" for p, a in pairs]))
+    shown = [f"{p} = {_named(a)}" for p, a in pairs[:INPUTS]]
+    yield _line("inputs", ", ".join([*shown, *([f"and {len(pairs) - INPUTS} more"] if len(pairs) > INPUTS else [])]))
     if call.static:
         yield _line(
             "settings", ", ".join([f"{n}={_setting(v)}" for n, v in x.grounds.calls[x.finding.tap].static.items()])
         )
-    if len(part.calls) > 1:
-        inner = ", ".join([c.tap.removeprefix("fwd/") for c in part.calls[:-1]][-6:])
-        yield _line("region", f"{len(part.calls)} stages that were not recorded apart: ... {inner}, itself")
 
 
 def _named(arg: object) -> str:
@@ -116,13 +135,17 @@ def _sum(terms: Terms, most: int) -> Iterator[str]:
     total = sum(t.product for t in found)
     yield _line(
         "terms",
-        f"{len(found)}, of {', '.join(terms.exact)}: they sum to the number (apart by {abs(total - terms.y):.1e})",
+        f"{len(found)}, of {_some(terms.exact)}: they sum to the number (apart by {abs(total - terms.y):.1e})",
     )
     for t in found[:most]:
         share = f"{t.product / terms.y:+8.1%}" if terms.y else ""
         yield _line("", f"{t.product:+.6e} {share:>9}  {_factors(t)}")
     if len(found) > most:
         yield _line("", f"{sum(t.product for t in found[most:]):+.6e}            the other {len(found) - most} terms")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _factors(t: Term) -> str:
@@ -140,10 +163,9 @@ def _slopes(terms: Terms, most: int) -> Iterator[str]:
     found = sorted([t for n in terms.first_order for t in terms.by_name[n]], key=lambda t: -abs(t.product))
     if not found:
         return
-    names = ", ".join(terms.first_order[:4]) + (
-        f" and {len(terms.first_order) - 4} more" if len(terms.first_order) > 4 else ""
+    yield _line(
+        "first order", f"of {_some(terms.first_order)}: how far 1 % more of an input moves the number, in %; not a sum"
     )
-    yield _line("first order", f"of {names}: how far 1 % more of an input moves the number, in %; not a sum")
     for t in found[:most]:
         share = f"{t.product / terms.y:+8.4f}" if terms.y else ""
         yield _line("", f"{share:>9}  {t.name}{list(t.index)} = {t.value:.6g}, slope {t.slope:.6g}")

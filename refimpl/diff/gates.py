@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,9 +101,9 @@ def phases_of(header: Header, taps: Iterable[str]) -> list[str]:
     return ["fwd", *sorted({t.partition("/")[0] for t in taps if in_part(t)} - {"fwd"})]
 
 
-def coverage_gate(program: list[Call], trace: Trace) -> Gate:
-    """How many of our taps were recorded. Names we do not know, and expected taps that are absent, make it
-    undecided.
+def coverage_gate(program: list[Call], trace: Trace, blind: Sequence[str] = ()) -> Gate:
+    """How many of our taps were recorded. Names we do not know, expected taps that are absent, and taps of which nothing is known
+    (`blind`) make it undecided.
     """
     meant = {"fwd", *trace.header.phases, *[t.partition("/")[0] for t in trace.taps]}
     ours = [c.tap for c in program if in_part(c.tap) or c.tap.partition("/")[0] in meant]
@@ -125,6 +125,10 @@ def coverage_gate(program: list[Call], trace: Trace) -> Gate:
         return Gate("coverage", "?", f"{text}; expected but never recorded: {', '.join(absent[:3])}", tuple(absent))
     if unknown:
         return Gate("coverage", "?", f"{text}; unknown taps: {', '.join(unknown[:3])}", tuple(unknown))
+    if blind:
+        return Gate(
+            "coverage", "?", f"{text}; what {blind[0]} is computed from is not known or not finite", tuple(blind)
+        )
     return Gate("coverage", "ok", text, details)
 
 

@@ -29,9 +29,9 @@ Graft = Callable[[Call, Lane, Recorded], Array]
 
 def grafted(g: Grounds, grafts: Mapping[str, Graft], wanted: Callable[[str], bool]) -> dict[str, Array]:
     """Our own float64 run with these grafts (tap -> graft); the taps that are wanted."""
-    lane, last, found = Lane(FLOAT64, given=False), last_use(g.program), {}
+    lane, last, found = Lane(FLOAT64, given=False), last_use(g.forward), {}
     with np.errstate(all="ignore"):
-        for i, call in enumerate(g.program):
+        for i, call in enumerate(g.forward):
             graft = grafts.get(call.tap)
             out = lane.run(call, g.recorded) if graft is None else graft(call, lane, g.recorded)
             lane.values[call.tap] = out
@@ -49,10 +49,10 @@ def of_mistake(m: Mutant) -> Graft:
 
 def differences(g: Grounds) -> dict[str, Graft]:
     """For every recorded tap, the graft of what the candidate's stage made of the candidate's inputs."""
-    lane, last = Lane(FLOAT64), last_use(g.program)
+    lane, last = Lane(FLOAT64), last_use(g.forward)
     found: dict[str, Graft] = {}
     with np.errstate(all="ignore"):
-        for i, call in enumerate(g.program):
+        for i, call in enumerate(g.forward):
             lane.values[call.tap] = e = lane.run(call, g.recorded)
             if call.tap in g.admitted.taps:
                 ids = _ids(call, lane, g.recorded)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refimpl.autograd.errors import SpecError, require
+from refimpl.autograd.errors import require
 from refimpl.layers.config import Config
 from refimpl.layers.stage import Call
+from refimpl.model.phases import in_part
 
 from .admission import Admitted
 from .lanes import Recorded
@@ -31,17 +32,22 @@ class Grounds:
         """tap -> the call that gives it."""
         return {call.tap: call for call in self.program}
 
+    @property
+    def forward(self) -> list[Call]:
+        """The calls of the runs of tokens, without gradients and updates."""
+        return [call for call in self.program if in_part(call.tap)]
+
     def call(self, tap: str) -> Call:
         """The call that gives a tap, whose name may leave out the phase. SpecError for a tap that this run does not have or that
         the trace does not hold soundly.
         """
-        later = tap.startswith(("bwd/", "grad/", "upd/"))
-        require(
-            not later, f"{tap}: gradients and updates are judged, not taken apart; take a number of the forward pass"
-        )
-        found = next((c for c in self.program if tap in (c.tap, c.tap.partition("/")[2])), None)
-        if found is None:
-            raise SpecError(f"this run has no tap {tap!r}; `refimpl taps CASE` lists them")
+        found = [c for c in self.program if c.tap == tap] or [c for c in self.program if c.tap.partition("/")[2] == tap]
+        require(found, f"this run has no tap {tap!r}; `refimpl taps CASE` lists them")
+        parts = [c.tap for c in found if in_part(c.tap) and c.tap in self.admitted.taps]
+        require(len(parts) < 2, f"{tap!r} is in several parts of the run; say which: {', '.join(parts)}")
+        return self._held(next((c for c in found if c.tap in parts), found[0]))
+
+    def _held(self, found: Call) -> Call:
         require(found.tap not in self.admitted.flawed, f"{found.tap}: {self.admitted.flawed.get(found.tap)}")
         require(found.tap in self.admitted.taps, f"{found.tap}: the trace does not hold it")
         return found

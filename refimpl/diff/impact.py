@@ -120,16 +120,17 @@ def _positions(g: Grounds, logits: Array) -> Array:
 
 
 def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[str, ...]]:
-    """Taps that are grafted together: those of one stage, in model order."""
-    forward = [f for f in j.findings if in_part(f.tap)]  # a gradient moves no logit of its own run
+    """Taps that are grafted together: those of one known mistake, or of one stage, in model order."""
+    forward, why = [f for f in j.findings if in_part(f.tap)], _mistakes(j)  # a gradient moves no logit of its own run
     assert j.grounds is not None
     forward = [f for f in forward if set(f.region) <= set(j.grounds.calls)]  # codes have no place there
     blamed = [f for f in forward if not f.ok]
     wanted = [f for f in forward if any(tap_matches(f.tap, p) for p in patterns)] if patterns else _usable(blamed)
-    require(wanted or not patterns, f"no recorded tap matches {', '.join(patterns)}")
+    none = f"no recorded tap matches {', '.join(patterns)} (gradients and updates move no logit of their run)"
+    require(wanted or not patterns, none)
     found: dict[str, list[str]] = {}
     for f in wanted:
-        found.setdefault(f.tap if by_layer else f.stage, []).append(f.tap)
+        found.setdefault(f.tap if by_layer else why.get(f.tap, f.stage), []).append(f.tap)
     return [tuple(taps) for taps in found.values()]
 
 

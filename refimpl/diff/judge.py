@@ -22,7 +22,7 @@ from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 from refimpl.model import ForCausalLM, Inputs, read_inputs
-from refimpl.model.phases import Part, in_part, named, parts_of
+from refimpl.model.phases import Part, named, parts_of
 
 from .admission import Admitted, admit, check_layouts
 from .agreement import ranks_gate
@@ -36,8 +36,10 @@ from .fp8_taps import decoded, has_codes, with_codes
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
+from .holes import UNKNOWN
 from .lanes import Recorded
 from .names import by_name
+from .optimizer import Inputs as Read
 from .precision import Precision, precision_of
 from .program import program_of
 from .streamed import StageWeights
@@ -197,7 +199,8 @@ class _Run:
         found = program_of(config, inputs, n_mtp=n_mtp, parts=self.parts, losses=t.losses if t else None)
         if t:
             shapes = {n: case.checkpoint.shape(n) for n in case.checkpoint if not is_buffer(n)}
-            found += [*backward_of(found, shapes), *update_of(found, config, t)]
+            found += backward_of(found, shapes, self.precision.plan)
+            found += update_of(found, config, t)
         return found, inputs
 
     @cached_property
@@ -220,9 +223,8 @@ class _Run:
 
     def differing(self, a: Config, b: Config) -> set[str]:
         """Taps that two configs compute by other calls."""
-        (first, _), (second, _) = self.program(a), self.program(b)
-        theirs = {c.tap: c for c in second}
-        return {c.tap for c in first if theirs.get(c.tap) != c}
+        first, second = ({c.tap: replace(c, own=None) for c in self.program(config)[0]} for config in (a, b))
+        return {tap for tap, call in first.items() if second.get(tap) != call}
 
     def judge(self, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
         """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
@@ -248,13 +250,13 @@ class _Run:
         comparison.run(program, track)
         self.shown = comparison.shown
         means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
-        gates = [coverage_gate(program, self.trace), self_check_gate(header)]
+        blind = [f.tap for f in comparison.findings if f.open and f.note == UNKNOWN]
+        gates = [coverage_gate(program, self.trace, blind), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
-        forward = [c for c in plain if in_part(c.tap)]
-        found.grounds = Grounds(config, forward, recorded, admitted, self.precision)
+        found.grounds = Grounds(config, plain, recorded, admitted, self.precision)
         return found
 
     def _embedded(self, inputs: Inputs) -> Array:
@@ -274,7 +276,10 @@ class _Run:
     def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
         p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
         noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
-        return Recorded(taken, named(inputs, self.parts), self.weights, p.plan, noise, parts, layers=layers)
+        adam = self.training.optimizer if self.training else None
+        masters = adam.masters if adam else "float32"
+        read = Read(named(inputs, self.parts), self.case.checkpoint, masters)
+        return Recorded(taken, read, self.weights, p.plan, noise, parts, layers=layers)
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

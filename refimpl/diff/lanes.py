@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from refimpl.layers.gemm import using
 from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
 
+from .holes import mended, torn
 from .tolerance import Noise
 
 Weights = Callable[[str, Plan], Array]
@@ -44,12 +45,16 @@ class Recorded:
 
 @dataclass
 class Lane:
-    """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use."""
+    """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use;
+    `naive`, whether NaN spreads as floating point spreads it, and `torn`, whether that would make a difference.
+    """
 
     plan: Plan
     twin: int | None = None
     given: bool = True
     values: dict[str, Array] = field(default_factory=dict)
+    naive: bool = False
+    torn: bool = False
 
     def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
         """The call's stage in this lane, or another function of the same arguments in its place."""
@@ -57,8 +62,16 @@ class Lane:
         static = call.static | {k: ours[k] for k in ours if k in call.static}
         # a candidate may hold NaN; that is reported, not warned of
         with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
-            out: Array = (fn or call.of.fn)(*[self.value(a, call, r) for a in call.args], **static)
-            return out
+            args = [self.value(a, call, r) for a in call.args]
+
+            def made(values: Sequence[Any]) -> Array:
+                out: Array = (fn or call.of.fn)(*values, **static)
+                return out
+
+            if self.naive or not self.given or not torn(call.args, args):
+                return made(args)
+            self.torn = True
+            return mended(made, call.args, args)
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:
         """What a call's argument is in this lane."""
@@ -69,7 +82,8 @@ class Lane:
         if arg.startswith("w/"):
             return r.weights(arg[2:], self.plan)
         if arg in r.inputs:
-            return r.inputs[arg]
+            a = r.inputs[arg]
+            return a if a.dtype.kind in "iub" else a.astype(self.plan.dtype, copy=False)
         if not self.given or arg not in r.taps:
             return self.values[arg]
         a = r.taps[arg]

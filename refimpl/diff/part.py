@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.gemm import PLAIN
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
-from .axes import Axes, axes_of, fitted
+from .axes import Axes, axes_at
+from .gradients import LOSS, gradient_name
 from .grounds import Grounds
 from .lanes import Lane
 from .program import names
+from .tangents import is_gradient, value_of
 
 Index = tuple[int, ...]
 Spans = tuple[Array, ...]
 """For every axis, which entries of the original are still there."""
+_STEP = ("optim.clip", "optim.exp_avg", "optim.exp_avg_sq")
 _NUMBERS = {"n_heads": "H"}
 """Settings that count an axis which may be cut."""
 
@@ -54,11 +58,15 @@ class Part:
 
     def result(self, leaves: Mapping[str, Any] | None = None) -> Any:
         """The tap, from these leaves (arrays or Tensors) or its own."""
+        return self.values(leaves)[self.tap]
+
+    def values(self, leaves: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The leaves, and everything that is computed from them."""
         values = dict(self.leaves if leaves is None else leaves)
         with np.errstate(all="ignore"):
             for call in self.calls:
-                values[call.tap] = STAGES[call.stage].fn(*[_value(a, values) for a in call.args], **call.static)
-        return values[self.tap]
+                values[call.tap] = call.of.fn(*[value_of(a, values) for a in call.args], **call.static)
+        return values
 
     def origin(self, name: str, index: Index) -> Index:
         """Where an entry (or a row) of a leaf, or of the result, lies in the whole array."""
@@ -70,16 +78,27 @@ class Part:
 
 
 def part_of(g: Grounds, region: Iterable[str], at: Index, shape: tuple[int, ...]) -> Part:
-    """The whole region of a tap, nothing cut: float64, the candidate's recorded values where it has them."""
-    calls = tuple([_float64(g.calls[t]) for t in region])
-    inner, lane = {c.tap for c in calls}, Lane(FLOAT64)
+    """The whole region of a tap, nothing cut: float64, the candidate's recorded values where it has them. An optimiser's step
+    begins at its gradient, recorded or not.
+    """
+    listed, lane = [g.calls[t] for t in region], Lane(FLOAT64)
+    for call in [c for c in listed if _before(listed[-1], c)]:
+        lane.values[call.tap] = lane.run(call, g.recorded)
+    calls = tuple([_float64(c) for c in listed if not _before(listed[-1], c)])
+    inner = {c.tap for c in calls}
     first = {n: call for call in reversed(calls) for n in names(call.args) if n not in inner}
+    lane.values[gradient_name(f"fwd/{LOSS}")] = np.ones(())
     leaves = {n: np.asarray(lane.value(n, call, g.recorded)) for n, call in first.items()}
-    tap, result = calls[-1].tap, axes_of(STAGES[calls[-1].stage].fn)[1]
+    tap = calls[-1].tap
     shapes = {n: a.shape for n, a in leaves.items()} | {tap: shape}
-    axes = {n: _named(n, call, leaves[n].ndim) for n, call in first.items()}
-    axes[tap] = fitted(result, len(shape)) or _unnamed(tap, len(shape))
+    axes = {n: axes_at(n, call, leaves[n].ndim) for n, call in first.items()}
+    axes[tap] = axes_at(str(calls[-1].static.get("name", tap)), calls[-1], len(shape), tap)
     return Part(calls, leaves, at, axes, {n: tuple([np.arange(k) for k in s]) for n, s in shapes.items()})
+
+
+def _before(last: Call, call: Call) -> bool:
+    """Whether a call only leads to the gradient, or the norm, that the optimiser's step in question begins with."""
+    return last.stage.startswith("optim.") and call is not last and call.stage not in _STEP
 
 
 def smallest(part: Part) -> Part:
@@ -115,9 +134,17 @@ def _wishes(part: Part) -> Iterator[Mapping[str, Array]]:
         if name in wanted:
             yield {name: wanted[name]}
     if "S" in wanted:
-        until = np.arange(int(wanted["S"][0]) + 1)
-        yield {"S": until, "T": until}  # attention over the tokens before, all at once
+        at, n, t = int(wanted["S"][0]), *(max(map(len, _spans(part, a)), default=0) for a in "ST")
+        cached = max(t - n, 0)  # keys of earlier parts come first
+        yield {"S": np.arange(at + 1), "T": np.arange(cached + at + 1)}  # attention over the tokens before, all at once
+        yield {"S": np.arange(at, n), "T": np.arange(cached + at, t)}  # a gradient, over those after
     yield from ({name: keep} for name, keep in wanted.items() if name not in ("B", "S", "T", "H"))
+
+
+def _spans(part: Part, name: str) -> Iterator[Array]:
+    """The spans of an axis of that name, wherever it is."""
+    for n, axes in part.axes.items():
+        yield from [span for factors, span in zip(axes, part.spans[n], strict=True) if factors == (name,)]
 
 
 def _wanted(part: Part) -> Iterator[tuple[str, Array]]:
@@ -205,8 +232,10 @@ def _sizes(part: Part, factors: tuple[str, ...], total: int) -> tuple[int, ...] 
 
 def _counting(call: Call, kept: Mapping[str, Array]) -> Call:
     """The call with its settings that count a cut axis."""
-    counts = {s: len(kept[name]) for s, name in _NUMBERS.items() if s in call.static and name in kept}
-    return replace(call, static=call.static | counts) if counts else call
+    changed: dict[str, Any] = {s: len(kept[name]) for s, name in _NUMBERS.items() if s in call.static and name in kept}
+    if is_gradient(call):
+        changed["readers"] = tuple([_counting(r, kept) for r in call.static["readers"]])
+    return replace(call, static=call.static | changed) if changed else call
 
 
 def _renumbered(part: Part) -> Part | None:
@@ -228,7 +257,7 @@ def _renumbered(part: Part) -> Part | None:
 def _fewer_experts(part: Part) -> Part:
     """Only the experts that somebody chose, in their order."""
     ids, calls = _ids(part), []
-    if not ids:
+    if not ids or any(c.own for c in part.calls):
         return part
     used = np.unique(part.leaves[ids])
     for call in part.calls:
@@ -250,28 +279,11 @@ def _ids(part: Part) -> str:
     return next((n for n in part.leaves if n.endswith("/router.ids") and part.leaves[n].ndim == 3), "")
 
 
-def _named(name: str, call: Call, ndim: int) -> Axes:
-    """A leaf's axes by the docstring of the first stage that reads it."""
-    known = axes_of(STAGES[call.stage].fn)[0]
-    parameters = list(inspect.signature(STAGES[call.stage].fn).parameters)
-    for i, arg in enumerate(call.args):
-        parameter = parameters[min(i, len(parameters) - 1)]
-        if arg == name and (found := fitted(known.get(parameter, ()), ndim)) is not None:
-            return found
-    return _unnamed(name, ndim)
-
-
-def _unnamed(name: str, ndim: int) -> Axes:
-    """Axes that nothing is known of: names that occur once."""
-    return tuple([(f"{name}[{i}]",) for i in range(ndim)])
-
-
 def _float64(call: Call) -> Call:
     """The call as the exact lane makes it."""
+    if is_gradient(call):  # what waits for it in fewer bits is not asked
+        readers = call.static["readers"]
+        args = tuple([(*r.args, gradient_name(r.tap)) for r in readers])
+        plain = {"makers": (None,) * len(args), "kernel": lambda stage: PLAIN}
+        return replace(call, args=args, static=call.static | plain)
     return replace(call, static=call.static | {"dtype": np.float64}) if "dtype" in call.static else call
-
-
-def _value(arg: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(arg, tuple):
-        return tuple([_value(a, values) for a in arg])
-    return values[arg] if isinstance(arg, str) else arg

@@ -15,6 +15,7 @@ from refimpl.layers.stage import Call, tap_matches
 from .reading import is_bfloat16, is_float16
 from .tolerance import UNIT
 from .trace import Header
+from .training import optimizer_storage
 
 MOST = 0.8
 """Share of the float32 taps that must hold values of a narrower dtype for the trace to be one of that dtype."""
@@ -53,14 +54,15 @@ class Precision:
         """
         own, part = UNIT.get(self.seen.get(tap, ""), 0.0), self._part(tap)
         declared = UNIT.get(self.declared(tap), UNIT["float32"])
-        return declared if part or not own else min(own, declared)
+        summed = tap.startswith("grad/")  # accumulated in float32 (R 3.3.3) from backward values that were not kept so
+        return declared if part or not own or summed else min(own, declared)
 
     def _part(self, tap: str) -> str | None:
         return next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
 
     def format(self, call: Call) -> str:
         """The format that a twin's output is rounded to."""
-        if call.tap in self.seen:
+        if call.tap in self.seen or self._part(call.tap):
             return "bf16" if self.unit(call.tap) == UNIT["bfloat16"] else "fp32"
         return self.plan.format(call.stage)
 
@@ -72,7 +74,7 @@ def _ends(tap: str, pattern: str) -> bool:
 
 def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     """What the header declares, corrected where the values say otherwise: bfloat16 or float16 numbers in float32 arrays."""
-    parts = {k: v for k, v in header.precision.items() if k not in _GENERAL}
+    parts = {k: v for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
     storage, note = str(header.precision.get("storage", "float32")), ""
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
     narrow = {"bfloat16": is_bfloat16, "float16": is_float16}

@@ -28,7 +28,8 @@ from .tolerance import TWINS
 @dataclass(frozen=True)
 class Step:
     """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, the tokens (B, S) that
-    rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's.
+    rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's; `naive`, our
+    output with NaN spread as floating point spreads it, if there is any.
     """
 
     call: Call
@@ -37,6 +38,7 @@ class Step:
     twins: Callable[[], Iterator[Array]]
     unsettled: Array | None
     inputs: Callable[[], Iterator[list[Any]]]
+    naive: Array | None = None
 
 
 Watch = Callable[[str, Array], None]
@@ -51,21 +53,27 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
     exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
     twins = [Lane(r.plan, k) for k in range(TWINS)]
-    lanes, unsettled = (exact, chained, *twins), Unsettled()
+    naive = Lane(FLOAT64, naive=True)
+    lanes, unsettled = (exact, chained, naive, *twins), Unsettled()
     end = len(program) if watch else max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[: end + 1]):
         chained.values[call.tap] = chained.run(call, r)
         if watch:
             watch(call.tap, chained.values[call.tap])
         if call.tap in wanted:
+            before = {} if exact.torn else dict(exact.values)
             exact.values[call.tap] = exact.run(call, r)
+            if exact.torn:
+                naive.values |= before
+                naive.values[call.tap] = naive.run(call, r)
             if call.tap not in r.taps:
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
             inputs = _inputs(call, (exact, *twins), r)
             ours, doubt = chained.values[call.tap], unsettled.of(call)
-            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs)
+            spread = naive.values.get(call.tap)
+            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, spread)
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
         for lane in lanes:

@@ -39,7 +39,7 @@ def render(j: Judgement, *, everything: bool = False, stages: int = MOST) -> str
     lines += _causes(j)
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
-    groups = _groups(bad)
+    groups = _groups(j)
     lines += [line for group in groups[:stages] for line in _group(group)]
     if len(groups) > stages:
         lines += ["", f"  ... and {len(groups) - stages} more stages (--all lists every tap)"]
@@ -58,11 +58,12 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _groups(bad: list[Finding]) -> list[list[Finding]]:
-    """Blamed taps of the same stage together, in model order of their first."""
+def _groups(j: Judgement) -> list[list[Finding]]:
+    """Blamed taps of one known mistake together, and otherwise those of a stage, in model order of their first."""
     found: dict[str, list[Finding]] = {}
-    for f in bad:
-        found.setdefault(f.stage, []).append(f)
+    why = {tap: d.title for d in reversed(j.causes) if d.id for tap in d.taps} if j.culprits else {}
+    for f in j.culprits:
+        found.setdefault(why.get(f.tap, f.stage), []).append(f)
     return list(found.values())
 
 
@@ -109,14 +110,20 @@ def _causes(j: Judgement) -> Iterator[str]:
 
 
 def folded(taps: Sequence[str]) -> str:
-    """Taps by name, their layers together: `router.weights in L1-L2`."""
-    units: dict[str, list[str]] = {}
+    """Taps by name, their layers together, and their phases if there are several: `router.weights in L1-L2 of fwd, dec8`."""
+    places: dict[str, list[tuple[str, str]]] = {}
     for tap in taps:
-        _, _, rest = tap.partition("/")
+        phase, _, rest = tap.partition("/")
         unit, _, name = rest.rpartition("/")
-        units.setdefault(name, []).append(unit)
-    parts = [name + (f" in {_span(found)}" if any(found) else "") for name, found in units.items()]
+        places.setdefault(name, []).append((phase, unit))
+    parts = [f"{name}{_placed(found)}" for name, found in places.items()]
     return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def _placed(found: list[tuple[str, str]]) -> str:
+    """The layers and phases of a name."""
+    phases, units = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    return (f" in {_span(units)}" if any(units) else "") + (f" of {', '.join(phases)}" if len(phases) > 1 else "")
 
 
 def _span(units: list[str]) -> str:

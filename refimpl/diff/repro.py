@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from refimpl.checkpoint import Transaction
 from refimpl.layers.stage import Call
 
 from .examined import Examined
+from .gradients import gradient_name
 from .part import Index, Part, smallest
 from .plain import function_of, literal, plain
+from .tangents import along, ends, is_gradient, seeds
 from .tolerance import comparable
 
 _KINDS = {
@@ -128,17 +130,20 @@ def _sizes(arrays: Mapping[str, Array]) -> str:
 
 def _script(x: Examined, part: Part, kind: str, place: str) -> str:
     f = x.finding
-    stages = list(dict.fromkeys([c.stage for c in part.calls]))
+    backwards = is_gradient(part.calls[-1])
+    stages = list(dict.fromkeys([r.stage for c in part.calls for r in c.static.get("readers", (c,))]))
     limit = {"value": f.allowed, "lean": f.upright}.get(kind, 0.0)
     size = x.size(part.origin(part.tap, part.at)[: max(len(x.step.exact.shape) - 1, 0)]) if kind == "value" else 1.0
-    text = plain(stages, [comparable] if kind in ("value", "lean") else [])
+    helpers: list[Callable[..., Any]] = [comparable] if kind in ("value", "lean") else []
+    helpers += [along] if backwards else []
+    text = plain(stages, helpers)
     at = ", ".join(map(str, part.at)) or "..."
     return _TEMPLATE.format(
         title=f"{part.tap} {place}: {x.stage.what} ({x.stage.eq})",
         case=_provenance(x),
         imports=_imports(text),
         functions=text,
-        lines="\n".join(_line(c, last=c is part.calls[-1]) for c in part.calls),
+        lines=_backwards(part) if backwards else "\n".join(_line(c, last=c is part.calls[-1]) for c in part.calls),
         measure=_KINDS[kind].strip("\n"),
         at=at,
         size=repr(size),
@@ -169,16 +174,40 @@ def _provenance(x: Examined) -> str:
     return f"Stage {x.stage.name}, as `refimpl repro` found it in a recorded run.{note}"
 
 
+def _backwards(part: Part) -> str:
+    """The body of `expected` for a gradient: number by number, from how the forward values move with what it is by."""
+    last, forward = part.calls[-1], [c for c in part.calls if not is_gradient(c)]
+    name, shape = last.static["name"], part.shape
+    steps, seen = [f't = {{"{name}": np.zeros({shape})}}', f't["{name}"][place] = 1'], {name}
+    for call, r in seeds(part.calls):
+        x = call.static["name"]
+        step = f'along(lambda x: {_called(r, x)}, a["{x}"], t["{x}"])'
+        steps.append(f't["{r.tap}"] = ' + (f't["{r.tap}"] + ' if r.tap in seen else "") + step)
+        seen.add(r.tap)
+    sums = [f'np.sum(t["{tap}"] * a["{gradient_name(tap)}"])' for tap in ends(part.calls)]
+    body = [*steps, f"found[place] = {' + '.join(sums)}"]
+    head = [f"found, wanted = np.zeros({shape}), np.zeros({shape}, bool)", "wanted[AT] = True"]
+    lines = [_line(c, last=False).strip() for c in forward] + [*head, "for place in map(tuple, np.argwhere(wanted)):"]
+    return "\n".join([f"    {line}" for line in lines] + [f"        {line}" for line in body] + ["    return found"])
+
+
 def _line(call: Call, *, last: bool) -> str:
     """One call as a line of `expected`."""
-    args = [_argument(a) for a in call.args] + [f"{n}={literal(v)}" for n, v in call.static.items()]
     target = "return" if last else f'a["{call.tap}"] ='
-    return f"    {target} {function_of(call.stage)}({', '.join(args)})"
+    return f"    {target} {_called(call)}"
 
 
-def _argument(arg: Any) -> str:
+def _called(call: Call, x: str = "") -> str:
+    """The call of a stage, what is called x in the place of that name."""
+    args = [_argument(a, x) for a in call.args] + [f"{n}={literal(v)}" for n, v in call.static.items()]
+    return f"{function_of(call.stage)}({', '.join(args)})"
+
+
+def _argument(arg: Any, x: str = "") -> str:
     if isinstance(arg, tuple):
-        return f"({''.join(f'{_argument(a)}, ' for a in arg)})"
+        return f"({''.join(f'{_argument(a, x)}, ' for a in arg)})"
+    if x and arg == x:
+        return "x"
     return f'a["{arg}"]' if isinstance(arg, str) else literal(arg)
 
 

@@ -12,12 +12,15 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from refimpl.layers.fp8_parts import SCALE
 from refimpl.layers.stage import STAGES
 from refimpl.version import __version__
 
 from .compare import Finding
 from .diagnose import Diagnosis
+from .fp8_rules import RULES
 from .gates import Gate
+from .gradients import gradient
 from .judge import Judgement
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -46,16 +49,27 @@ def to_sarif(j: Judgement, trace: PurePath | None = None) -> str:
 
 
 def _rule(name: str) -> dict[str, Any]:
-    gate, stage = name.removeprefix("gate."), STAGES.get(name)
-    if stage is not None:
-        first = (stage.__doc__ or "").partition("\n")[0]
-        return {
-            "id": name,
-            "shortDescription": {"text": stage.what},
-            "fullDescription": {"text": f"{stage.eq}: {first}"},
-        }
-    text = "a point on which released implementations differ" if name == DIALECT else f"the gate {gate}"
-    return {"id": name, "shortDescription": {"text": text}}
+    short, full = _described(name)
+    return {"id": name, "shortDescription": {"text": short}} | ({"fullDescription": {"text": full}} if full else {})
+
+
+def _described(name: str) -> tuple[str, str]:
+    """What a rule is about, and its equation or "": a stage, the gradient by one or by a kind of weights, codes, a gate."""
+    side, _, of = name.partition("/")
+    if stage := STAGES.get(name):
+        return stage.what, f"{stage.eq}: {_first(stage.__doc__)}"
+    if side in ("bwd", "grad"):
+        by = STAGES[of].what if of in STAGES else f"the weight {of}"
+        return f"gradient by {by}", f"R 3.2.1: {_first(gradient.__doc__)}"
+    if name in RULES:
+        return f"{'scales' if name == SCALE else 'codes'} of what an FP8 product reads", RULES[name]
+    if name == DIALECT:
+        return "a point on which released implementations differ", ""
+    return f"the gate {name.removeprefix('gate.')}", ""
+
+
+def _first(doc: str | None) -> str:
+    return (doc or "").partition("\n")[0]
 
 
 def _taxon(d: Diagnosis) -> dict[str, Any]:

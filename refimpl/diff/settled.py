@@ -92,4 +92,4 @@ def _close(call: Call, exact: Values, twins: Sequence[Values], recorded: Values)
     falling = -np.sort(-e, axis=-1)
     with np.errstate(invalid="ignore"):
         gap = falling[..., k - 1] - falling[..., k]
-    return ~(gap > SLACK * np.max(moved, axis=0, initial=0))
+    return ~(gap > SLACK * np.max(moved, axis=0, initial=0)) | np.isnan(e).any(axis=-1)

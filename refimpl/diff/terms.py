@@ -17,8 +17,10 @@ import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Tensor, backward, data_of
+from refimpl.layers import adamw
 
 from .part import Index, Part
+from .tangents import along, is_gradient, slopes_of_gradient
 
 PROBES = 20_000
 """So many inputs are tried one by one where a stage has no gradient."""
@@ -78,6 +80,13 @@ def terms_of(part: Part) -> Terms:
 
 def slopes_of(part: Part) -> dict[str, Array]:
     """The derivative of the part's one number by every floating-point leaf: by the tape, or by trying where a stage leaves it."""
+    last = part.calls[-1]
+    if is_gradient(last):
+        return dict(slopes_of_gradient(part.calls, part.values(), part.shape, part.at))
+    if last.stage == adamw.grad_norm.name:  # |g|, of which the slope is g / |g|
+        return {n: a / part.result() for n, a in part.leaves.items()}
+    if last.own is not None:
+        return {n: _one_by_one(part, n) for n in part.leaves}
     leaves = {n: Tensor(a) if a.dtype.kind == "f" else a for n, a in part.leaves.items()}
     with np.errstate(all="ignore"):
         y = part.result(leaves)
@@ -100,6 +109,21 @@ def _differences(part: Part, name: str) -> Array:
         h = 2.0**-16 * max(1.0, abs(float(a[i])))
         up, down = (_with(part, name, i, a[i] + s * h) for s in (1, -1))
         found[i] = (float(up) - float(down)) / (2 * h) if up != down else 0.0
+    return found
+
+
+def _one_by_one(part: Part, name: str) -> Array:
+    """The slope by every number of an input of a smooth stage that has no tape."""
+    a = part.leaves[name]
+    require(a.size <= PROBES, f"{part.tap}: {name} holds {a.size} numbers; at most {PROBES} are tried")
+    found = np.zeros(a.shape)
+    for i in np.ndindex(a.shape):
+        own = a[i].reshape(1)
+
+        def f(x: Array, i: Index = i) -> Array:
+            return np.asarray(_with(part, name, i, x.item())).reshape(())
+
+        found[i] = along(f, own, np.ones(1))
     return found
 
 
@@ -134,6 +158,8 @@ def _exact(part: Part, y: float, products: dict[str, Array]) -> Iterator[tuple[s
         if found:
             yield from found
             return
+    if len(products) > FEW and _homogeneous(part, y, tuple(products), products):
+        yield tuple(products)
 
 
 def _homogeneous(part: Part, y: float, group: tuple[str, ...], products: dict[str, Array]) -> bool:

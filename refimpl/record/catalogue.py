@@ -17,7 +17,8 @@ import numpy as np
 from refimpl.autograd.tensor import data_of
 from refimpl.diff import Case
 from refimpl.diff.dims import Sizes, shape_of
-from refimpl.layers import PRESETS, STAGES, Config, Recorder, observing
+from refimpl.diff.optimizer import Optimizer, stepped_by
+from refimpl.layers import PRESETS, STAGES, Config, Recorder, adamw, observing
 from refimpl.layers.mla import Attend
 from refimpl.layers.router import bias_update, counts
 from refimpl.layers.stage import Call, Stage, phase
@@ -95,6 +96,8 @@ def everything() -> list[Entry]:
 
 def general(name: str) -> str:
     """A name without what varies: `fwd/L3/mla.q` -> `mla.q`, `w/model.layers.3.mlp.gate.weight` -> `mlp.gate.weight`."""
+    if name.startswith(("grad/", "master/")):
+        return name
     if name.startswith("w/"):
         name = re.sub(r"^w/(model\.)?(layers\.\d+\.)?", "", name)
         return re.sub(r"(?<=\.experts\.)\d+", "e", name)
@@ -151,6 +154,14 @@ def _runs() -> Iterator[tuple[list[Call], dict[str, Kind]]]:
     first = model(model.inputs(ones, valid=ones, documents=ones))
     yield _forward(c, n_mtp=0, attend="absorbed", cache=first.cache, packed=True)
     yield _losses(c)
+    yield _step()
+
+
+def _step() -> tuple[list[Call], dict[str, Kind]]:
+    """A later step than the first of a weight called `weight`."""
+    grad = Call("grad/weight", "grad/weight", (), {}, adamw.step)
+    program = stepped_by([grad], Optimizer(lr=1.0, step=2))
+    return program, {call.tap: "float" for call in program}
 
 
 def _losses(c: Config) -> tuple[list[Call], dict[str, Kind]]:

@@ -18,6 +18,7 @@ COMPARED = {
     "set": "as a set along the last axis, no difference allowed",
     "gauge": "as value, after undoing a declared layout of the rotated channels",
     "distribution": "as value",
+    "given": "not at all: later stages are replayed on it",
 }
 """Comparison class -> how the diff compares such a tap."""
 GROUPS = {
@@ -29,6 +30,7 @@ GROUPS = {
     "moe": "Experts",
     "mtp": "Multi-token prediction (`fwd/mtp1/...`: there `mtp.` is left out)",
     "loss": "Losses",
+    "optim": "The optimiser (`upd/grad_norm`; `weight` is any: `upd/model.norm.weight`, `upd/model.norm.weight.exp_avg.before`)",
     "variant": "Described in articles, not in V3 ([variants.md](variants.md))",
 }
 _HOME = {"attn_out": "mla", "shared": "moe", "int8": "variant"}

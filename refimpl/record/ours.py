@@ -14,10 +14,13 @@ from refimpl.autograd.tensor import Array, Parameter, Tensor, backward, data_of
 from refimpl.diff import Case, Header, Trace, digest
 from refimpl.diff.fp8_taps import stored, with_codes
 from refimpl.diff.gradients import backward_of, gradient_name
+from refimpl.diff.optimizer import Inputs, Optimizer, stepped_by
 from refimpl.diff.training import PHASES, Training, read_training
+from refimpl.layers import adamw
 from refimpl.layers.fp8_parts import RECORDED
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
+from refimpl.layers.numerics.formats import to_bf16
 from refimpl.layers.precision import Plan, plan
 from refimpl.layers.router import bias_update, counts
 from refimpl.layers.stage import Call, Patch, Recorder, observing, phase, unit
@@ -44,11 +47,11 @@ def trace_case(
     """
     used, patterns, listed = plan(precision), list(taps), list(phases)
     held, t = effective(case.weights(), used), None if training is None else read_training(training)
-    parts = parts_of(listed, len(case.tokens[0]), attend)
     with observing(*patches, used):
+        parts = parts_of(listed, len(case.tokens[0]), attend)
         found, program = _run(case, held, parts, t, ["*"] if used.gemms else patterns)
     with observing(*patches):
-        program = _codes(program, found, used) if used.gemms else program
+        program = _completed(program, found, used, t.optimizer if t else None, case)
     kept = [c for c in program if c.tap in found and any(fnmatchcase(c.tap, p) for p in patterns)]
     require(kept, f"no tap matches {', '.join(patterns)}")
     header = Header(
@@ -88,12 +91,29 @@ def _run(
     return found, program
 
 
+def _completed(program: list[Call], found: dict[str, Array], used: Plan, o: Optimizer | None, case: Case) -> list[Call]:
+    """The program with codes and the optimiser's step, where there are such."""
+    program = _codes(program, found, used) if used.gemms else program
+    return program + (_stepped(program, found, o, case, used.dtype) if o else [])
+
+
 def _codes(program: list[Call], found: dict[str, Array], used: Plan) -> list[Call]:
     """The program with what its FP8 products read, which is added to what was found."""
     program = with_codes(program, used, ())
     for call in [c for c in program if c.stage in RECORDED]:
         found[call.tap] = call.of(*[found[n] for n in call.args], **call.static)
     return program
+
+
+def _stepped(program: list[Call], found: dict[str, Array], o: Optimizer, case: Case, dtype: Any) -> list[Call]:
+    """The calls of the optimiser's step, which is added to what was found. Before a later step than the first, moments are 0."""
+    calls, masters = stepped_by(program, o), Inputs(found, case.checkpoint, o.masters)
+    for call in calls:
+        args = [None if n is None else masters[n].astype(dtype, copy=False) for n in call.args]
+        out = np.zeros_like(args[0]) if call.stage == adamw.before.name else call.of(*args, **call.static)
+        kept = next((s for pattern, s in o.storage().items() if fnmatchcase(call.tap, pattern)), "float32")
+        found[call.tap] = to_bf16(out) if kept == "bfloat16" else out.astype(dtype)
+    return calls
 
 
 def _gradients(model: ForCausalLM, recorder: Recorder, loss: Any) -> dict[str, Array]:
@@ -118,5 +138,6 @@ def _update(model: ForCausalLM, out: Output, t: Training) -> None:
 def _stored(a: Array, call: Call, used: Plan) -> Array:
     if call.stage in RECORDED:
         return stored(call.stage, a)
-    bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16"
+    wide = call.stage.startswith("grad/")  # accumulated in float32 (R 3.3.3)
+    bf16 = a.dtype.kind == "f" and used.format(call.stage) == "bf16" and not wide
     return np.ascontiguousarray(a.astype(ml_dtypes.bfloat16) if bf16 else a)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
+from refimpl.layers import adamw as stages
 from refimpl.layers.numerics.formats import to_bf16
 
 
@@ -28,9 +29,8 @@ class AdamW:
     decays: Literal["all", "matrices"] = "all"
 
     def decay(self, name: str) -> float:
-        """The weight decay of a parameter, by its checkpoint name: a rank's shard of a matrix is flat, so shapes do not tell."""
-        module = name.rpartition(".")[0].rpartition(".")[2]
-        return 0.0 if self.decays == "matrices" and "norm" in module else self.weight_decay
+        """The weight decay of a parameter, by its checkpoint name."""
+        return stages.decay_of(name, self.weight_decay, self.decays)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,12 @@ def adamw(
         f"gradients without parameter or the other way: {sorted(set(grads) ^ set(params))[:3]}",
     )
     (b1, b2), t = opt.betas, state.t + 1
-    m = {n: b1 * state.m.get(n, 0) + (1 - b1) * g for n, g in grads.items()}
-    v = {n: b2 * state.v.get(n, 0) + (1 - b2) * g * g for n, g in grads.items()}
+    m = {n: stages.exp_avg.fn(g, state.m.get(n), beta=b1) for n, g in grads.items()}
+    v = {n: stages.exp_avg_sq.fn(g, state.v.get(n), beta=b2) for n, g in grads.items()}
 
     if opt.moments == "bf16":
         m, v = ({n: to_bf16(x) for n, x in moment.items()} for moment in (m, v))
 
-    def step(n: str, p: Any) -> Array:
-        denominator = np.sqrt(v[n] / (1 - b2**t)) + opt.eps
-        return p * (1 - opt.lr * opt.decay(n)) - (opt.lr / (1 - b1**t)) * m[n] / denominator
-
-    return {n: step(n, p) for n, p in params.items()}, replace(state, m=m, v=v, t=t)
+    settings = {"lr": opt.lr, "beta1": b1, "beta2": b2, "eps": opt.eps, "steps": t}
+    new = {n: stages.step.fn(p, m[n], v[n], decay=opt.decay(n), **settings) for n, p in params.items()}
+    return new, replace(state, m=m, v=v, t=t)

@@ -66,7 +66,7 @@ def test_mutants_are_well_formed():
     for id, m in MUTANTS.items():
         assert id == m.id and m.stage in (*STAGES, *RECORDED) and m.title[0] != " " and not m.title.endswith("."), id
         assert all(re.fullmatch(r"[\w/.-]+ #\d+", t) for t in m.threads), (id, m.threads)
-        assert re.fullmatch(r"[RAFTLNX]\d\d[a-z]?(-[\w.-]+)?|A0[12][qk]", id), id
+        assert re.fullmatch(r"[RAFTLNXO]\d\d[a-z]?(-[\w.-]+)?|A0[12][qk]", id), id
 
 
 @functools.cache

@@ -273,4 +273,7 @@ def test_the_command_records_parts_and_steps(tmp_path, capsys):
     assert main(["diff", str(TINY), out, "--quiet"]) == 0
     assert main(["trace", str(TINY), "-o", out, "--training", "gamma"]) == 3
     assert "gamma=NUMBER" in capsys.readouterr().err
+    for adam, says in ((["lr"], "expected KEY=VALUE"), (["lr=x"], "lr is 'x'")):
+        assert main(["trace", str(TINY), "-o", out, "--training", "", "--optimizer", *adam]) == 3
+        assert says in capsys.readouterr().err
     assert Trace.read(out).taps["bwd/L1/resid"].dtype == ml_dtypes.bfloat16

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.autograd.tensor import data_of
-from refimpl.layers import STAGES, Config, Dialect, observing, router
+from refimpl.layers import STAGES, Config, Dialect, adamw, observing, router
 from refimpl.layers.stage import phase, tap_name
 from refimpl.model import ForCausalLM
 from refimpl.spec_tests.cases import variants
@@ -63,7 +63,7 @@ LETTERS = {
     "G": 4,
     "K": 6,
 }
-WIDTH = {"mlp": 32, "moe": 28, "shared": 2 * 28, "int8": 33}  # F
+WIDTH = {"mlp": 32, "moe": 28, "shared": 2 * 28, "int8": 33, "optim": 34}  # F
 HEAD = {n: LETTERS[n] for n in ("Dn", "Dr", "Dv")}  # letters that no docstring uses for anything else
 
 
@@ -110,6 +110,11 @@ def record():
         x = rng.standard_normal((BATCH, LENGTH, CONFIG.hidden_size))
         STAGES["int8.fake_quant"](x, STAGES["int8.scale"](x))
         STAGES["int8.mixed_linear"](x, rng.standard_normal((WIDTH["int8"], CONFIG.hidden_size)))
+        w, g = rng.standard_normal((2, WIDTH["optim"], CONFIG.hidden_size))
+        g = adamw.clip(g, adamw.grad_norm(g, g), max_norm=1.0)
+        m = adamw.exp_avg(g, adamw.before(g), beta=0.9)
+        v = adamw.exp_avg_sq(g, None, beta=0.9)
+        adamw.step(w, m, v, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, decay=0.0, steps=1)
         with phase(f"dec{LENGTH}"):  # so that S and T differ
             for name, call in variants.calls(rng, **LETTERS, S=CHUNK, T=CHUNK + LENGTH).items():
                 STAGES[name](*call.args, **call.static)
@@ -255,7 +260,7 @@ def telling(call):
 @pytest.mark.parametrize("name", sorted(STAGES))
 def test_a_swapped_letter_in_a_result_is_noticed(name):
     """Catches shapes that agree by chance: every other letter in a result's place must fail."""
-    if name.startswith("loss.") or describe(STAGES[name].fn)[1].terms == ("*",):
+    if name.startswith(("loss.", "optim.grad_norm")) or describe(STAGES[name].fn)[1].terms == ("*",):
         return  # no letter to swap
     _, args, static, out = max(CALLS[name], key=telling)
     depth = {"k": static["depth"]} if "depth" in static else {}

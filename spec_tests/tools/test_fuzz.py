@@ -1,6 +1,7 @@
 """Hostile traces: whatever a file holds, `refimpl diff` ends with a verdict or with "bad input", never with a traceback."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import struct
@@ -12,6 +13,7 @@ import refimpl
 from refimpl.autograd import SpecError
 from refimpl.diff import Case, Trace, render, to_json
 from refimpl.diff.judge import judge
+from refimpl.record import trace_case
 
 TINY = pathlib.Path(refimpl.__file__).parent / "cases" / "tiny"
 RECORDING = TINY / "hf-bfloat16.safetensors"
@@ -101,7 +103,9 @@ def test_any_value_at_any_place_of_the_trace_header(case, tmp_path, seed):
     trace = json.loads(header["__metadata__"]["trace"])
     trace |= {"slices": {"layers": [0, 1, 2]}, "layouts": {"rope": "half", "mla": "expanded"}, "valid": None}
     if seed % 2:
-        trace |= {"phases": ["fwd", "bwd"], "training": {"mtp_weight": 0.0, "gamma": 0.1, "labels": trace["tokens"]}}
+        adam = {"lr": 0.1, "beta1": 0.9, "max_norm": 1.0, "moments": "bfloat16", "decays": "all", "step": 2}
+        training = {"mtp_weight": 0.0, "gamma": 0.1, "labels": trace["tokens"], "optimizer": adam}
+        trace |= {"phases": ["fwd", "bwd"], "training": training}
         trace |= {"parallel": {"rank": 0, "axes": {"tp": [0, 1]}}}
     rng = np.random.default_rng(seed)
     some = [p for p in places(trace) if len(p) < 4 and p[:1] != ("weights",)] + [
@@ -149,6 +153,34 @@ def test_any_dtype_shape_and_bits_of_any_tap(case, tmp_path, seed):
         file.write_bytes(joined(new, bytes(bits)))
         seen.add(outcome(case, file))
     assert seen <= {0, 1, 2, 3} and 1 in seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_any_value_and_bits_of_a_training_step(case, tmp_path, seed):
+    """Catches a traceback on settings of an optimiser that are strange together, and on moments, norms and gradients of any shape
+    and bits: holes, nothing, bytes.
+    """
+    adam = {"lr": 1e-3, "step": 2, "moments": "bfloat16", "max_norm": 1.0}
+    trace = trace_case(case, training={"gamma": 0.001, "aux_weight": 0.01, "optimizer": adam})
+    rng, seen = np.random.default_rng(seed), set()
+    names = sorted(trace.taps)
+    groups = [[n for n in names if n.startswith(p)] for p in ("upd/", "grad/", "bwd/", "fwd/")]
+    for i in range(20):
+        kept = {n: trace.taps[n] for n in names if rng.random() < (0.1, 0.5, 1.0)[i % 3]}
+        for group in groups[: 1 + i % 4]:
+            tap = group[rng.integers(len(group))]
+            a = np.array(trace.taps[tap])
+            holed = np.where(rng.random(a.shape) < 0.1, np.nan, a).astype(a.dtype) if a.dtype.kind == "f" else a
+            bits = np.frombuffer(rng.bytes(a.nbytes), a.dtype).reshape(a.shape)
+            kept[tap] = (holed, bits, a[..., :0], a.ravel()[:1], np.zeros(3, np.uint8), a.T.copy())[rng.integers(6)]
+        key = ["lr", "beta1", "beta2", "eps", "weight_decay", "max_norm", "moments", "masters", "decays", "step", "x"]
+        strange = {key[rng.integers(len(key))]: [*VALUES, 0.9, 1e200, "bfloat16"][rng.integers(len(VALUES) + 3)]}
+        training = trace.header.training | {"optimizer": adam | (strange if i % 2 else {})}
+        header = dataclasses.replace(trace.header, training=json.loads(json.dumps(training)))
+        Trace(header, kept).write(tmp_path / "t.safetensors")
+        seen.add(outcome(case, tmp_path / "t.safetensors"))
+    assert seen <= {0, 1, 2, 3} and {1, 3} <= seen
 
 
 @pytest.mark.slow

@@ -42,6 +42,10 @@ NO_TAP = {
     **dict.fromkeys(
         [n for n in STAGES if n.startswith(("int8.", "variant."))], "described in articles: no model calls them"
     ),
+    **{
+        f"optim.{n}": "a judged run without an optimiser"
+        for n in ("grad_norm", "clip", "exp_avg", "exp_avg_sq", "step", "before")
+    },
 }
 """Stages that are no tap of a judged forward run, and why; their plain NumPy is tested all the same."""
 
@@ -81,6 +85,10 @@ def calls_of(mtp):
     x, w = rng.normal(size=(2, 3, 6)) * 4, rng.normal(size=(5, 6))
     seen["int8.mixed_linear"] = [([x, w], {"threshold": 6.0})]
     seen["int8.scale"], seen["int8.fake_quant"] = [([x], {})], [([x, np.abs(x).max(-1, keepdims=True) / 99], {})]
+    seen["optim.grad_norm"], seen["optim.clip"] = [([x, w], {})], [([w, np.array(9.0)], {"max_norm": 2.0})]
+    seen["optim.exp_avg"] = seen["optim.exp_avg_sq"] = [([x, before], {"beta": 0.9}) for before in (None, x)]
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "steps": 3}
+    seen["optim.step"], seen["optim.before"] = [([x, x, x * x], settings)], [([x], {})]
     described = variants.calls(rng, B=2, S=3, T=5, D=4, E=6, K=2, V=7)
     return seen | {name: [call] for name, call in described.items()}
 

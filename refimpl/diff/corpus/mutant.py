@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from refimpl.layers.config import Config
@@ -20,7 +20,7 @@ class Mutant:
     """id of the corpus, with a letter where a family has several forms; what is wrong, in a sentence; the stage that is changed;
     `fn`, its replacement; threads where it happened; `regime`, what inputs must have for it to show; `applies`, whether a config
     has what it spoils; `reads`, what else of the same unit it needs: taps, or "w:" and the end of a weight's name, handed to `fn`
-    as keyword `reads`.
+    as keyword `reads`, or "master", the weight that an optimiser moves; `also`, further stages that the one mistake changes.
     """
 
     id: str
@@ -31,6 +31,11 @@ class Mutant:
     regime: str = "any"
     applies: Callable[[Config], bool] = always
     reads: tuple[str, ...] = ()
+    also: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def at(self, stage: str) -> Callable[..., Any] | None:
+        """What takes a stage's place, None if it stays as it is."""
+        return self.fn if stage == self.stage else self.also.get(stage)
 
 
 def stage(name: str) -> Callable[..., Any]:
