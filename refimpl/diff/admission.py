@@ -16,6 +16,7 @@ from refimpl.model.phases import Part
 
 from .compare import unusable
 from .dims import Sizes, shape_of
+from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
 from .reading import Pick, read
@@ -46,6 +47,9 @@ def admit(program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: 
             continue
         x, stage = np.asarray(recorded[call.tap]), call.of
         shape = shape_of(call, c, sizes)
+        x, done = in_our_form(stage.name, x, shape)
+        for what in done:
+            found.notes.setdefault(what, []).append(call.tap)
         note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
         reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
