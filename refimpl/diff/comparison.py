@@ -91,20 +91,23 @@ class Comparison:
         x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
         unordered = call.stage == "router.weights" and call.args[1] not in self.admitted.taps
         if unordered:
-            x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
-            self.recorded.taps[tap] = x
+            x = gauges.by_rank(x, cut(step.exact, pick))  # without the ids nobody can know the order of the slots
+            if not pick:
+                self.recorded.taps[tap] = x
         found = self._compare(step, x, units, pick)
         if tap == self.show:
             twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
-        if found.ok or call.of.compare in ("exact", "set") or pick:
+        if found.ok or call.of.compare in ("exact", "set"):
             return found
-        for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = self._compare(step, other, units, {}) if what not in self.without else found
+        for what, other in gauges.alternatives(call, x, cut(step.exact, pick), self.config):
+            better = self._compare(step, other, units, pick) if what not in self.without else found
             if better.ok:
-                self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
+                self.accepted[tap], self.plain[tap] = what, found
+                if not pick:
+                    self.recorded.taps[tap] = other
                 return better
-        if unordered:  # of weights that are not ours the largest need not belong to our first expert
+        if unordered and not pick:  # of weights that are not ours the largest need not belong to our first expert
             self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
 

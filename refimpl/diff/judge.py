@@ -6,7 +6,7 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -33,13 +33,16 @@ from .diagnose import Diagnosis, diagnose
 from .dims import Sizes
 from .explained import explained
 from .fp8_taps import decoded, has_codes, with_codes
+from .fused import Found, fused_in, reordered, suspects, taken_apart
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
 from .lanes import Recorded
+from .lse import with_lse
 from .names import by_name
 from .precision import Precision, precision_of
 from .program import program_of
+from .reading import Pick
 from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
@@ -120,6 +123,13 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
     result = run.settle(config, track)
+    blamed = {f.tap for f in result.culprits}
+    if several := reordered(result.grounds, run.trace, blamed, run.sizes):
+        other = replace(run)
+        other.take_apart(several)
+        better = other.settle(config, iter)
+        if {f.tap for f in better.culprits} < blamed:
+            run, result = other, better
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
 
@@ -171,6 +181,9 @@ class _Run:
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False
+    cuts: dict[str, Pick] = field(default_factory=dict)
+    apart: dict[str, list[str]] = field(default_factory=dict)
+    looked: bool = False
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def settle(self, config: Config, track: Track) -> Judgement:
@@ -230,8 +243,8 @@ class _Run:
         check_layouts(header.layouts)
         plain, inputs = self.program(config)
         program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
-        sizes = Sizes(len(inputs.tokens), self.parts)
-        admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
+        program = with_lse(program, self.trace.taps)
+        admitted = self._admitted(program, config, inputs)
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
         recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
@@ -257,6 +270,32 @@ class _Run:
         found.grounds = Grounds(config, forward, recorded, admitted, self.precision)
         return found
 
+    def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
+        """The taps that can be compared; arrays of several are taken apart when they are first met."""
+        embedded = self._embedded(inputs)
+        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        if not self.looked:
+            self.looked, odd = True, suspects(self.trace.taps, program, found.flawed)
+            r = self._recorded(found, inputs, config.num_hidden_layers)
+            if several := fused_in(odd, program, r, config, self.sizes):
+                self.take_apart(several)
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        found.notes |= self.apart
+        return found
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many sequences and tokens there are."""
+        return Sizes(len(self.case.tokens), self.parts)
+
+    def take_apart(self, several: Mapping[str, Found]) -> None:
+        """Put parts in the place of arrays that hold several taps."""
+        dtypes = {p.tap: x.dtype.name for one in several.values() for p, x in one.parts}
+        self.trace, cuts, notes = taken_apart(self.trace, several)
+        self.cuts = {t: p for t, p in self.cuts.items() if t not in several} | cuts
+        self.apart = self.apart | notes
+        self.precision = replace(self.precision, seen=dtypes | dict(self.precision.seen))
+
     def _embedded(self, inputs: Inputs) -> Array:
         """What the first layer reads (B, S, D)."""
         found: Array = self.weights("model.embed_tokens.weight", FLOAT32)[inputs.tokens]
@@ -274,7 +313,9 @@ class _Run:
     def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
         p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
         noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
-        return Recorded(taken, named(inputs, self.parts), self.weights, p.plan, noise, parts, layers=layers)
+        some = {t: (k, a.taps[t]) for t, k in a.picks.items() if all(isinstance(e, slice) for e in k.values())}
+        known = named(inputs, self.parts)
+        return Recorded(taken, known, self.weights, p.plan, noise, parts, layers=layers, partial=some)
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

@@ -13,6 +13,7 @@ from refimpl.layers.gemm import using
 from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
 
+from .reading import Pick
 from .tolerance import Noise
 
 Weights = Callable[[str, Plan], Array]
@@ -23,7 +24,7 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings; how many `layers` the main model has.
+    roundings; how many `layers` the main model has; of which taps a `partial` array was recorded, and of which entries.
     """
 
     taps: dict[str, Array]
@@ -34,6 +35,7 @@ class Recorded:
     outputs: frozenset[str] = frozenset()
     withdrawn: dict[str, Array] = field(default_factory=dict)
     layers: int = 0
+    partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
 
     def weight(self, unit: str, end: str) -> str:
         """The name of a unit's weight: MTP module k is the checkpoint's layer `layers` + k - 1."""
@@ -59,6 +61,14 @@ class Lane:
         with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
             out: Array = (fn or call.of.fn)(*[self.value(a, call, r) for a in call.args], **static)
             return out
+
+    def overlay(self, call: Call, r: Recorded) -> None:
+        """Put the candidate's entries of a tap of which it recorded some in the place of those computed."""
+        pick, x = r.partial[call.tap]
+        whole = np.array(self.values[call.tap])
+        place = tuple([pick.get(axis, slice(None)) for axis in range(whole.ndim)])
+        whole[place] = r.noise.given(call, x.astype(whole.dtype), self.twin)
+        self.values[call.tap] = whole
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:
         """What a call's argument is in this lane."""

@@ -13,6 +13,7 @@ from importlib import resources
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.model.phases import is_part
 
 _LAYER = re.compile(r"(?:^|[./_-])(?:layers?|blk|h|block|L)?[./_-]?(\d+)(?=$|[./_-])")
 _AGREE = 0.2
@@ -54,6 +55,14 @@ def frameworks() -> tuple[Framework, ...]:
 def shipped(key: str) -> str:
     """The text of one of elsewhere/*.toml."""
     return (resources.files(__package__) / "elsewhere" / f"{key}.toml").read_text(encoding="utf-8")
+
+
+def unit_of(name: str) -> str:
+    """The unit that a name seems to be of: `fwd/L3` for `model.layers.3.mlp`; "" where it tells none."""
+    phase, slash, rest = name.partition("/")
+    told = bool(slash) and is_part(phase)
+    layer = _LAYER.search(rest if told else name)
+    return f"{phase if told else 'fwd'}/L{layer[1]}" if layer else ""
 
 
 def by_name(name: str, ours: list[str]) -> str:

@@ -35,11 +35,12 @@ BLOCK = 1 << 15
 """Numbers that are compared at a time."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
-CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.rope_tables", "router.weights", "moe.routed")
+CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.lse", "mla.rope_tables", "router.weights", "moe.routed")
 """Stages that multiply by a constant, which is itself rounded once: their taps may lean twice as far."""
 FLOOR = {
     "mla.scores": (0.1, "a softmax looks at differences, and a score near zero is a sum that cancels"),
     "mla.scores_absorbed": (0.1, "as mla.scores"),
+    "mla.lse": (0.1, "it is as far off as a score, and may be near zero"),
 }
 """stage -> (share of the largest row that a row counts as at least, its reason)."""
 _GRADIENTS = (0.1, "a gradient is a sum of parts that cancel, behind a softmax those of all keys")
