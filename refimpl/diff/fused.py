@@ -1,9 +1,9 @@
 """Arrays that hold several of our taps side by side along the last axis: found by value, taken apart, every part a tap of its own.
 
 A fused product gives gate and up at once, or the latents of queries and keys; a kernel's input is q_nope beside q_rope, head by
-head, and its cache c_kv beside k_rope. Where a stage's last axis is a sum (`Dn+Dr`), each summand may lie apart from the other. Parts
-are told by the angle to what our own stages give on the candidate's other taps, which neither drift nor a wrong factor turns;
-that only says what an array is, the parts are judged as every tap is.
+head, and its cache c_kv beside k_rope. Where a stage's last axis is a sum (`Dn+Dr`), each summand may lie apart from the other.
+Parts are told by the angle to what our own stages give on the candidate's other taps, which neither drift nor a wrong factor
+turns; that only says what an array is, the parts are judged as every tap is.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Piece:
     @property
     def rows(self) -> tuple[int, ...]:
         """How many rows: (B, S), or (M,) of dispatched ones."""
-        return self.ours.shape[: 1 if self.axes[0] == "M" else 2]
+        return tuple(self.ours.shape[: 1 if self.axes[0] == "M" else 2])
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ def reordered(g: Grounds | None, trace: Trace, blamed: Collection[str], sizes: S
 
 
 def taken_apart(trace: Trace, found: Mapping[str, Found]) -> tuple[Trace, dict[str, Pick], dict[str, list[str]]]:
-    """The trace with parts in place of what they were found in; of taps that are there in part only, which; what to declare -> taps.
+    """The trace with parts in place of what they were found in; of taps that are there in part, which; what to declare -> taps.
 
     A tap that was recorded by itself as well stays as it was.
     """
@@ -122,7 +122,9 @@ def fused_in(
     found: dict[str, Found] = {}
     for unit, pieces in _units(program, r, {u for _, u in suspects.values()}, c, sizes):
         for name, (x, where) in suspects.items():
-            others = [p for p in pieces if (p.name, p.ours.size) != (name.rpartition("/")[2], x.size)]  # that was blamed
+            others = [
+                p for p in pieces if (p.name, p.ours.size) != (name.rpartition("/")[2], x.size)
+            ]  # that was blamed
             if name not in found and where in ("", unit) and (one := _apart(x, others, c)):
                 found[name] = one
     return found
@@ -226,7 +228,9 @@ def _order(x: Array, pieces: list[tuple[Piece, Array]]) -> list[tuple[Piece, int
 def _angle(p: Piece, x: Array, ours: Array) -> float:
     """The sine of the angle between x and ours; rotated channels may lie in either order."""
     rotated = p.tap.rpartition("/")[2] in ROPE_TAPS and x.shape[-1] == p.whole
-    return min(_sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])])
+    return min(
+        _sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
+    )
 
 
 def _sine(x: Array, y: Array) -> float:

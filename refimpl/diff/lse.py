@@ -1,7 +1,7 @@
 """The log-sum-exp of every query's scores, which a fused kernel gives beside its output: a tap of its own where it was recorded.
 
-Kernels that merge parts of a sequence keep it, in natural units or, as FlashInfer does, in those of base 2; some keep it in the units
-of the products before they are scaled. The scores behind it are never rounded, whatever the model's dtype.
+Kernels that merge parts of a sequence keep it, in natural units or, as FlashInfer does, in those of base 2; some keep it in the
+units of the products before they are scaled. The scores behind it are never rounded, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def _lse(s: Array) -> Array:
     return np.asarray(y.swapaxes(1, 2))
 
 
-STAGE = Stage(LSE, _lse, "log-sum-exp of every query's scores", "R eq 10, the softmax's denominator", "value", "B S H", LSE)
+STAGE = Stage(
+    LSE, _lse, "log-sum-exp of every query's scores", "R eq 10, the softmax's denominator", "value", "B S H", LSE
+)
 
 
 def with_lse(program: list[Call], recorded: Collection[str]) -> list[Call]:
@@ -44,4 +46,8 @@ def in_other_units(x: Array, scale: float) -> list[tuple[str, Array]]:
     """What to declare, and the tap in natural units of scaled scores."""
     two, raw = "log-sum-exp to base 2", "log-sum-exp divided by the softmax scale"
     kind = x.dtype.type
-    return [(two, x * kind(LN2)), (raw, x * kind(scale)), (f"{two}, divided by the softmax scale", x * kind(LN2 * scale))]
+    return [
+        (two, x * kind(LN2)),
+        (raw, x * kind(scale)),
+        (f"{two}, divided by the softmax scale", x * kind(LN2 * scale)),
+    ]

@@ -28,8 +28,8 @@ class Candidate:
     """A model that holds a case's weights. `call(module, tokens)` runs it on nested lists of tokens (B, S) and gives the logits,
     or anything that has them; None where `module(tokens)` will do. weights: checkpoint name -> array that the model holds, if
     it can say so. precision, layouts: for the trace's header. Of a process of several: `parallel`, which rank it is (None: what
-    torch.distributed, a DeviceMesh or Megatron say), and `dims`, by tap or its last part what ranks hold of it: {"mla.q": "N H@tp Dn+Dr"}.
-    `release` undoes what building it did.
+    torch.distributed, a DeviceMesh or Megatron say), and `dims`, by tap or its last part what ranks hold of it:
+    {"mla.q": "N H@tp Dn+Dr"}. `release` undoes what building it did.
     """
 
     module: Any

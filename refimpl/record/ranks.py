@@ -1,7 +1,7 @@
 """Which rank of how many a torch program is, and how its distributed tensors lie over them, in the words of a trace's header.
 
-`parallel` is {"rank": 3, "ranks": 4, "axes": {"tp": [1, 2], "dp": [1, 2]}}, `dims` "B S H@tp Dn+Dr" (refimpl/diff/marks.py). Axes are those
-of the model's DeviceMesh, or Megatron's groups; where neither is known there is one axis, `ranks`.
+`parallel` is {"rank": 3, "ranks": 4, "axes": {"tp": [1, 2], "dp": [1, 2]}}, `dims` "B S H@tp Dn+Dr" (refimpl/diff/marks.py). Axes
+are those of the model's DeviceMesh, or Megatron's groups; where neither is known there is one axis, `ranks`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def _megatron_axes() -> dict[str, list[int]]:
     state = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.model_parallel_is_initialized():
         return {}
-    kinds = {"tp": "tensor_model_parallel", "pp": "pipeline_model_parallel", "cp": "context_parallel", "dp": "data_parallel"}
+    kinds = {
+        "tp": "tensor_model_parallel",
+        "pp": "pipeline_model_parallel",
+        "cp": "context_parallel",
+        "dp": "data_parallel",
+    }
     return {
         axis: [getattr(state, f"get_{kind}_rank")(), getattr(state, f"get_{kind}_world_size")()]
         for axis, kind in kinds.items()

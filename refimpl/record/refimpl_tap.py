@@ -11,9 +11,9 @@ Around one run of the case's tokens, without a cache:
     with recording("out.safetensors", "path/to/case", producer="my port 1.0"):
         model(tokens)
 
-In a program of several ranks (torch.distributed) each writes `rank-R-of-N.safetensors` into the folder `out`; where ranks hold parts of
-a tap, say so: dims={"fwd/L3/mla.q": "B S H@ranks Dn+Dr"}, and with parallel={"rank": 3, "axes": {"tp": [1, 2], "dp": [1, 2]}}
-which axes of ranks there are.
+In a program of several ranks (torch.distributed) each writes `rank-R-of-N.safetensors` into the folder `out`; where ranks hold
+parts of a tap, say so: dims={"fwd/L3/mla.q": "B S H@ranks Dn+Dr"}, and with parallel={"rank": 3, "axes": {"tp": [1, 2],
+"dp": [1, 2]}} which axes of ranks there are.
 
 Arrays of NumPy, torch, MLX, JAX and CuPy are taken as they are, each in its own dtype, bfloat16 too. The file appears whole, when
 the block has ended well. Then: refimpl diff path/to/case out.safetensors
@@ -114,7 +114,7 @@ class Recording:
 
 
 def parallel() -> dict[str, Any]:
-    """The header's `parallel` in a process of several that torch.distributed joins, whose only axis is then `ranks`; {} in any other."""
+    """The header's `parallel` in a process of several joined by torch.distributed, of one axis, `ranks`; {} in any other."""
     joined = getattr(sys.modules.get("torch"), "distributed", None)
     if joined is None or not (joined.is_available() and joined.is_initialized()) or joined.get_world_size() == 1:
         return {}

@@ -60,10 +60,22 @@ def every_head(r, n):
 
 
 FUSED = {  # how -> taps that are gone, name of what is there instead, made from taps g(name), n heads, d channels without rotation
-    "both latents": ("mla.q_a mla.kv_a", "layers.i.self_attn.fused_qkv_a_proj", lambda g, n, d: cat(g("mla.q_a"), g("mla.kv_a"))),
-    "both latents under one's name": ("mla.q_a mla.kv_a", "fwd/Li/mla.q_a", lambda g, n, d: cat(g("mla.kv_a"), g("mla.q_a"))),
+    "both latents": (
+        "mla.q_a mla.kv_a",
+        "layers.i.self_attn.fused_qkv_a_proj",
+        lambda g, n, d: cat(g("mla.q_a"), g("mla.kv_a")),
+    ),
+    "both latents under one's name": (
+        "mla.q_a mla.kv_a",
+        "fwd/Li/mla.q_a",
+        lambda g, n, d: cat(g("mla.kv_a"), g("mla.q_a")),
+    ),
     "query and latent": ("mla.q mla.kv_a", "layers.i.qkv_a", lambda g, n, d: cat(flat(g("mla.q")), g("mla.kv_a"))),
-    "gate and up": ("shared.gate shared.up", "layers.i.gate_up_proj", lambda g, n, d: cat(g("shared.gate"), g("shared.up"))),
+    "gate and up": (
+        "shared.gate shared.up",
+        "layers.i.gate_up_proj",
+        lambda g, n, d: cat(g("shared.gate"), g("shared.up")),
+    ),
     "up and gate of rows": ("moe.gate moe.up", "w13_i", lambda g, n, d: cat(g("moe.up"), g("moe.gate"))),
     "up and gate, tokens flattened": (
         "mlp.gate mlp.up",
@@ -253,7 +265,9 @@ def test_masks_and_tables_in_other_forms_are_read(how, recorded):
         wrong[..., 5, 6] = 0  # a query sees the next key
     else:
         wrong[:, :, 7] = wrong[:, :, 6]
-    assert f"fwd/{tap}" in {f.tap for f in judge(case, changed(trace, trace.taps | {f"fwd/{tap}": form(wrong)})).culprits}
+    assert f"fwd/{tap}" in {
+        f.tap for f in judge(case, changed(trace, trace.taps | {f"fwd/{tap}": form(wrong)})).culprits
+    }
 
 
 def test_a_mask_that_differs_in_one_head_is_not_one_for_every_head():

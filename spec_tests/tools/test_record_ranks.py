@@ -62,7 +62,7 @@ REPLICA = types.SimpleNamespace(is_shard=lambda: False, is_partial=lambda: False
     ],
 )
 def test_dims_say_what_a_rank_holds(shape, shares, axes, expected):
-    """Catches a mark on another axis, merged axes without brackets, a sum told as a share, and dims made up for what does not fit."""
+    """Catches a mark on another axis, merged axes without brackets, a sum told as a share, dims made up for what does not fit."""
     found = dims_of(Spread(shape, shares), axes.split(), NUMBERS)
     assert found == expected
     if found:
@@ -104,7 +104,10 @@ def test_recordings_of_two_ranks_are_one_trace(monkeypatch, tmp_path):
         with refimpl_tap.recording(out, TINY, dims=dims):
             for name, x in whole.taps.items():
                 refimpl_tap.tap(name, x[:, :, 2 * rank : 2 * rank + 2] if name in dims else x)
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["rank-0-of-2.safetensors", "rank-1-of-2.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "rank-0-of-2.safetensors",
+        "rank-1-of-2.safetensors",
+    ]
     monkeypatch.delitem(sys.modules, "torch")
     judgement = judge(Case.read(TINY), Trace.read(tmp_path / "out"))
     assert judgement.verdict == "CONFORMS", render(judgement)
@@ -151,7 +154,9 @@ def test_two_processes_of_torch_are_one_trace(tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     arguments = [str(tmp_path / "store"), str(TINY), str(tmp_path / "out.safetensors")]
     started = [
-        subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), *arguments], env=env, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     for process in started:
@@ -161,4 +166,8 @@ def test_two_processes_of_torch_are_one_trace(tmp_path):
     judgement = judge(Case.read(TINY), trace)
     assert judgement.verdict == "CONFORMS", render(judgement)
     assert next(g.text for g in judgement.gates if g.name == "ranks").startswith("2 ranks: 3 taps put together")
-    assert trace.taps["fwd/L0/mlp.act"].shape == (2, 24, json.loads((TINY / "config.json").read_text())["intermediate_size"])
+    assert trace.taps["fwd/L0/mlp.act"].shape == (
+        2,
+        24,
+        json.loads((TINY / "config.json").read_text())["intermediate_size"],
+    )
