@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -124,26 +124,12 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         )
     elements = tolerance.elements_of(call.stage, units.own, step.inputs)
     if ok and (n := tolerance.strays(x, e, elements)):
-        ok, note = (
-            False,
-            f"{n} of {x.size} numbers are further off than two roundings put them, though every row is within",
-        )
+        ok, note = False, f"{n} of {x.size} numbers are further off than two roundings put them, though no row is"
     drift = (
         _drift(np.sort(x), np.sort(chained)) if call.stage == "router.weights" else _drift(x, chained)
     )  # slots are free
-    return Finding(
-        call.tap,
-        call.stage,
-        ok,
-        found.worst,
-        family,
-        limit,
-        note,
-        drift,
-        lean=found.lean,
-        upright=upright,
-        elements=elements,
-    )
+    made = Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift)
+    return replace(made, lean=found.lean, upright=upright, elements=elements)
 
 
 def _drift(x: Array, ours: Array) -> float:

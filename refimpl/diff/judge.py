@@ -6,10 +6,10 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Shown, Track
-from .diagnose import Diagnosis, diagnose
+from .diagnose import diagnose
 from .dims import Sizes
 from .explained import explained
 from .fp8_taps import decoded, has_codes, with_codes
@@ -37,6 +37,7 @@ from .fused import Found, fused_in, reordered, suspects, taken_apart
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
+from .judgement import EXIT, Judgement, Verdict
 from .lanes import Recorded
 from .lse import with_lse
 from .names import by_name
@@ -48,62 +49,8 @@ from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
 
-Verdict = Literal["CONFORMS", "CONFORMS_IN_GAUGE", "CONTESTED", "DIVERGES", "INCONCLUSIVE"]
-EXIT = {"CONFORMS": 0, "CONFORMS_IN_GAUGE": 0, "CONTESTED": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
 _NOT_CONTESTED = ("masked_group_fill", "mtp_concat", "topk_denominator_eps")
 """Points of `Dialect` that released code has had both ways, but of which one way is a known bug today."""
-
-
-@dataclass
-class Judgement:
-    """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
-    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, taps that
-    nothing was replayed on, verdict.
-    """
-
-    gates: list[Gate] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    layouts: dict[str, str] = field(default_factory=dict)
-    gauges: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    unknown: dict[str, str] = field(default_factory=dict)
-    contested: dict[str, str] = field(default_factory=dict)
-    withdrawn: frozenset[str] = frozenset()
-    diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
-    grounds: Grounds | None = field(default=None, repr=False)
-
-    @cached_property
-    def causes(self) -> list[Diagnosis]:
-        """Known mistakes that reproduce what is blamed, those that explain most first; searched for when first asked."""
-        with np.errstate(all="ignore"):
-            return self.diagnosis()
-
-    @property
-    def culprits(self) -> list[Finding]:
-        """Taps whose own stage, fed with the candidate's inputs, gives something else."""
-        return [f for f in self.findings if not f.ok]
-
-    @property
-    def blamed(self) -> set[str]:
-        """The culprits' taps, without those that only show again what a withdrawn tap shows."""
-        return {f.tap for f in self.culprits if not self.withdrawn & set(f.region[:-1])}
-
-    @property
-    def verdict(self) -> Verdict:
-        """DIVERGES if a gate or a tap failed; INCONCLUSIVE if a gate could not decide or nothing was compared."""
-        states = {g.state for g in self.gates}
-        if self.culprits or "FAIL" in states:
-            return "DIVERGES"
-        if "?" in states:
-            return "INCONCLUSIVE"
-        if self.contested:
-            return "CONTESTED"
-        return "CONFORMS_IN_GAUGE" if self.gauges else "CONFORMS"
-
-    @property
-    def exit_code(self) -> int:
-        """0 conforms, 1 diverges, 2 inconclusive (3, bad input, is a SpecError)."""
-        return EXIT[self.verdict]
 
 
 def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False) -> Judgement:
