@@ -148,6 +148,9 @@ ARRANGEMENTS = {
     "weights in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.weights" else a,
     "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
     "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
+    "flattened and padded": lambda t, a: fill(a.reshape(-1, *a.shape[2:]), 16) if rows(a) else a,
+    "in chunks of 7": lambda t, a: chunks(a, 7) if rows(a) else a,
+    "chunks stacked": lambda t, a: chunks(a, 7).swapaxes(0, 1) if rows(a) else a,
     "ids as uint32": lambda t, a: a.astype(np.uint32) if a.dtype.kind == "i" else a,
 }
 
@@ -156,6 +159,19 @@ def halves(a):
     """From the recordings' order, two halves, to interleaved pairs."""
     half = a.shape[-1] // 2
     return np.stack([a[..., :half], a[..., half:]], axis=-1).reshape(a.shape)
+
+
+def rows(a):
+    return a.ndim > 2 and a.shape[:2] == (2, 24)
+
+
+def fill(a, n, axis=0):
+    return np.pad(a, [(0, n if i == axis else 0) for i in range(a.ndim)])
+
+
+def chunks(a, size):
+    n = -(-a.shape[1] // size)
+    return fill(a, n * size - a.shape[1], axis=1).reshape(len(a), n, size, *a.shape[2:])
 
 
 def padded(a):
