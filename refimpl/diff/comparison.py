@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -119,7 +120,9 @@ class Comparison:
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:
-            for name, away in by_value(self.unknown, ours):
+            either = tap.rpartition("/")[2] in gauges.ROPE_TAPS
+            orders = [gauges.swap_pairs(ours, to_interleaved=way) for way in (True, False)] if either else []
+            for name, away in itertools.chain(*[by_value(self.unknown, a) for a in (ours, *orders)]):
                 self.alike[name] = min(self.alike.get(name, (away, tap)), (away, tap))
 
     @property

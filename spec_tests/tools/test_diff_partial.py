@@ -308,6 +308,8 @@ def test_unknown_names_are_told_what_they_are():
     names = {
         "fwd/L1/attn_out": "layers.1.o",
         "fwd/L2/mla.ctx": "dump_0017",
+        "fwd/L2/mla.q_rope": "dump_0018",
+        "fwd/L2/router.ids": "dump_0019",
         "fwd/L1/router.ids": "ffn_moe_topk-1",
         "fwd/L2/mla.q": "model.layers.2.self_attn.q_b_proj",
     }
