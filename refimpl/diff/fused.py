@@ -176,7 +176,7 @@ def _pieces(call: Call, ours: Array, c: Config, sizes: Sizes) -> Iterator[Piece]
 
 def _apart(x: Array, pieces: Sequence[Piece], c: Config) -> Found | None:
     """x as pieces side by side, in the first arrangement in which it is; None if it is none, or one tap as it should be."""
-    for rows in dict.fromkeys(p.rows for p in pieces):
+    for rows in dict.fromkeys(p.rows for p in pieces) if x.ndim > 1 and x.size and x.dtype.kind not in "iub" else ():
         some, lead = [p for p in pieces if p.rows == rows], ["B", "S"] if len(rows) == 2 else ["M"]
         for heads in (0, c.num_attention_heads):
             full = (*rows, heads) if heads else rows

@@ -140,6 +140,17 @@ def test_fused_arrays_are_taken_apart_and_conform(how, recorded):
     assert n and judgement.verdict == "CONFORMS", render(judgement)
     assert any("record " in note and "[..., " in note for note in judgement.notes), judgement.notes
     assert {f.tap for f in judgement.findings} == set(trace.taps)
+    if how == "both latents":  # not by its two summands
+        assert any("mla.q_a = [..., 0:24], mla.kv_a = [..., 24:52]" in note for note in judgement.notes)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 24, 0)])
+@pytest.mark.parametrize("name", ["fwd/L1/mla.kv_b", "layers.1.qkv"])
+def test_arrays_of_nothing_are_no_fused_ones(name, shape):
+    """Catches a traceback for a tap without axes or without numbers."""
+    trace = hf("float32")
+    judgement = judge(Case.read(TINY), changed(trace, trace.taps | {name: np.ones(shape, np.float32)}))
+    assert judgement.exit_code in (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +198,9 @@ def test_a_mistake_is_not_taken_for_another_order(full_rank):
 
     trace = trace_case(full_rank, patches=[Patch("mla.ctx", values_first)])
     assert {f.stage for f in judge(full_rank, trace).culprits} == {"mla.ctx"}
+    tap = "fwd/L1/mla.kv_b"
+    judgement = judge(full_rank, changed(trace, trace.taps | {tap: trace.taps[tap] * np.float32(1.01)}))
+    assert tap in {f.tap for f in judgement.culprits} and not any("record " in note for note in judgement.notes)
 
 
 def test_arrays_that_are_no_taps_are_left_alone():
