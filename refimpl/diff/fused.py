@@ -86,7 +86,7 @@ def suspects(taps: Mapping[str, Array], program: list[Call], flawed: Iterable[st
 
 def reordered(g: Grounds | None, trace: Trace, blamed: Collection[str], sizes: Sizes) -> dict[str, Found]:
     """Blamed taps of which the channels are there, but in another order or beside those of another tap."""
-    odd = [c.tap for c in g.program if c.tap in blamed and "+" in c.of.shape.split()[-1]] if g else []
+    odd = [c.tap for c in g.program if c.tap in blamed and "+" in c.of.shape.rpartition(" ")[2]] if g else []
     if not g or not odd:
         return {}
     r = replace(g.recorded, taps={t: x for t, x in g.recorded.taps.items() if t not in odd})
@@ -160,7 +160,7 @@ def _unit(tap: str) -> str:
 def _lead(call: Call) -> int:
     """How many axes of a stage's shape count rows; 0 where no row is a token's."""
     axes = call.of.shape.split()
-    rows = 2 if axes[:2] in (["B", "S"], ["B", "T"]) else 1 if axes[0] == "M" else 0
+    rows = 2 if axes[:2] in (["B", "S"], ["B", "T"]) else 1 if axes[:1] == ["M"] else 0
     numbers = call.of.compare in ("value", "gauge") and "/" in call.tap.partition("/")[2]
     return rows if numbers and rows < len(axes) <= rows + 2 else 0
 

@@ -252,6 +252,15 @@ def test_log_sum_exps_are_judged_in_every_unit(scores, recorded):
         assert {f.stage for f in judge(case, with_lse(trace, change, scores=scores)).culprits} == {"mla.lse"}
 
 
+def test_a_log_sum_exp_is_of_scores_before_they_were_rounded():
+    """Catches float32 values that are held to float32, although the kernel's scores are not those that were recorded in bfloat16."""
+    trace, rng = hf("bfloat16"), np.random.default_rng(0)
+    scores = {t: a.astype(np.float32) for t, a in trace.taps.items() if t.endswith("/mla.scores")}
+    finer = {t: a * (1 + 2.0**-9 * rng.uniform(-1, 1, a.shape)) for t, a in scores.items()}
+    lse = {t: a for t, a in with_lse(changed(trace, finer), lambda y: y).taps.items() if t.endswith("lse")}
+    assert judge(Case.read(TINY), changed(trace, trace.taps | lse)).verdict == "CONFORMS"
+
+
 # ---- Masks, tables
 
 
@@ -311,3 +320,16 @@ def test_frequencies_in_bfloat16_are_seen_in_tables_of_bfloat16():
     twice = (STAGES["mla.rope_tables"].fn(positions, **settings) * np.float32(1.001)).astype(ml_dtypes.bfloat16)
     twice = (twice.astype(np.float32) / np.float32(1.001)).astype(ml_dtypes.bfloat16)
     assert not judge(case, changed(trace, {"fwd/mla.rope_tables": twice})).culprits
+
+
+def test_fused_arrays_of_a_training_step_are_taken_apart():
+    """Catches losses, which have no axes, in the way of a search through a layer's taps."""
+    case = Case.read(TINY)
+    trace = trace_case(case, training={"aux_weight": 0.01})
+    assert "fwd/L1/loss.seq_aux" in trace.taps
+    taps = {t: a for t, a in trace.taps.items() if not t.startswith(("bwd/", "grad/"))}
+    x = cat(taps.pop("fwd/L1/shared.gate"), taps.pop("fwd/L1/shared.up"))
+    judgement = judge(case, changed(trace, taps | {"layers.1.gate_up": x}))
+    assert not judgement.culprits and any("shared.up = [..., 16:32]" in note for note in judgement.notes), render(
+        judgement
+    )
