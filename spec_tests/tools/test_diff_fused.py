@@ -253,7 +253,7 @@ def test_log_sum_exps_are_judged_in_every_unit(scores, recorded):
 
 
 def test_a_log_sum_exp_is_of_scores_before_they_were_rounded():
-    """Catches float32 values that are held to float32, although the kernel's scores are not those that were recorded in bfloat16."""
+    """Catches float32 values held to float32, although the kernel's scores are not those that were recorded in bfloat16."""
     trace, rng = hf("bfloat16"), np.random.default_rng(0)
     scores = {t: a.astype(np.float32) for t, a in trace.taps.items() if t.endswith("/mla.scores")}
     finer = {t: a * (1 + 2.0**-9 * rng.uniform(-1, 1, a.shape)) for t, a in scores.items()}
