@@ -19,6 +19,7 @@ from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
 from refimpl.diff.program import last_use, program_of, regions
+from refimpl.diff.reading import read
 from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model.inputs import read_inputs
@@ -191,6 +192,19 @@ def test_another_arrangement_is_recognised_not_blamed(how, name):
         assert judgement.gauges
     elif how not in silent:
         assert said, how
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((2, 3, 8, 5), True), ((2, 4, 7, 5), True), ((4, 2, 7, 5), True), ((2, 2, 8, 5), False), ((2, 5, 8, 5), False)],
+)
+def test_chunks_are_as_many_as_the_positions_need(shape, fits):
+    """Catches axes of another meaning taken for chunks: too few positions, or a chunk that holds none."""
+    x = np.arange(np.prod(shape)).reshape(shape)
+    found = read(x, (2, 24, 5), ["B", "S", "D"])
+    assert (found is not None) == fits
+    if found and shape[0] == 2:
+        np.testing.assert_array_equal(found.array[1, -1], x[1, 23 // shape[2], 23 % shape[2]])
 
 
 def test_the_last_positions_logits_are_compared_there():
