@@ -51,11 +51,15 @@ def row(job: Job) -> dict[str, Any]:
     found = {"case": name, "seed": seed, "dtype": dtype, "entry": entry_id, "set": tap_set, "taps": len(taps)}
     start = time.perf_counter()
     try:
-        found |= _outcome(judge(case, Trace(header, taps)), entry_id)
+        judgement = judge(case, Trace(header, taps))
+        found["seconds"] = round(time.perf_counter() - start, 3)
+        found |= _outcome(judgement, entry_id)
+        shown = {t for t, v in measured["changes"].items() if v > _VISIBLE[dtype]}
+        found |= {"first": _first(judgement, shown), "causes": _causes(judgement, entry_id, tap_set)}
     except Exception as error:
         found |= {"verdict": "CRASH", "error": repr(error), "culprits": [], "right": False, "right_region": False}
-    found |= {"seconds": round(time.perf_counter() - start, 3), "visible": change > _VISIBLE[dtype]}
-    return found | {"change": change, "baselines": measured["baselines"]}
+        found |= {"first": False, "causes": [], "seconds": round(time.perf_counter() - start, 3)}
+    return found | {"visible": change > _VISIBLE[dtype], "change": change, "baselines": measured["baselines"]}
 
 
 def _outcome(found: Judgement, entry_id: str) -> dict[str, Any]:
@@ -76,6 +80,21 @@ def _outcome(found: Judgement, entry_id: str) -> dict[str, Any]:
         "right": stages <= near and (bool(stages & entry.stages) or named),
         "right_region": all(r & near for r in regions) and (any(r & entry.stages for r in regions) or named),
     }
+
+
+def _first(found: Judgement, shown: set[str]) -> bool:
+    """Whether the first culprit is no later than the first recorded tap that shows the edit."""
+    order = [f.tap for f in found.findings]
+    blamed = min((order.index(f.tap) for f in found.culprits), default=len(order))
+    return blamed <= min((i for i, tap in enumerate(order) if tap in shown), default=len(order))
+
+
+def _causes(found: Judgement, entry_id: str, tap_set: str) -> list[tuple[str, str]]:
+    """(id, title) of the known mistakes that reproduce the first culprit of a bug, or else anything; with all taps only."""
+    if tap_set != "all" or ENTRIES[entry_id].innocent or not found.culprits:
+        return []
+    first = [d for d in found.causes if found.culprits[0].tap in d.taps]
+    return [(d.id, d.title) for d in first or found.causes]
 
 
 def main() -> None:

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from corpus import ENTRIES
+from naming import NAMES, uniquely
 from sets import SETS
 
 Row = dict[str, Any]
-_HEAD = "| set | dtype | bugs visible | flagged | right stage only | right region | others flagged | innocents flagged | s |"
+_HEAD = (
+    "| set | dtype | bugs visible | flagged | right stage only | right region | and first tap | others flagged | "
+    "innocents flagged | s |"
+)
 
 
 def tables(rows: list[Row]) -> str:
@@ -20,9 +24,9 @@ def tables(rows: list[Row]) -> str:
     groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for r in known:
         groups[order[r["set"]], r["dtype"]].append(r)
-    lines = [_HEAD, "|---" * 9 + "|"]
+    lines = [_HEAD, "|---" * 10 + "|"]
     lines += [_line(list(SETS)[i], dtype, groups[i, dtype]) for i, dtype in sorted(groups)]
-    return "\n".join([*lines, "", *_gates(known), "", *_wrong(known)])
+    return "\n".join([*lines, "", *_named(known), "", *_gates(known), "", *_wrong(known)])
 
 
 def _innocent(r: Row) -> bool:
@@ -38,11 +42,22 @@ def _line(name: str, dtype: str, rows: list[Row]) -> str:
     visible = [r for r in bugs if r["visible"]]
     flagged = [r for r in visible if _flagged(r)]
     right, region = (sum(r[key] for r in flagged) for key in ("right", "right_region"))
+    first = sum(r["right_region"] and r["first"] for r in flagged)
     more = sum(_flagged(r) for r in bugs if not r["visible"])
     alarms = f"{sum(map(_flagged, fair))} of {len(fair)}"
     seconds = sum(r["seconds"] for r in rows) / max(len(rows), 1)
-    cells = [name, dtype, f"{len(visible)} of {len(bugs)}", len(flagged), right, region]
+    cells = [name, dtype, f"{len(visible)} of {len(bugs)}", len(flagged), right, region, first]
     return f"| {' | '.join(map(str, cells))} | {more} of {len(bugs) - len(visible)} | {alarms} | {seconds:.2f} |"
+
+
+def _named(rows: list[Row]) -> Iterable[str]:
+    """Of the flagged bugs that the catalogue has, with all taps: named by one mistake, the right one."""
+    for dtype in sorted({r["dtype"] for r in rows}):
+        some = [r for r in rows if r["set"] == "all" and r["dtype"] == dtype and r["entry"] in NAMES and _flagged(r)]
+        right = [r for r in some if uniquely(r["entry"], r["causes"])]
+        others = [f"{r['entry']} ({r['case']}-{r['seed']})" for r in some if r not in right]
+        less = f"; not so: {', '.join(others)}" if others else ""
+        yield f"named uniquely, {dtype}: {len(right)} of {len(some)} flagged bugs of the catalogue{less}"
 
 
 def _gates(rows: list[Row]) -> Iterable[str]:

@@ -16,9 +16,10 @@ from refimpl.model.phases import Part
 
 from .compare import unusable
 from .dims import Sizes, shape_of
+from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
-from .reading import Pick, read
+from .reading import Pick, Reading, read
 from .tolerance import MASKED
 from .trace import Header, Trace
 
@@ -35,8 +36,12 @@ class Admitted:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def admit(program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: Array) -> Admitted:
-    """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads."""
+def admit(
+    program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: Array, cuts: Mapping[str, Pick] | None = None
+) -> Admitted:
+    """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
+    known to be a part: which, in our axes already.
+    """
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
     picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
     for part in sizes.parts:
@@ -46,9 +51,16 @@ def admit(program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: 
             continue
         x, stage = np.asarray(recorded[call.tap]), call.of
         shape = shape_of(call, c, sizes)
+        x, done = in_our_form(stage.name, x, shape)
+        for what in done:
+            found.notes.setdefault(what, []).append(call.tap)
         note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
-        reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
+        known = (cuts or {}).get(call.tap)
+        if known:
+            reading: Reading | None = Reading(x, "", known)
+        else:
+            reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
         if reading is None:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue

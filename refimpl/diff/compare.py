@@ -22,7 +22,7 @@ class Finding:
     """One tap: its error against float64, the worst twin's, what was allowed, where it is worst; `chained` is the distance to
     our own run, drift and all; `region` the stages that were computed for it, its own last; `open` says that rounding alone
     could have changed the experts of every token, so that nothing was compared; `lean` is how far all of it leans one way, and
-    `upright` how far it may; `picture` shows where, if that was asked for.
+    `upright` how far it may; `elements` what single numbers are held to; `picture` shows where, if that was asked for.
     """
 
     tap: str
@@ -37,6 +37,7 @@ class Finding:
     open: bool = False
     lean: float = 0.0
     upright: float = 0.0
+    elements: tolerance.Elements | None = None
     picture: Picture | None = field(default=None, repr=False, compare=False)
 
 
@@ -136,10 +137,14 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
         )
+    elements = tolerance.elements_of(call.stage, units.own, step.inputs)
+    if ok and (n := tolerance.strays(x, e, elements)):
+        ok, note = False, f"{n} of {x.size} numbers are further off than two roundings put them, though no row is"
     drift = (
         _drift(np.sort(x), np.sort(chained)) if call.stage == "router.weights" else _drift(x, chained)
     )  # slots are free
-    return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift, lean=found.lean, upright=upright)
+    made = Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift)
+    return replace(made, lean=found.lean, upright=upright, elements=elements)
 
 
 def _drift(x: Array, ours: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -91,20 +92,23 @@ class Comparison:
         x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
         unordered = call.stage == "router.weights" and call.args[1] not in self.admitted.taps
         if unordered:
-            x = gauges.by_rank(x, step.exact)  # without the ids nobody can know the order of the slots
-            self.recorded.taps[tap] = x
+            x = gauges.by_rank(x, cut(step.exact, pick))  # without the ids nobody can know the order of the slots
+            if not pick:
+                self.recorded.taps[tap] = x
         found = self._compare(step, x, units, pick)
         if tap == self.show:
             twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
-        if found.ok or call.of.compare in ("exact", "set") or pick:
+        if found.ok or call.of.compare in ("exact", "set"):
             return found
-        for what, other in gauges.alternatives(call, x, step.exact, self.config):
-            better = self._compare(step, other, units, {}) if what not in self.without else found
+        for what, other in gauges.alternatives(call, x, cut(step.exact, pick), self.config):
+            better = self._compare(step, other, units, pick) if what not in self.without else found
             if better.ok:
-                self.accepted[tap], self.plain[tap], self.recorded.taps[tap] = what, found, other
+                self.accepted[tap], self.plain[tap] = what, found
+                if not pick:
+                    self.recorded.taps[tap] = other
                 return better
-        if unordered:  # of weights that are not ours the largest need not belong to our first expert
+        if unordered and not pick:  # of weights that are not ours the largest need not belong to our first expert
             self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
 
@@ -116,7 +120,9 @@ class Comparison:
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:
-            for name, away in by_value(self.unknown, ours):
+            either = tap.rpartition("/")[2] in gauges.ROPE_TAPS
+            orders = [gauges.swap_pairs(ours, to_interleaved=way) for way in (True, False)] if either else []
+            for name, away in itertools.chain(*[by_value(self.unknown, a) for a in (ours, *orders)]):
                 self.alike[name] = min(self.alike.get(name, (away, tap)), (away, tap))
 
     @property

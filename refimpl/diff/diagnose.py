@@ -24,7 +24,7 @@ from .fp8_rules import RULES, alike
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
-from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
+from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 NARROW = ("bfloat16", "float16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
@@ -119,7 +119,7 @@ def _near(f: Finding, x: Array, ours: Array) -> bool:
         return alike(f.stage, x, ours)
     same_holes = bool((np.isnan(x) == np.isnan(ours)).all())
     found = distance(f.stage, x, ours)
-    return same_holes and found.worst <= f.allowed and found.lean <= f.upright
+    return same_holes and found.worst <= f.allowed and found.lean <= f.upright and not strays(x, ours, f.elements)
 
 
 def _readings(f: Finding, x: Array) -> Iterator[Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,7 +108,8 @@ def examined(judgement: Judgement, tap: str) -> Examined:
     call = g.call(tap)
     finding = next(f for f in judgement.findings if f.tap == call.tap)
     with np.errstate(all="ignore"):
-        step = next(s for s in replay(g.program, g.recorded) if s.call.tap == call.tap)
+        whole = replace(g.recorded, partial={})  # as `part_of` has it: what was recorded in part is computed
+        step = next(s for s in replay(g.program, whole) if s.call.tap == call.tap)
     pick = g.admitted.picks.get(call.tap, {})
     x = g.recorded.taps.get(call.tap, g.admitted.taps[call.tap])
     return Examined(g, finding, step, x, pick)

@@ -16,6 +16,8 @@ from refimpl.layers.config import Config
 from refimpl.layers.fp8_parts import SCALE, group_major
 from refimpl.layers.stage import Call
 
+from .lse import LSE, in_other_units
+
 Alternative = tuple[str, Array]
 """What to declare, and the tap in our arrangement."""
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
@@ -36,6 +38,8 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         yield "the softmax scale is multiplied into q", x / x.dtype.type(c.softmax_scale)
     if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
         yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
+    if call.stage == LSE:
+        yield from in_other_units(x, c.softmax_scale)
     if call.stage == SCALE and x.shape[-1] > 1:
         yield "activation scales group-major: token t of tile g at [g, t]", group_major(x)
     for order in permutations(range(x.ndim)):

@@ -6,10 +6,10 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,80 +29,30 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Shown, Track
-from .diagnose import Diagnosis, diagnose
+from .diagnose import diagnose
 from .dims import Sizes
 from .explained import explained
 from .fp8_taps import decoded, has_codes, with_codes
+from .fused import Found, fused_in, reordered, suspects, taken_apart
 from .gates import Gate, coverage_gate, inputs_gate, phases_of, self_check_gate, weights_gate
 from .gradients import backward_of
 from .grounds import Grounds
 from .holes import UNKNOWN
+from .judgement import EXIT, Judgement, Verdict
 from .lanes import Recorded
+from .lse import with_lse
 from .names import by_name
 from .optimizer import Inputs as Read
 from .precision import Precision, precision_of
 from .program import program_of
+from .reading import Pick
 from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
 
-Verdict = Literal["CONFORMS", "CONFORMS_IN_GAUGE", "CONTESTED", "DIVERGES", "INCONCLUSIVE"]
-EXIT = {"CONFORMS": 0, "CONFORMS_IN_GAUGE": 0, "CONTESTED": 0, "DIVERGES": 1, "INCONCLUSIVE": 2}
 _NOT_CONTESTED = ("masked_group_fill", "mtp_concat", "topk_denominator_eps")
 """Points of `Dialect` that released code has had both ways, but of which one way is a known bug today."""
-
-
-@dataclass
-class Judgement:
-    """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
-    for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, taps that
-    nothing was replayed on, verdict.
-    """
-
-    gates: list[Gate] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    layouts: dict[str, str] = field(default_factory=dict)
-    gauges: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    unknown: dict[str, str] = field(default_factory=dict)
-    contested: dict[str, str] = field(default_factory=dict)
-    withdrawn: frozenset[str] = frozenset()
-    diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
-    grounds: Grounds | None = field(default=None, repr=False)
-
-    @cached_property
-    def causes(self) -> list[Diagnosis]:
-        """Known mistakes that reproduce what is blamed, those that explain most first; searched for when first asked."""
-        with np.errstate(all="ignore"):
-            return self.diagnosis()
-
-    @property
-    def culprits(self) -> list[Finding]:
-        """Taps whose own stage, fed with the candidate's inputs, gives something else."""
-        return [f for f in self.findings if not f.ok]
-
-    @property
-    def blamed(self) -> set[str]:
-        """The culprits' taps, without those that only show again what a withdrawn tap shows."""
-        return {f.tap for f in self.culprits if not self.withdrawn & set(f.region[:-1])}
-
-    @property
-    def verdict(self) -> Verdict:
-        """DIVERGES if a gate or a tap failed; INCONCLUSIVE if a gate could not decide or nothing was compared."""
-        states = {g.state for g in self.gates}
-        if self.culprits or "FAIL" in states:
-            return "DIVERGES"
-        if "?" in states:
-            return "INCONCLUSIVE"
-        if self.contested:
-            return "CONTESTED"
-        return "CONFORMS_IN_GAUGE" if self.gauges else "CONFORMS"
-
-    @property
-    def exit_code(self) -> int:
-        """0 conforms, 1 diverges, 2 inconclusive (3, bad input, is a SpecError)."""
-        return EXIT[self.verdict]
 
 
 def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False) -> Judgement:
@@ -122,6 +72,13 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
     result = run.settle(config, track)
+    blamed = {f.tap for f in result.culprits}
+    if several := reordered(result.grounds, run.trace, blamed, run.sizes):
+        other = replace(run)
+        other.take_apart(several)
+        better = other.settle(config, iter)
+        if {f.tap for f in better.culprits} < blamed:
+            run, result = other, better
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
 
@@ -173,6 +130,9 @@ class _Run:
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False
+    cuts: dict[str, Pick] = field(default_factory=dict)
+    apart: dict[str, list[str]] = field(default_factory=dict)
+    looked: bool = False
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def settle(self, config: Config, track: Track) -> Judgement:
@@ -232,8 +192,8 @@ class _Run:
         check_layouts(header.layouts)
         plain, inputs = self.program(config)
         program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
-        sizes = Sizes(len(inputs.tokens), self.parts)
-        admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
+        program = with_lse(program, self.trace.taps)
+        admitted = self._admitted(program, config, inputs)
         ours = [c.tap for c in program]
         unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
         recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
@@ -259,6 +219,32 @@ class _Run:
         found.grounds = Grounds(config, plain, recorded, admitted, self.precision)
         return found
 
+    def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
+        """The taps that can be compared; arrays of several are taken apart when they are first met."""
+        embedded = self._embedded(inputs)
+        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        if not self.looked:
+            self.looked, odd = True, suspects(self.trace.taps, program, found.flawed)
+            r = self._recorded(found, inputs, config.num_hidden_layers)
+            if several := fused_in(odd, program, r, config, self.sizes):
+                self.take_apart(several)
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        found.notes |= self.apart
+        return found
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many sequences and tokens there are."""
+        return Sizes(len(self.case.tokens), self.parts)
+
+    def take_apart(self, several: Mapping[str, Found]) -> None:
+        """Put parts in the place of arrays that hold several taps."""
+        dtypes = {p.tap: x.dtype.name for one in several.values() for p, x in one.parts}
+        self.trace, cuts, notes = taken_apart(self.trace, several)
+        self.cuts = {t: p for t, p in self.cuts.items() if t not in several} | cuts
+        self.apart = self.apart | notes
+        self.precision = replace(self.precision, seen=dtypes | dict(self.precision.seen))
+
     def _embedded(self, inputs: Inputs) -> Array:
         """What the first layer reads (B, S, D)."""
         found: Array = self.weights("model.embed_tokens.weight", FLOAT32)[inputs.tokens]
@@ -276,10 +262,11 @@ class _Run:
     def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
         p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
         noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
+        some = {t: (k, a.taps[t]) for t, k in a.picks.items() if all(isinstance(e, slice) for e in k.values())}
         adam = self.training.optimizer if self.training else None
         masters = adam.masters if adam else "float32"
         read = Read(named(inputs, self.parts), self.case.checkpoint, masters)
-        return Recorded(taken, read, self.weights, p.plan, noise, parts, layers=layers)
+        return Recorded(taken, read, self.weights, p.plan, noise, parts, layers=layers, partial=some)
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

@@ -14,6 +14,7 @@ from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
 
 from .holes import mended, torn
+from .reading import Pick
 from .tolerance import Noise
 
 Weights = Callable[[str, Plan], Array]
@@ -24,7 +25,7 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings; how many `layers` the main model has.
+    roundings; how many `layers` the main model has; of which taps a `partial` array was recorded, and of which entries.
     """
 
     taps: dict[str, Array]
@@ -35,6 +36,7 @@ class Recorded:
     outputs: frozenset[str] = frozenset()
     withdrawn: dict[str, Array] = field(default_factory=dict)
     layers: int = 0
+    partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
 
     def weight(self, unit: str, end: str) -> str:
         """The name of a unit's weight: MTP module k is the checkpoint's layer `layers` + k - 1."""
@@ -72,6 +74,14 @@ class Lane:
                 return made(args)
             self.torn = True
             return mended(made, call.args, args)
+
+    def overlay(self, call: Call, r: Recorded) -> None:
+        """Put the candidate's entries of a tap of which it recorded some in the place of those computed."""
+        pick, x = r.partial[call.tap]
+        whole = np.array(self.values[call.tap])
+        place = tuple([pick.get(axis, slice(None)) for axis in range(whole.ndim)])
+        whole[place] = r.noise.given(call, x.astype(whole.dtype), self.twin)
+        self.values[call.tap] = whole
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:
         """What a call's argument is in this lane."""

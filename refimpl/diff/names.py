@@ -13,6 +13,7 @@ from importlib import resources
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.model.phases import is_part
 
 _LAYER = re.compile(r"(?:^|[./_-])(?:layers?|blk|h|block|L)?[./_-]?(\d+)(?=$|[./_-])")
 _AGREE = 0.2
@@ -56,6 +57,14 @@ def shipped(key: str) -> str:
     return (resources.files(__package__) / "elsewhere" / f"{key}.toml").read_text(encoding="utf-8")
 
 
+def unit_of(name: str) -> str:
+    """The unit that a name seems to be of: `fwd/L3` for `model.layers.3.mlp`; "" where it tells none."""
+    phase, slash, rest = name.partition("/")
+    told = bool(slash) and is_part(phase)
+    layer = _LAYER.search(rest if told else name)
+    return f"{phase if told else 'fwd'}/L{layer[1]}" if layer else ""
+
+
 def by_name(name: str, ours: list[str]) -> str:
     """The tap that a name means, with whose name it is, or the nearest of our own names; "" if nothing is near.
 
@@ -78,7 +87,15 @@ def by_name(name: str, ours: list[str]) -> str:
 
 
 def by_value(unknown: Mapping[str, Array], ours: Array) -> Iterator[tuple[str, float]]:
-    """(name, relative distance) of the arrays that hold what our own run has at a tap, as far as a recording in bfloat16 can."""
+    """(name, distance) of the arrays that hold what our own run has at a tap, as far as a recording in bfloat16 can: relative, or
+    of ids the share that is other.
+    """
+    if ours.dtype.kind in "iu" and ours.ndim > 2:
+        for name, x in unknown.items():
+            if x.size == ours.size and x.dtype.kind in "iu":
+                away = float((np.sort(x.reshape(ours.shape), axis=-1) != np.sort(ours, axis=-1)).mean())
+                if away < _AGREE:
+                    yield name, away
     if ours.dtype.kind != "f" or ours.ndim < 2:
         return
     size = float(np.linalg.norm(np.where(np.isfinite(ours), ours, 0)))

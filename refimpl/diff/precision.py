@@ -12,6 +12,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import FLOAT32, Plan, plan
 from refimpl.layers.stage import Call, tap_matches
 
+from .lse import LSE
 from .reading import is_bfloat16, is_float16
 from .tolerance import UNIT
 from .trace import Header
@@ -88,4 +89,7 @@ def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
                 storage, note = name, f"every value of {len(found)} taps is a {name}: declare storage {name}"
                 break
     seen = {t: storage if t in held.get(storage, ()) else np.asarray(a).dtype.name for t, a in taps.items()}
+    seen = {
+        t: s for t, s in seen.items() if not t.endswith(f"/{LSE}")
+    }  # as coarse as the scores behind it, not as its array
     return Precision(storage, parts, seen, note)

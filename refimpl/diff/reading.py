@@ -84,20 +84,43 @@ def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator
                     x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"'
                 )
     if len(shape) > 1 and "S" in axes[:2]:
-        yield from _part(x, shape, axes)
+        yield from _last(x, shape, axes)
+    if len(shape) > 1 and axes[1] in ("S", "T"):
+        yield from _padded(x, shape, axes)
+        yield from _chunks(x, shape)
 
 
-def _part(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """The last position only, or more positions than there are: padding."""
+def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    """The last position only."""
     s = axes.index("S")
     last = tuple([1 if i == s else n for i, n in enumerate(shape)])
     if shape[s] > 1 and x.size == int(np.prod(last)) and _coarser(_squeezed(x.shape), _squeezed(last)):
         yield Reading(x.reshape(last), "only the last position was recorded: compared there", {s: slice(-1, None)})
+
+
+def _padded(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    """More positions than there are, of every sequence or behind all flattened tokens."""
     if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
         longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
         if longer <= {"S", "T"}:
             cut = x[tuple([slice(0, n) for n in shape])]
             yield Reading(cut, f"padded along {' and '.join(sorted(longer))}: cut to {'x'.join(map(str, shape))}")
+    tokens = shape[0] * shape[1]
+    if axes[0] == "B" and x.ndim and x.shape[0] > tokens and _coarser(x.shape[1:], shape[2:]):
+        note = f"tokens are flattened and padded to {x.shape[0]}: cut to the first {tokens}"
+        yield Reading(x[:tokens].reshape(shape), note)
+
+
+def _chunks(x: Array, shape: tuple[int, ...]) -> Iterator[Reading]:
+    """Positions in chunks, (B, n, c, ...) or stacked as (n, B, c, ...), the last of them filled up."""
+    batch, length = shape[:2]
+    if x.ndim < 3 or not _coarser(x.shape[3:], shape[2:]):
+        return
+    for y in (x, x.swapaxes(0, 1)):
+        n, c = y.shape[1:3]
+        if y.shape[0] == batch and (n - 1) * c < length <= n * c:
+            whole = y.reshape(batch, n * c, *y.shape[3:])[:, :length]
+            yield Reading(whole.reshape(shape), f"positions are in {n} chunks of {c}: put together")
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

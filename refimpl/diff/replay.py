@@ -76,6 +76,9 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
             yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, spread)
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
+            if call.tap in r.partial:  # what reads it reads the candidate's entries
+                for lane in (exact, *twins):
+                    lane.overlay(call, r)
         for lane in lanes:
             for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]

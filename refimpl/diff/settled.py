@@ -13,6 +13,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
+from .lse import LSE
 from .program import names
 
 SLACK = 4.0
@@ -35,7 +36,7 @@ class Unsettled:
         if call.stage in _CHOICES:
             found.append(_close(call, exact, twins, recorded))
         size = exact[call.tap].shape
-        if call.own is not None and found:  # a gradient comes from every token behind
+        if call.own is not None and call.stage != LSE and found:  # a gradient comes from every token behind
             self._set(call, np.ones_like(found[0]))
         elif call.stage.startswith("cache."):
             self._cached(call, size[1], recorded)

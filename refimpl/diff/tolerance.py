@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,12 @@ BLOCK = 1 << 15
 """Numbers that are compared at a time."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
-CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.rope_tables", "router.weights", "moe.routed")
+CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.lse", "mla.rope_tables", "router.weights", "moe.routed")
 """Stages that multiply by a constant, which is itself rounded once: their taps may lean twice as far."""
 FLOOR = {
     "mla.scores": (0.1, "a softmax looks at differences, and a score near zero is a sum that cancels"),
     "mla.scores_absorbed": (0.1, "as mla.scores"),
+    "mla.lse": (0.1, "it is as far off as a score, and may be near zero"),
 }
 """stage -> (share of the largest row that a row counts as at least, its reason)."""
 _GRADIENTS = (0.1, "a gradient is a sum of parts that cancel, behind a softmax those of all keys")
@@ -55,6 +57,10 @@ EXTRA = {
     ),
 }
 """stage -> (further factor, its reason)."""
+
+
+Elements = tuple[float, float]
+"""How far every single element may be off: of itself, and in addition."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,25 @@ def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Di
     total = float(size.sum())
     leans = total > 0 and e.size >= FEW
     return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0)
+
+
+def elements_of(stage: str, unit: float, inputs: Callable[[], Iterator[list[Any]]]) -> Elements | None:
+    """What single elements are held to, None where only rows are. A rotary table is no sum: in a coarse dtype each number of it is
+    cos or sin of an angle that float32 knows to 4 units, rounded no more than twice. The frequencies' own rounding to bfloat16
+    moves rows by less than the table's, but a cosine near 0 by far more.
+    """
+    if stage != "mla.rope_tables" or unit <= UNIT["float32"]:
+        return None
+    positions = next(inputs())[0]
+    return ROUNDINGS * unit, 4 * UNIT["float32"] * (1 + float(np.abs(positions).max(initial=0)))
+
+
+def strays(x: Array, e: Array, limit: Elements | None) -> int:
+    """How many elements are further off than that."""
+    if limit is None:
+        return 0
+    x, e = comparable(x, e)
+    return int((np.abs(x - e) > limit[0] * np.abs(e) + limit[1]).sum())
 
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:

@@ -17,6 +17,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.diff import Case, Header, Trace, digest
 from refimpl.diff.names import Framework
 
+from .ranks import parallel_of
 from .refimpl_tap import Recording
 from .tapmap import untested
 from .watch import Watch
@@ -26,7 +27,9 @@ from .watch import Watch
 class Candidate:
     """A model that holds a case's weights. `call(module, tokens)` runs it on nested lists of tokens (B, S) and gives the logits,
     or anything that has them; None where `module(tokens)` will do. weights: checkpoint name -> array that the model holds, if
-    it can say so. precision, layouts: for the trace's header. `release` undoes what building it did.
+    it can say so. precision, layouts: for the trace's header. Of a process of several: `parallel`, which rank it is (None: what
+    torch.distributed, a DeviceMesh or Megatron say), and `dims`, by tap or its last part what ranks hold of it:
+    {"mla.q": "N H@tp Dn+Dr"}. `release` undoes what building it did.
     """
 
     module: Any
@@ -35,6 +38,8 @@ class Candidate:
     precision: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parallel: Mapping[str, Any] | None = None
+    dims: Mapping[str, str] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None
 
 
@@ -70,7 +75,8 @@ def record_runs(
         producer={"name": map_.package or map_.name, "version": version},
         weights={n: digest(w) for n, w in held.items()},
         layouts={**map_.layouts, **made.layouts},
-        dims=first.axes,
+        dims=first.axes | {t: d for t in taps if (d := made.dims.get(t) or made.dims.get(t.rpartition("/")[2]))},
+        parallel=dict(parallel_of(made.module) if made.parallel is None else made.parallel),
         expected=sorted(first.places),
         precision={"storage": storage, "accumulate": "float32", **made.precision},
         self_check=self_check(plain, logits, taps, again),
@@ -85,10 +91,10 @@ def deliver(trace: Trace, out: str | Path) -> Recorded:
     for tap, x in trace.taps.items():
         made.tap(tap, x)
     try:
-        made.write(out)
+        file = made.write(out)
     except OSError as error:
         raise SpecError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return Recorded(Path(out), tuple(filter(None, trace.header.notes.split("; "))))
+    return Recorded(file, tuple(filter(None, trace.header.notes.split("; "))))
 
 
 def version_of(package: str) -> str:

@@ -15,6 +15,7 @@ from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
 from .hf_probes import dims
 from .hf_taps import look, run
+from .refimpl_tap import file_of, parallel
 from .torch_arrays import libraries, one_thread, to_numpy
 
 DTYPES = ("float32", "bfloat16")
@@ -29,7 +30,7 @@ def record(
     taps: str | Iterable[str] = "all",
     experts: str = "eager",
 ) -> Path:
-    """Run a case through transformers and write the trace `out`; -> its path.
+    """Run a case through transformers and write the trace `out`; -> its path, which of several processes is one in a folder.
 
     taps: "all", or names and patterns, with or without the phase ("fwd/logits", "L*/router.*"). `patch` puts in a bug
     of `hf_bugs.BUGS`. Nothing of it, nor any hook, outlives the call. A tap that was to be recorded and was not stays in
@@ -43,6 +44,8 @@ def record(
         model = load_model(case.raw_config, case.weights(), dtype, experts=experts)
         with injected(model, patch):
             trace = trace_of(model, case, dtype=dtype, taps=taps, notes=f"injected bug {patch}" if patch else "")
+    out = file_of(out, trace.header.parallel)
+    out.parent.mkdir(exist_ok=True)
     trace.write(out)
     return out
 
@@ -65,6 +68,7 @@ def trace_of(
         dims={tap: dims(tap) for tap in seen.taps},
         expected=seen.expected,
         precision={"storage": dtype, "accumulate": "float32"},
+        parallel=parallel(),
         self_check=self_check(plain, to_numpy(seen.logits), seen.taps, again.taps),
         notes="; ".join([kinds, *([notes] if notes else []), *seen.notes]),
     )

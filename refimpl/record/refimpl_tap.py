@@ -11,6 +11,10 @@ Around one run of the case's tokens, without a cache:
     with recording("out.safetensors", "path/to/case", producer="my port 1.0"):
         model(tokens)
 
+In a program of several ranks (torch.distributed) each writes `rank-R-of-N.safetensors` into the folder `out`; where ranks hold
+parts of a tap, say so: dims={"fwd/L3/mla.q": "B S H@ranks Dn+Dr"}, and with parallel={"rank": 3, "axes": {"tp": [1, 2],
+"dp": [1, 2]}} which axes of ranks there are.
+
 Arrays of NumPy, torch, MLX, JAX and CuPy are taken as they are, each in its own dtype, bfloat16 too. The file appears whole, when
 the block has ended well. Then: refimpl diff path/to/case out.safetensors
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -31,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Raw", "Recording", "digest", "raw", "recording", "tap"]
+__all__ = ["Raw", "Recording", "digest", "file_of", "parallel", "raw", "recording", "tap"]
 
 _WIDTHS = {"bool": "BOOL", "int": "I", "uint": "U", "float": "F"}
 _PHASE = re.compile(r"(fwd|bwd|dec\d+|upd|grad)/")
@@ -51,6 +56,7 @@ def raw(x: Any) -> Raw:
     libraries = {base.__module__.partition(".")[0] for base in type(x).__mro__}
     bf16 = "bfloat16" in str(getattr(x, "dtype", ""))
     if "torch" in libraries:
+        x = x.to_local() if hasattr(x, "to_local") else x  # of a DTensor what this rank holds
         x = x.detach().cpu().contiguous()
         x = (x.view(sys.modules["torch"].int16) if bf16 else x).numpy()
     elif "mlx" in libraries:
@@ -96,12 +102,33 @@ class Recording:
         else:
             self.taps[name] = raw(x)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace, whole or not at all."""
+    def write(self, path: str | os.PathLike[str]) -> pathlib.Path:
+        """Write the trace, whole or not at all -> its file."""
         twice = [f"{', '.join(self.again)}: recorded more than once, the first is kept"] if self.again else []
         notes = "; ".join(filter(None, [self.header.get("notes", ""), *twice]))
         head = {"schema": "refimpl-trace/1", "expected": sorted(self.taps), **self.header, "notes": notes}
-        _write(pathlib.Path(path), self.taps, json.dumps(head, sort_keys=True))
+        file = file_of(path, self.header.get("parallel") or {})
+        file.parent.mkdir(exist_ok=True)
+        _write(file, self.taps, json.dumps(head, sort_keys=True))
+        return file
+
+
+def parallel() -> dict[str, Any]:
+    """The header's `parallel` in a process of several joined by torch.distributed, of one axis, `ranks`; {} in any other."""
+    joined = getattr(sys.modules.get("torch"), "distributed", None)
+    if joined is None or not (joined.is_available() and joined.is_initialized()) or joined.get_world_size() == 1:
+        return {}
+    rank, world = joined.get_rank(), joined.get_world_size()
+    return {"rank": rank, "ranks": world, "axes": {"ranks": [rank, world]}}
+
+
+def file_of(path: str | os.PathLike[str], parallel: Mapping[str, Any]) -> pathlib.Path:
+    """The path itself; of several ranks, a file of its own in the folder of that name."""
+    path = pathlib.Path(path)
+    if not parallel:
+        return path
+    total = parallel.get("ranks") or math.prod(size for _, size in parallel["axes"].values())
+    return path.with_suffix("") / f"rank-{parallel['rank']}-of-{total}.safetensors"
 
 
 @contextmanager
@@ -131,6 +158,7 @@ def recording(
         "precision": {"storage": storage, "accumulate": "float32"},
         "weights": {name: digest(x) for name, x in held},
         "layouts": dict(layouts or {}),
+        "parallel": parallel(),
     }
     made = Recording(**(filled | header))
     _active.append(made)

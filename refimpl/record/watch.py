@@ -20,6 +20,7 @@ from refimpl.diff.names import Framework
 from refimpl.layers.stage import Stage
 
 from .catalogue import entries
+from .ranks import Spread, dims_of, spread_of
 from .refimpl_tap import raw
 from .tapmap import Part, Place, at_layer, used
 
@@ -41,6 +42,7 @@ class Watch:
         self.tokens = len(case.tokens) * len(case.tokens[0])
         self.places: dict[str, tuple[Stage, list[tuple[Place, list[Part]]]]] = {}  # tap -> its stage, its alternatives
         self.seen: dict[Part, Array] = {}
+        self.spread: dict[Part, Spread] = {}  # of those that lie over ranks, how
         self.count: Counter[Key] = Counter()
         self.notes: dict[str, None] = {}
         self.axes: dict[str, str] = {}  # tap -> its axes, where the map declares them
@@ -78,7 +80,9 @@ class Watch:
         for part in self._wanted[key]:
             if part.nth == self.count[key]:
                 try:
-                    self.seen[part] = array(_pick(part, args, kwargs, out))
+                    x = _pick(part, args, kwargs, out)
+                    self.seen[part], spread = array(x), spread_of(x)
+                    self.spread |= {part: spread} if spread else {}
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
                     self.notes[f"{_said(part)} is not there: {error}"] = None
 
@@ -99,9 +103,24 @@ class Watch:
                 continue
             numbers = letters(self.config, stage, tap, self.sizes)
             numbers["N"] = self.tokens
+            if (spread := next((self.spread[p] for p in chosen[1] if p in self.spread), None)) is not None:
+                found[tap] = self._shared(tap, stage, chosen, spread, numbers)
+                continue
             x = _joined(chosen[0], [_cut(self.seen[part], part, numbers) for part in chosen[1]])
             found[tap] = self._shaped(tap, x, chosen[0], numbers)
         return found
+
+    def _shared(
+        self, tap: str, stage: Stage, chosen: tuple[Place, list[Part]], spread: Spread, numbers: dict[str, int]
+    ) -> Array:
+        """This rank's part of a tap, with dims that say which it is."""
+        place, parts = chosen
+        axes = (place.axes or stage.shape).split()
+        dims = dims_of(spread, axes, numbers) if len(parts) == 1 and parts[0].cut == ("", "") else ""
+        self.axes |= {tap: dims} if dims else {}
+        if not dims:
+            self.notes[f"{tap} lies over ranks in a way that its place does not tell: declare its dims"] = None
+        return np.ascontiguousarray(self.seen[parts[0]])
 
     def _shaped(self, tap: str, x: Array, place: Place, numbers: dict[str, int]) -> Array:
         """x with the axes that the map declares; as it is where they do not fit."""

@@ -19,6 +19,7 @@ from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
 from refimpl.diff.program import last_use, program_of, regions
+from refimpl.diff.reading import read
 from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model.inputs import read_inputs
@@ -148,6 +149,9 @@ ARRANGEMENTS = {
     "weights in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.weights" else a,
     "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
     "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
+    "flattened and padded": lambda t, a: fill(a.reshape(-1, *a.shape[2:]), 16) if rows(a) else a,
+    "in chunks of 7": lambda t, a: chunks(a, 7) if rows(a) else a,
+    "chunks stacked": lambda t, a: chunks(a, 7).swapaxes(0, 1) if rows(a) else a,
     "ids as uint32": lambda t, a: a.astype(np.uint32) if a.dtype.kind == "i" else a,
 }
 
@@ -156,6 +160,19 @@ def halves(a):
     """From the recordings' order, two halves, to interleaved pairs."""
     half = a.shape[-1] // 2
     return np.stack([a[..., :half], a[..., half:]], axis=-1).reshape(a.shape)
+
+
+def rows(a):
+    return a.ndim > 2 and a.shape[:2] == (2, 24)
+
+
+def fill(a, n, axis=0):
+    return np.pad(a, [(0, n if i == axis else 0) for i in range(a.ndim)])
+
+
+def chunks(a, size):
+    n = -(-a.shape[1] // size)
+    return fill(a, n * size - a.shape[1], axis=1).reshape(len(a), n, size, *a.shape[2:])
 
 
 def padded(a):
@@ -175,6 +192,19 @@ def test_another_arrangement_is_recognised_not_blamed(how, name):
         assert judgement.gauges
     elif how not in silent:
         assert said, how
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((2, 3, 8, 5), True), ((2, 4, 7, 5), True), ((4, 2, 7, 5), True), ((2, 2, 8, 5), False), ((2, 5, 8, 5), False)],
+)
+def test_chunks_are_as_many_as_the_positions_need(shape, fits):
+    """Catches axes of another meaning taken for chunks: too few positions, or a chunk that holds none."""
+    x = np.arange(np.prod(shape)).reshape(shape)
+    found = read(x, (2, 24, 5), ["B", "S", "D"])
+    assert (found is not None) == fits
+    if found and shape[0] == 2:
+        np.testing.assert_array_equal(found.array[1, -1], x[1, 23 // shape[2], 23 % shape[2]])
 
 
 def test_the_last_positions_logits_are_compared_there():
@@ -292,6 +322,8 @@ def test_unknown_names_are_told_what_they_are():
     names = {
         "fwd/L1/attn_out": "layers.1.o",
         "fwd/L2/mla.ctx": "dump_0017",
+        "fwd/L2/mla.q_rope": "dump_0018",
+        "fwd/L2/router.ids": "dump_0019",
         "fwd/L1/router.ids": "ffn_moe_topk-1",
         "fwd/L2/mla.q": "model.layers.2.self_attn.q_b_proj",
     }

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from fnmatch import fnmatchcase as fnmatch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import refimpl
 from refimpl.autograd.errors import SpecError
 from refimpl.diff import Case
+from refimpl.diff.corpus import MUTANTS
 from refimpl.record import hf, hf_load, hf_taps
 from refimpl.record.torch_arrays import one_thread
 
@@ -66,6 +68,10 @@ def test_the_corpus_names_taps_that_exist(entries):
     """Catches a misspelt stage, which no culprit could ever match; and a corpus that has shrunk."""
     taps = {t.rpartition("/")[2] for t in hf_taps.expected_taps(Case.read(TINY).config)}
     assert not {e.id: wrong for e in entries.values() if (wrong := (e.stages | e.also) - taps)}
+    naming = importlib.import_module("naming")
+    assert set(naming.NAMES) <= {e.id for e in entries.values() if not e.innocent}
+    for patterns in naming.NAMES.values():
+        assert all(p == "dtype" or any(fnmatch(id, p) for id in MUTANTS) for p in patterns.split()), patterns
     assert sum(not e.innocent for e in entries.values()) >= 80 and sum(e.innocent for e in entries.values()) >= 30
 
 
@@ -88,4 +94,6 @@ def test_the_scripts_record_judge_and_count(tmp_path):
     )
     assert found["R01", "logits"]["right_region"] and not found["R01", "logits"]["right"]
     assert found["ids-sorted", "all"]["verdict"] == "CONFORMS"
-    assert "| all | float32 | 1 of 1 | 1 | 1 | 1 | 0 of 0 | 0 of 1 |" in done.stdout
+    assert found["R01", "all"]["first"] and [id for id, _ in found["R01", "all"]["causes"]] == ["R01"]
+    assert "named uniquely, float32: 1 of 1 flagged bugs of the catalogue" in done.stdout
+    assert "| all | float32 | 1 of 1 | 1 | 1 | 1 | 1 | 0 of 0 | 0 of 1 |" in done.stdout

@@ -33,6 +33,18 @@ def _other_scale(by: Callable[[float, Array, Array], float]) -> Callable[..., Ar
     return fn
 
 
+def _by_latent(q: Array, q_rope: Array, *rest: Array, scale: float, reads: tuple[Array]) -> Array:
+    """Scores scaled by the root of C + Dr, as the absorbed form's dot products are long."""
+    other = scale * math.sqrt(q.shape[-1] / (reads[0].shape[-1] + q_rope.shape[-1]))
+    out: Array = stage(_SCORES)(q, q_rope, *rest, scale=other)
+    return out
+
+
+def _over_queries(s: Array) -> Array:
+    out: Array = stage("mla.probs")(s.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return out
+
+
 def _masked(change: Callable[[Array], Array]) -> Callable[..., Array]:
     """Scores under another mask."""
 
@@ -159,12 +171,10 @@ MUTANTS = (
     Mutant("A13c", "the key-value latent is not normalised", "mla.c_kv", lambda kv, w, *, eps: kv[..., : w.shape[0]]),
     Mutant(
         "A13d",
-        "queries of full rank are normalised, head by head",
+        "queries are normalised, head by head",
         "mla.q",
         _normed_queries,
         threads("Megatron-Bridge #5261"),
-        "q_lora_rank null",
-        lambda c: not _low_rank(c),
     ),
     Mutant(
         "A17",
@@ -180,6 +190,8 @@ MUTANTS = (
     Mutant("A17g", "the mask lets tokens see padding", "mask", _padding_seen, regime="padding"),
     Mutant("X17", "the softmax scale knows the nope channels only", _SCORES, _other_scale(_by("nope"))),
     Mutant("X18", "the softmax scale knows the rotated channels only", _SCORES, _other_scale(_by("rope"))),
+    Mutant("X25", "the softmax runs over the queries", "mla.probs", _over_queries),
+    Mutant("X26", "the softmax scale counts the latent's channels", _SCORES, _by_latent, reads=("mla.c_kv",)),
     Mutant("X19", "the scores are not scaled", _SCORES, _other_scale(lambda s, q, r: 1.0)),
     Mutant("X20", "values are taken where keys are, and keys where values are", "mla.ctx", _values_first),
     Mutant("X21", "attention output is scaled twice", "mla.ctx", scaled("mla.ctx", 2.0)),

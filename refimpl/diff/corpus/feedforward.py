@@ -47,6 +47,7 @@ def _acts() -> list[Mutant]:
         "tanh GELU instead of SiLU": _gelu_tanh,
         "ReLU instead of SiLU": lambda x: np.maximum(x, 0),
         "sigmoid instead of SiLU": lambda x: 1 / (1 + np.exp(-x)),
+        "GELU's approximation x sigmoid(1.702 x) instead of SiLU": lambda x: x / (1 + np.exp(-1.702 * x)),
     }
     found = [
         Mutant(f"X30-{name}-{i}", title, name, _other_act(f))

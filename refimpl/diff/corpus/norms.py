@@ -44,12 +44,19 @@ def _by_length(x: Array, w: Array, *, eps: float) -> Array:
     return out
 
 
+def _then_by_length(x: Array, w: Array, *, eps: float) -> Array:
+    """The norm, and then what its mean left out: epsilon counts once for every channel."""
+    out: Array = w * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) / np.sqrt(x.shape[-1])
+    return out
+
+
 _WRONG: dict[str, tuple[str, Callable[..., Any]]] = {
     "N02": ("a norm is left out", _left_out),
     "N03": ("a norm's weight is left out", _bare),
     "N04": ("a norm's weight counts from 1", _from_one),
     "N05": ("LayerNorm instead of RMSNorm", _centred),
     "N06": ("norms divide by the length instead of the root mean square", _by_length),
+    "N06b": ("norms divide by the length instead of the root mean square", _then_by_length),
 }
 
 

@@ -82,6 +82,11 @@ def _one_step_on(name: str) -> Callable[..., Array]:
     return fn
 
 
+def _next_row(name: str) -> Callable[..., Array]:
+    """Rotation by the tables' next row; behind the last there is none."""
+    return lambda x, table, **k: stage(name)(x, np.concatenate([table[:, :, 1:], table[:, :, -1:]], axis=2), **k)
+
+
 def _backwards(name: str) -> Callable[..., Array]:
     """Rotation by -theta."""
     return lambda x, table, **k: stage(name)(x, np.stack([table[0], -table[1]]), **k)
@@ -180,6 +185,10 @@ MUTANTS = (
     ),
     Mutant("X22", "k is rotated one position too far", "mla.k_rope", _one_step_on("mla.k_rope")),
     Mutant("X23", "q is rotated one position too far", "mla.q_rope", _one_step_on("mla.q_rope")),
+    *[
+        Mutant(f"X27{which}", f"{which} is rotated by the next token's tables, the last by its own", at, _next_row(at))
+        for which, at in (("q", "mla.q_rope"), ("k", "mla.k_rope"))
+    ],
     Mutant("X10", "positions begin at 1", _TABLES, _tables(places=lambda p: p + 1)),
     Mutant(
         "X24",
