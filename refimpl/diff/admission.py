@@ -19,8 +19,8 @@ from .dims import Sizes, shape_of
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
 from .reading import Pick, read
-from .tolerance import MASKED
 from .trace import Header, Trace
+from .wide import MASKED
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
 

@@ -13,6 +13,7 @@ from . import fp8_rules, tolerance
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
+from .wide import MASKED, Wide, looked_at, paired
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,23 @@ def unusable(x: Array, integers: bool, limit: int | None) -> str:
 def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, step.call.of.compare
-    exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
     settled = settled_rows(step, pick)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
+    if kind not in ("set", "exact") and call.stage not in fp8_rules.RULES:
+        return _values(step, x, _picked(step.e, pick), _picked(step.ours, pick), settled, units, pick)
+    exact, chained = (cut(np.asarray(a), pick) for a in (step.e, step.ours))
     if call.stage in fp8_rules.RULES:
         return _codes(step, x, chained, settled, units, pick)
     if kind == "set":
         return _sets(step, x, exact, chained, settled)
-    if kind == "exact":
-        wrong = int((x != exact).sum())
-        note = f"{wrong} of {x.size} elements differ" if wrong else ""
-        return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
-    return _values(step, x, exact, chained, settled, units, pick)
+    wrong = int((x != exact).sum())
+    note = f"{wrong} of {x.size} elements differ" if wrong else ""
+    return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
+
+
+def _picked(a: Array | Wide, pick: Pick) -> Array | Wide:
+    return cut(np.asarray(a), pick) if pick else a
 
 
 def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
@@ -89,7 +94,7 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     """Which rows (all axes but the last) are beyond doubt, None if all are."""
     if step.unsettled is None:
         return None
-    doubt, lead = step.unsettled, step.exact.shape[:-1] or (1,)
+    doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
     axes = step.call.of.shape.split()[:-1]
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
@@ -101,10 +106,18 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     return cut(~np.broadcast_to(doubt, lead), rows)
 
 
-def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
+def _values(
+    step: Step,
+    x: Array,
+    e: Array | Wide,
+    chained: Array | Wide,
+    settled: Array | None,
+    units: Units,
+    pick: Pick,
+) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
-    call, family, leans = step.call, 0.0, 0.0
-    found = tolerance.distance(call.stage, x, e, settled)
+    call, family, leans, seen = step.call, 0.0, 0.0, looked_at(x, e)
+    found = tolerance.distance(call.stage, seen, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
     twins = step.twins()
@@ -112,38 +125,41 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         twin = next(twins, None)
         if twin is None:
             break
-        its = tolerance.distance(call.stage, cut(twin, pick), e, settled)
+        its = tolerance.distance(call.stage, _picked(twin, pick), e, settled)
         family, leans = max(family, its.worst), max(leans, its.lean)
         limit = tolerance.allowed(call.stage, units.own, family)
         upright = tolerance.allowed_lean(units.stages, units.region, leans)
-    note = "" if ok else _describe(call.stage, x, e, limit)
+    note = "" if ok else _describe(call.stage, x, np.asarray(e), limit)
     if found.worst <= limit and not ok:
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
         )
-    drift = (
-        _drift(np.sort(x), np.sort(chained)) if call.stage == "router.weights" else _drift(x, chained)
-    )  # slots are free
+    free = call.stage == "router.weights"  # the order of its slots
+    drift = _drift(np.sort(x), np.sort(np.asarray(chained))) if free else _drift(seen, chained)
     return Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift, lean=found.lean, upright=upright)
 
 
-def _drift(x: Array, ours: Array) -> float:
+def _drift(x: Array | Wide, ours: Array | Wide) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
-    x, ours, far, size = x.reshape(-1), ours.reshape(-1), 0.0, 0.0
-    for at in range(0, len(x), tolerance.BLOCK):
-        a, b = (_shown(v[at : at + tolerance.BLOCK]) for v in (x, ours))
-        size += float(b @ b)
-        a = a - b
-        far += float(a @ a)
+    far, size = 0.0, 0.0
+    for _, theirs, mine in paired(x, ours):
+        u, v = theirs.reshape(-1), mine.reshape(-1)
+        for at in range(0, len(u), tolerance.BLOCK):
+            a, b = (_shown(w[at : at + tolerance.BLOCK]) for w in (u, v))
+            size += float(b @ b)
+            a = a - b
+            far += float(a @ a)
     return math.sqrt(far) / max(math.sqrt(size), 1e-300)
 
 
 def _shown(a: Array) -> Array:
     """As float32, what is masked or no number as 0."""
     a = a.astype(np.float32, copy=False)
-    if np.isfinite(a.sum()) and a.min(initial=0) > tolerance.MASKED:
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = float(a @ a) < MASKED**2
+    if small or (np.isfinite(a.sum()) and a.min(initial=0) > MASKED):
         return a
-    return np.where(np.isfinite(a) & (a > tolerance.MASKED), a, 0)
+    return np.where(np.isfinite(a) & (a > MASKED), a, 0)
 
 
 def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | None) -> Finding:

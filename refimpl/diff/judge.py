@@ -38,6 +38,7 @@ from .gradients import backward_of
 from .grounds import Grounds
 from .lanes import Recorded
 from .names import by_name
+from .pages import Pages
 from .precision import Precision, precision_of
 from .program import program_of
 from .streamed import StageWeights
@@ -203,7 +204,7 @@ class _Run:
     @cached_property
     def weights(self) -> StageWeights:
         """The case's weights, as the candidate holds them."""
-        return StageWeights(self.case.checkpoint, self.rounded, experts=self.case.config.n_routed_experts)
+        return StageWeights(self.case.checkpoint, self.rounded)
 
     @cached_property
     def training(self) -> Training | None:
@@ -244,6 +245,7 @@ class _Run:
             show=self.show,
             pictures=self.pictures,
             unknown=unknown,
+            pages=Pages(self.trace.taps),
         )
         comparison.run(program, track)
         self.shown = comparison.shown

@@ -14,6 +14,7 @@ from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
 
 from .tolerance import Noise
+from .wide import Wide
 
 Weights = Callable[[str, Plan], Array]
 """Checkpoint name and plan -> the weight as that plan holds it."""
@@ -49,7 +50,7 @@ class Lane:
     plan: Plan
     twin: int | None = None
     given: bool = True
-    values: dict[str, Array] = field(default_factory=dict)
+    values: dict[str, Array | Wide] = field(default_factory=dict)
 
     def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
         """The call's stage in this lane, or another function of the same arguments in its place."""
@@ -68,9 +69,17 @@ class Lane:
             return arg
         if arg.startswith("w/"):
             return r.weights(arg[2:], self.plan)
-        if arg in r.inputs:
-            return r.inputs[arg]
-        if not self.given or arg not in r.taps:
-            return self.values[arg]
-        a = r.taps[arg]
-        return a if a.dtype.kind in "iub" else r.noise.given(call, a.astype(self.plan.dtype, copy=False), self.twin)
+        a = np.asarray(self.held(arg, r))
+        if not self.is_given(arg, r) or a.dtype.kind in "iub":
+            return a
+        return r.noise.given(call, a.astype(self.plan.dtype, copy=False), self.twin)
+
+    def held(self, name: str, r: Recorded) -> Array | Wide:
+        """An input, a recorded tap as it was recorded, or what was computed in this lane."""
+        if name in r.inputs:
+            return r.inputs[name]
+        return r.taps[name] if self.is_given(name, r) else self.values[name]
+
+    def is_given(self, name: str, r: Recorded) -> bool:
+        """Whether this lane takes a tap from the candidate."""
+        return self.given and name in r.taps and name not in r.inputs

@@ -13,30 +13,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import FLOAT32, FLOAT64
 from refimpl.layers.stage import Call
 
+from . import rows
 from .lanes import Lane, Recorded
-from .program import last_use, needed
+from .program import last_use, names, needed
 from .settled import Unsettled
 from .tolerance import TWINS
+from .wide import Wide
 
 
 @dataclass(frozen=True)
 class Step:
-    """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, the tokens (B, S) that
+    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S) that
     rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's.
     """
 
     call: Call
-    exact: Array
-    chained: Array
-    twins: Callable[[], Iterator[Array]]
+    e: Array | Wide
+    ours: Array | Wide
+    twins: Callable[[], Iterator[Array | Wide]]
     unsettled: Array | None
     inputs: Callable[[], Iterator[list[Any]]]
+
+    @cached_property
+    def exact(self) -> Array:
+        """Our exact output, whole."""
+        return np.asarray(self.e)
 
 
 Watch = Callable[[str, Array], None]
@@ -54,11 +64,13 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
     lanes, unsettled = (exact, chained, *twins), Unsettled()
     end = len(program) if watch else max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[: end + 1]):
-        chained.values[call.tap] = chained.run(call, r)
+        chained.values[call.tap] = rows.run(chained, call, r, keep=True)
         if watch:
-            watch(call.tap, chained.values[call.tap])
+            watch(call.tap, np.asarray(chained.values[call.tap]))
         if call.tap in wanted:
-            exact.values[call.tap] = exact.run(call, r)
+            same = call.of.compare == "exact" and all(n in r.inputs for n in names(call.args))
+            found = chained.values[call.tap] if same else rows.run(exact, call, r, keep=call.tap in recorded)
+            exact.values[call.tap] = found
             if call.tap not in r.taps:
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
@@ -68,6 +80,8 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
             yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs)
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
+            if call.tap in r.taps:  # which is what is read from here on
+                exact.values.pop(call.tap)
         for lane in lanes:
             for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]
@@ -76,11 +90,17 @@ def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iter
 def _compute(call: Call, twins: list[Lane], r: Recorded) -> None:
     """A value that was not recorded, in every twin."""
     for lane in twins:
-        lane.values[call.tap] = r.noise.inner(call, lane.run(call, r), lane.twin)
+        lane.values[call.tap] = _each(rows.run(lane, call, r), partial(r.noise.inner, call, twin=lane.twin))
 
 
-def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array]]:
-    return lambda: (r.noise.outer(call, lane.run(call, r)) for lane in twins)
+def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array | Wide]]:
+    outer = partial(r.noise.outer, call)
+    return lambda: (_each(rows.run(lane, call, r), lambda a, place: outer(a)) for lane in twins)
+
+
+def _each(a: Array | Wide, fn: Callable[..., Array]) -> Array | Wide:
+    """fn(a, place=None), or of every block."""
+    return a.each(lambda block, place: fn(block, place=place)) if isinstance(a, Wide) else fn(a, place=None)
 
 
 def _inputs(call: Call, lanes: tuple[Lane, ...], r: Recorded) -> Callable[[], Iterator[list[Any]]]:
