@@ -62,11 +62,11 @@ class Comparison:
     accepted: dict[str, str] = field(default_factory=dict)
     plain: dict[str, Finding] = field(default_factory=dict)
 
-    def run(self, program: list[Call], track: Track) -> None:
-        """Compare every tap of the program that was admitted; say of the others why they were not."""
-        a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None)
+    def run(self, program: list[Call], track: Track, start: int = 0, stop: int | None = None) -> None:
+        """Compare every tap of the program, or of a span of it, that was admitted; say of the others why they were not."""
+        a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None, start, stop)
         inside, stage_of = self._regions(program), {c.tap: c.stage for c in program}
-        for call in track(program):
+        for call in track(program[start:stop]):
             if call.tap in a.flawed:
                 self.findings.append(
                     Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap], region=(call.tap,))
@@ -81,7 +81,10 @@ class Comparison:
                     inside = self._regions(program)
         for _ in walk:  # our own run to its end, for the arrays of unknown names
             raise AssertionError("a step that nobody asked for")
-        for tap in gauges.broken(self.accepted, list(a.taps)):
+
+    def finish(self) -> None:
+        """Take back what was accepted of a tap and not of its partner."""
+        for tap in gauges.broken(self.accepted, list(self.admitted.taps)):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +41,7 @@ from .names import by_name
 from .pages import Pages
 from .precision import Precision, precision_of
 from .program import program_of
+from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
 from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
@@ -104,20 +105,22 @@ class Judgement:
         return EXIT[self.verdict]
 
 
-def judge(case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False) -> Judgement:
-    """Judge a candidate's trace of a case, findings with `pictures` if wanted. SpecError if the two cannot be brought together
-    at all.
+def judge(
+    case: Case, trace: Trace, *, track: Track = iter, pictures: bool = False, pool: Pool | None = None
+) -> Judgement:
+    """Judge a candidate's trace of a case, findings with `pictures` if wanted, by a pool of processes if there is one. SpecError
+    if the two cannot be brought together at all.
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, decoded(trace), gates, track, pictures)
+        return _judged(case, decoded(trace), gates, track, pictures, pool)
 
 
-def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool) -> Judgement:
+def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
-    run = _Run(case, trace, precision, rounded, pictures=pictures)
+    run = _Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
     result = run.settle(config, track)
@@ -172,6 +175,7 @@ class _Run:
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False
+    pool: Pool | None = None
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def settle(self, config: Config, track: Track) -> Judgement:
@@ -225,37 +229,48 @@ class _Run:
         theirs = {c.tap: c for c in second}
         return {c.tap for c in first if theirs.get(c.tap) != c}
 
-    def judge(self, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
-        """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
-        header = self.trace.header
-        check_layouts(header.layouts)
+    def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
+        """What was recorded, ready to be compared under a config, and the program along which."""
+        check_layouts(self.trace.header.layouts)
         plain, inputs = self.program(config)
         program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
-        sizes = Sizes(len(inputs.tokens), self.parts)
-        admitted = admit(program, self.trace, config, sizes, self._embedded(inputs))
-        ours = [c.tap for c in program]
-        unknown = {n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in set(ours)}
-        recorded = self._recorded(admitted, inputs, config.num_hidden_layers)
+        admitted = admit(program, self.trace, config, Sizes(len(inputs.tokens), self.parts), self._embedded(inputs))
+        ours = {c.tap for c in program}
         comparison = Comparison(
             config,
             self.precision,
             admitted,
-            recorded,
+            self._recorded(admitted, inputs, config.num_hidden_layers),
             without=without,
             show=self.show,
             pictures=self.pictures,
-            unknown=unknown,
+            unknown={n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in ours},
             pages=Pages(self.trace.taps),
         )
-        comparison.run(program, track)
+        return comparison, program
+
+    def judge(self, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
+        """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
+        comparison, program = self.comparison(config, without)
+        recorded, admitted, header = comparison.recorded, comparison.admitted, self.trace.header
+        parts = None
+        if self.pool:
+            work = partial(_part, self.pool.opener, self.rounded, self.pictures, config, without)
+            parts = spread(program, recorded, track, self.pool, work)
+        if parts is None:
+            comparison.run(program, track)
+        else:
+            join(comparison, parts)
+        comparison.finish()
         self.shown = comparison.shown
-        means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in unknown}
+        ours = [c.tap for c in program]
+        means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in comparison.unknown}
         gates = [coverage_gate(program, self.trace), self_check_gate(header)]
         notes = admitted.notes | ({self.precision.note: []} if self.precision.note else {})
         found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
         found.withdrawn = frozenset(recorded.withdrawn)
         found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
-        forward = [c for c in plain if in_part(c.tap)]
+        forward = [c for c in self.program(config)[0] if in_part(c.tap)]
         found.grounds = Grounds(config, forward, recorded, admitted, self.precision)
         return found
 
@@ -277,6 +292,23 @@ class _Run:
         p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
         noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
         return Recorded(taken, named(inputs, self.parts), self.weights, p.plan, noise, parts, layers=layers)
+
+
+@lru_cache(maxsize=1)
+def _opened(opener: Opener, rounded: bool, pictures: bool) -> _Run:
+    """What a worker keeps from one span to the next."""
+    case, trace = opener()
+    trace = decoded(trace)
+    return _Run(case, trace, precision_of(trace.header, trace.taps), rounded, pictures=pictures)
+
+
+def _part(
+    opener: Opener, rounded: bool, pictures: bool, config: Config, without: frozenset[str], span: Span
+) -> SpanFound:
+    """A worker's part of a judgement."""
+    with np.errstate(all="ignore"):
+        comparison, program = _opened(opener, rounded, pictures).comparison(config, without)
+        return compared(comparison, program, span)
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

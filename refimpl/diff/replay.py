@@ -53,22 +53,27 @@ Watch = Callable[[str, Array], None]
 """Is shown every tap of our own run."""
 
 
-def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iterator[Step]:
+def replay(
+    program: list[Call], r: Recorded, watch: Watch | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[Step]:
     """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on; what it
-    takes out is computed.
+    takes out is computed. Of a span of the program, at whose start all that is still read was recorded, only our own run goes
+    through what lies before.
     """
-    recorded = {c.tap for c in program} & (set(r.taps) | r.outputs)
+    stop = len(program) if stop is None else stop
+    recorded = {c.tap for c in program[start:stop]} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
     exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
     twins = [Lane(r.plan, k) for k in range(TWINS)]
     lanes, unsettled = (exact, chained, *twins), Unsettled()
-    end = len(program) if watch else max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
-    for i, call in enumerate(program[: end + 1]):
+    end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
+    for i, call in enumerate(program[:end]):
         chained.values[call.tap] = rows.run(chained, call, r, keep=True)
-        if watch:
+        if watch and i >= start:
             watch(call.tap, np.asarray(chained.values[call.tap]))
-        if call.tap in wanted:
-            same = call.of.compare == "exact" and all(n in r.inputs for n in names(call.args))
+        alone = all(n in r.inputs for n in names(call.args))
+        if call.tap in wanted and (alone or i >= start):
+            same = alone and call.of.compare == "exact"
             found = chained.values[call.tap] if same else rows.run(exact, call, r, keep=call.tap in recorded)
             exact.values[call.tap] = found
             if call.tap not in r.taps:
