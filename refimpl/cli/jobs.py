@@ -47,7 +47,7 @@ def pool(jobs: str, files: Files) -> Iterator[Pool | None]:
 
     if jobs == "mpi":
         try:
-            from mpi4py.futures import MPIPoolExecutor
+            from mpi4py.futures import MPIPoolExecutor  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise SpecError('--jobs mpi needs mpi4py: pip install "deepseek-v3-refimpl[mpi]"') from error
         with MPIPoolExecutor() as workers:

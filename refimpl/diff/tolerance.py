@@ -33,7 +33,7 @@ to bfloat16 moves a row by 2**-9.2 of that.
 """
 LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 """Numbers that are compared at a time."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
