@@ -68,6 +68,20 @@ def test_a_wrong_number_behind_the_last_key(what: str, monkeypatch: pytest.Monke
     assert (tap in {f.tap for f in found.culprits}) == (what != "far")
 
 
+def test_keys_that_are_no_numbers_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys left out although they count: 0 times NaN is NaN, in all earlier tokens' attention too, and whoever recorded that
+    is not blamed for it. Oracle: the same judgement with every array whole.
+    """
+    case, trace = Case.read(CASE), Trace.read(CASE / "hf-float32.safetensors")
+    kv, ctx = (np.array(trace.taps[f"fwd/L1/mla.{name}"]) for name in ("kv_b", "ctx"))
+    kv[:, -1], ctx[:] = np.nan, np.nan
+    trace = dataclasses.replace(trace, taps={**trace.taps, "fwd/L1/mla.kv_b": kv, "fwd/L1/mla.ctx": ctx})
+    whole = {f.tap: f.ok for f in judge(case, trace).findings}
+    monkeypatch.setattr(wide, "LEAST", 1)
+    monkeypatch.setattr(wide, "BLOCK", 150)
+    assert {f.tap: f.ok for f in judge(case, trace).findings} == whole and whole["fwd/L1/mla.ctx"]
+
+
 def test_a_block_is_moved_as_all_of_it_would_be() -> None:
     """Catches draws that begin at another number of the sequence: odd places, later heads, later sequences. Oracle: the whole array
     moved at once.
