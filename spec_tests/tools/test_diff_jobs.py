@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from refimpl.cli.jobs import Files
 from refimpl.diff import Case, Trace, to_json
 from refimpl.diff.html import to_html
 from refimpl.diff.judge import judge
-from refimpl.diff.spread import Pool, spans_of
+from refimpl.diff.spread import Pool, SpanFound, join, spans_of
 from refimpl.layers import PRESETS
 from refimpl.parallel_emulation.comm.launcher import mpiexec_command
 from refimpl.record import new_case, trace_case
@@ -81,6 +82,24 @@ def test_there_is_no_cut_where_the_stream_was_not_recorded(tmp_path):
     part = write(tmp_path / "t.safetensors", trace, lambda t: not t.endswith(("/resid", "/embed")))
     spans, (one, many) = both(TINY, part)
     assert spans == 0 and one == many
+
+
+def test_what_follows_from_the_inputs_is_made_again(tmp_path):
+    """Catches a span without the mask and the rotations that were made, and not recorded, before it."""
+    trace = Trace.read(TINY / "hf-float32.safetensors")
+    part = write(tmp_path / "t.safetensors", trace, lambda t: "mask" not in t and "rope_tables" not in t)
+    spans, (one, many) = both(TINY, part)
+    assert spans >= 2 and one == many
+
+
+def test_an_unknown_name_is_nearest_to_one_tap_of_all_spans():
+    """Catches the last span's word on an array that resembles a tap of an earlier one more."""
+    whole = SimpleNamespace(
+        recorded=SimpleNamespace(taps={}, withdrawn={}), findings=[], accepted={}, plain={}, alike={}
+    )
+    found = [SpanFound([], {}, {}, {"x": told}, {}, {}) for told in ((0.2, "a"), (0.1, "b"), (0.3, "c"))]
+    join(whole, found)
+    assert whole.alike == {"x": (0.1, "b")}
 
 
 def test_a_tap_between_spans_that_is_read_otherwise(tmp_path):

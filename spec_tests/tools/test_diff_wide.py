@@ -69,8 +69,8 @@ def test_a_wrong_number_behind_the_last_key(what: str, monkeypatch: pytest.Monke
 
 
 def test_keys_that_are_no_numbers_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches keys left out although they count: 0 times NaN is NaN, in all earlier tokens' attention too, and whoever recorded that
-    is not blamed for it. Oracle: the same judgement with every array whole.
+    """Catches keys left out although they count: 0 times NaN is NaN, in all earlier tokens' attention too, and whoever recorded
+    that is not blamed for it. Oracle: the same judgement with every array whole.
     """
     case, trace = Case.read(CASE), Trace.read(CASE / "hf-float32.safetensors")
     kv, ctx = (np.array(trace.taps[f"fwd/L1/mla.{name}"]) for name in ("kv_b", "ctx"))
