@@ -1,6 +1,6 @@
 """What judging a trace costs, beside one forward pass of the same tokens that nobody observes: CPU time, and peak memory.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/diff_cost.py [--precision bfloat16] [--layers]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/diff_cost.py [--precision bf16] [--layers]
 
 Two sizes: mini with 2 x 256 tokens, where matrix products cost most, and tiny with 2 x 1024, where attention's squares do. The
 trace is our own run, every tap recorded; `--foreign` moves each of its numbers by up to a unit in the last place, as another
@@ -40,7 +40,7 @@ MIB = 1 << 20
 def main() -> None:
     """The table, or one of its measurements."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     p.add_argument("--foreign", action="store_true", help="a trace whose numbers differ from ours in the last place")
     p.add_argument("--layers", action="store_true", help="tiny with 2, 4 and 8 layers instead: is it linear?")
     p.add_argument("--one", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
@@ -72,7 +72,7 @@ def make(folder: Path, preset: str, batch: int, length: int, layers: int | None,
     tokens = rng.integers(0, config.vocab_size, (batch, length)).tolist()
     (folder / "case" / "tokens.json").write_text(json.dumps({"tokens": tokens}))
     trace = trace_case(Case.read(folder / "case"), precision=precision)
-    u = UNIT[precision] if foreign else 0.0
+    u = UNIT[{"bf16": "bfloat16"}.get(precision, precision)] if foreign else 0.0
     taps = {t: _moved(np.asarray(a), u, rng) if foreign else a for t, a in trace.taps.items()}
     Trace(trace.header, taps).write(folder / "trace.safetensors")
 
