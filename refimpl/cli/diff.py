@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from refimpl.autograd.errors import require
 
 from .common import Commands, deliver, progress
+from .jobs import Files, pool
 from .terminal import screen, show
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="judge under these weights, which are reported apart (`refimpl weights`)",
     )
+    diff.add_argument(
+        "--jobs",
+        default="1",
+        metavar="N",
+        help="judge spans of layers in N processes, with the same report; or mpi, in those of mpiexec (docs/diff.md)",
+    )
     diff.add_argument("--explain-tolerance", metavar="TAP", help="say how far this tap may be off, and why, instead")
     diff.set_defaults(run=run)
 
@@ -90,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.other:
         return _referee(case, trace, args)
-    judgement = judge(case, trace, track=progress("replaying"), pictures=bool(args.html))
+    with pool(args.jobs, Files(args.case, args.candidate, args.weights)) as workers:
+        judgement = judge(case, trace, track=progress("replaying"), pictures=bool(args.html), pool=workers)
     judgement.gates += apart
     for out, make in _files(args):
         deliver(make(judgement), out, quiet=True)
@@ -128,7 +136,7 @@ def _referee(case: Case, trace: Trace, args: argparse.Namespace) -> int:
     from refimpl.diff.referee import referee
 
     one_only = ("all", "quiet", "json", "junit", "sarif", "html")
-    given = [f"--{name}" for name in one_only if getattr(args, name)]
+    given = [f"--{name}" for name in one_only if getattr(args, name)] + ["--jobs"] * (args.jobs != "1")
     require(not given, f"{', '.join(given)} with two traces; it is for one")
     lines, code = referee(case, trace, Trace.read(args.other), (str(args.candidate), str(args.other)))
     show(screen(lambda _: "\n".join(lines), 1))

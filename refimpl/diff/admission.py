@@ -20,8 +20,8 @@ from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
 from .reading import Pick, Reading, read
-from .tolerance import MASKED
 from .trace import Header, Trace
+from .wide import MASKED
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
 

@@ -15,6 +15,7 @@ from .optimizer import doubtful
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
+from .wide import MASKED, Wide, looked_at, paired
 
 
 @dataclass(frozen=True)
@@ -64,30 +65,37 @@ def unusable(x: Array, integers: bool, limit: int | None) -> str:
 def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     """x is the candidate's tap, or the part of it that `pick` says."""
     call, kind = step.call, step.call.of.compare
-    exact, chained = (cut(a, pick) for a in (step.exact, step.chained))
-    if step.naive is not None and kind not in ("set", "exact"):
-        exact = excused(x, exact, cut(step.naive, pick))
     settled, doubt = settled_rows(step, pick), doubtful(step)
-    if doubt is not None:  # as if the candidate, and every twin, held ours there
-        x, step = np.where(cut(doubt, pick), exact, x), _without(step, doubt)
     if settled is not None and not settled.any():
         return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
     if kind == "given":
         return Finding(call.tap, call.stage, True, 0.0, note="taken as it is")
+    numbers = kind not in ("set", "exact") and call.stage not in fp8_rules.RULES
+    if numbers and doubt is None and step.naive is None:
+        return _values(step, x, _picked(step.e, pick), _picked(step.ours, pick), settled, units, pick)
+    exact, chained = (cut(np.asarray(a), pick) for a in (step.e, step.ours))
+    if numbers and step.naive is not None:
+        exact = excused(x, exact, cut(step.naive, pick))
+    if doubt is not None:  # as if the candidate, and every twin, held ours there
+        x, step = np.where(cut(doubt, pick), exact, x), _without(step, doubt)
+    if numbers:
+        return _values(step, x, exact, chained, settled, units, pick)
     if call.stage in fp8_rules.RULES:
         return _codes(step, x, chained, settled, units, pick)
     if kind == "set":
         return _sets(step, x, exact, chained, settled)
-    if kind == "exact":
-        wrong = int((x != exact).sum())
-        note = f"{wrong} of {x.size} elements differ" if wrong else ""
-        return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
-    return _values(step, x, exact, chained, settled, units, pick)
+    wrong = int((x != exact).sum())
+    note = f"{wrong} of {x.size} elements differ" if wrong else ""
+    return Finding(call.tap, call.stage, not wrong, float(wrong), note=note, chained=float((x != chained).sum()))
+
+
+def _picked(a: Array | Wide, pick: Pick) -> Array | Wide:
+    return cut(np.asarray(a), pick) if pick else a
 
 
 def _without(step: Step, doubt: Array) -> Step:
     """The step, of which no twin says anything where there is doubt."""
-    return replace(step, twins=lambda: (np.where(doubt, step.exact, twin) for twin in step.twins()))
+    return replace(step, twins=lambda: (np.where(doubt, step.exact, np.asarray(twin)) for twin in step.twins()))
 
 
 def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
@@ -103,7 +111,7 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     """Which rows (all axes but the last) are beyond doubt, None if all are."""
     if step.unsettled is None:
         return None
-    doubt, lead = step.unsettled, step.exact.shape[:-1] or (1,)
+    doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
     axes = step.call.of.shape.split()[:-1]
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
@@ -115,12 +123,21 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     return cut(~np.broadcast_to(doubt, lead), rows)
 
 
-def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
+def _values(
+    step: Step,
+    x: Array,
+    e: Array | Wide,
+    chained: Array | Wide,
+    settled: Array | None,
+    units: Units,
+    pick: Pick,
+) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
-    if np.isnan(e).all() and e.size:
+    if not isinstance(e, Wide) and e.size and np.isnan(e).all():
         return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
-    found = tolerance.distance(call.stage, x, e, settled)
+    seen = looked_at(x, e)
+    found = tolerance.distance(call.stage, seen, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
     twins = step.twins()
@@ -128,42 +145,45 @@ def _values(step: Step, x: Array, e: Array, chained: Array, settled: Array | Non
         twin = next(twins, None)
         if twin is None:
             break
-        its = tolerance.distance(call.stage, cut(twin, pick), e, settled)
+        its = tolerance.distance(call.stage, _picked(twin, pick), e, settled)
         family, leans = max(family, its.worst), max(leans, its.lean)
         limit = tolerance.allowed(call.stage, units.own, family)
         upright = tolerance.allowed_lean(units.stages, units.region, leans)
-    note = "" if ok else _describe(call.stage, x, e, limit)
+    note = "" if ok else _describe(call.stage, x, np.asarray(e), limit)
     if found.worst <= limit and not ok:
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
         )
     elements = tolerance.elements_of(call.stage, units.own, step.inputs)
-    if ok and (n := tolerance.strays(x, e, elements)):
+    if ok and elements and (n := tolerance.strays(x, np.asarray(e), elements)):
         ok, note = False, f"{n} of {x.size} numbers are further off than two roundings put them, though no row is"
-    drift = (
-        _drift(np.sort(x), np.sort(chained)) if call.stage == "router.weights" else _drift(x, chained)
-    )  # slots are free
+    free = call.stage == "router.weights"  # the order of its slots
+    drift = _drift(np.sort(x), np.sort(np.asarray(chained))) if free else _drift(seen, chained)
     made = Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift)
     return replace(made, lean=found.lean, upright=upright, elements=elements)
 
 
-def _drift(x: Array, ours: Array) -> float:
+def _drift(x: Array | Wide, ours: Array | Wide) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
-    x, ours, far, size = x.reshape(-1), ours.reshape(-1), 0.0, 0.0
-    for at in range(0, len(x), tolerance.BLOCK):
-        a, b = (_shown(v[at : at + tolerance.BLOCK]) for v in (x, ours))
-        size += float(b @ b)
-        a = a - b
-        far += float(a @ a)
+    far, size = 0.0, 0.0
+    for _, theirs, mine in paired(x, ours):
+        u, v = theirs.reshape(-1), mine.reshape(-1)
+        for at in range(0, len(u), tolerance.BLOCK):
+            a, b = (_shown(w[at : at + tolerance.BLOCK]) for w in (u, v))
+            size += float(b @ b)
+            a = a - b
+            far += float(a @ a)
     return math.sqrt(far) / max(math.sqrt(size), 1e-300)
 
 
 def _shown(a: Array) -> Array:
     """As float32, what is masked or no number as 0."""
     a = a.astype(np.float32, copy=False)
-    if np.isfinite(a.sum()) and a.min(initial=0) > tolerance.MASKED:
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = float(a @ a) < MASKED**2
+    if small or (np.isfinite(a.sum()) and a.min(initial=0) > MASKED):
         return a
-    return np.where(np.isfinite(a) & (a > tolerance.MASKED), a, 0)
+    return np.where(np.isfinite(a) & (a > MASKED), a, 0)
 
 
 def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | None) -> Finding:

@@ -17,6 +17,7 @@ from .admission import Admitted
 from .compare import Finding, Units, compare, settled_rows
 from .lanes import Recorded
 from .names import by_value
+from .pages import Pages
 from .picture import picture
 from .precision import Precision
 from .program import regions
@@ -44,7 +45,7 @@ class Comparison:
     findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
     that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
     `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`,
-    whether findings show where a tap is off.
+    whether findings show where a tap is off; `pages`, those of the trace.
     """
 
     config: Config
@@ -58,14 +59,15 @@ class Comparison:
     pictures: bool = False
     unknown: dict[str, Array] = field(default_factory=dict)
     alike: dict[str, tuple[float, str]] = field(default_factory=dict)
+    pages: Pages = field(default_factory=lambda: Pages(None))
     accepted: dict[str, str] = field(default_factory=dict)
     plain: dict[str, Finding] = field(default_factory=dict)
 
-    def run(self, program: list[Call], track: Track) -> None:
-        """Compare every tap of the program that was admitted; say of the others why they were not."""
-        a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None)
+    def run(self, program: list[Call], track: Track, start: int = 0, stop: int | None = None) -> None:
+        """Compare every tap of the program, or of a span of it, that was admitted; say of the others why they were not."""
+        a, walk = self.admitted, replay(program, self.recorded, self._watch if self.unknown else None, start, stop)
         inside, stage_of = self._regions(program), {c.tap: c.stage for c in program}
-        for call in track(program):
+        for call in track(program[start:stop]):
             if call.tap in a.flawed:
                 self.findings.append(
                     Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap], region=(call.tap,))
@@ -75,11 +77,15 @@ class Comparison:
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
                 self.findings.append(replace(self._find(next(walk), units), region=region))
+                self.pages.read(a.taps[call.tap].nbytes)
                 if call.tap in self.recorded.withdrawn:  # what follows spans it
                     inside = self._regions(program)
         for _ in walk:  # our own run to its end, for the arrays of unknown names
             raise AssertionError("a step that nobody asked for")
-        for tap in gauges.broken(self.accepted, list(a.taps)):
+
+    def finish(self) -> None:
+        """Take back what was accepted of a tap and not of its partner."""
+        for tap in gauges.broken(self.accepted, list(self.admitted.taps)):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 
@@ -97,7 +103,7 @@ class Comparison:
                 self.recorded.taps[tap] = x
         found = self._compare(step, x, units, pick)
         if tap == self.show:
-            twins = [distance(call.stage, cut(t, pick), cut(step.exact, pick)) for t in step.twins()]
+            twins = [distance(call.stage, cut(np.asarray(t), pick), cut(step.exact, pick)) for t in step.twins()]
             self.shown = Shown(found, units, tuple(twins))
         if found.ok or call.of.compare in ("exact", "set"):
             return found

@@ -85,7 +85,7 @@ def _value(x: Examined, index: Index, part: Part, most: int) -> Iterator[str]:
     if x.stage.compare == "exact":
         yield _line("allowed", "nothing: the number is exact")
     else:
-        twins = [float(t[index]) for t in x.step.twins()]
+        twins = [float(np.asarray(t)[index]) for t in x.step.twins()]
         yield _line("twins", "  ".join([f"{t:.10g}" for t in twins]))
         yield from _allowed(x, index)
     terms = terms_of(part)

@@ -14,6 +14,7 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import in_part
 
 from .case import Case
+from .pages import Pages
 from .trace import Header, Trace, digest
 
 
@@ -72,8 +73,10 @@ def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> 
         ), False
     rounded = False
     wrong, missing = [], [n for n in weights if n not in header.weights]
+    pages = Pages(weights)
     for name in [n for n in weights if n in header.weights]:
         w, theirs = weights[name], header.weights[name]
+        pages.read(w.nbytes)
         if theirs == digest(w):
             continue
         if storage == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):

@@ -27,7 +27,9 @@ def torn(names: Any, values: Any) -> bool:
 
 
 def _has_holes(name: str, a: Any) -> bool:
-    if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or np.isfinite(a.sum()):
+    if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or np.isfinite(total := a.sum()):
+        return False
+    if np.isneginf(total) and name.rpartition("/")[2] in _MASKED:  # NaN or infinity among them would have made it NaN
         return False
     return bool(_holes(name, a).any())
 

@@ -16,6 +16,7 @@ from refimpl.layers.stage import Call
 from .holes import mended, torn
 from .reading import Pick
 from .tolerance import Noise
+from .wide import Wide
 
 Weights = Callable[[str, Plan], Array]
 """Checkpoint name and plan -> the weight as that plan holds it."""
@@ -54,7 +55,7 @@ class Lane:
     plan: Plan
     twin: int | None = None
     given: bool = True
-    values: dict[str, Array] = field(default_factory=dict)
+    values: dict[str, Array | Wide] = field(default_factory=dict)
     naive: bool = False
     torn: bool = False
 
@@ -91,10 +92,19 @@ class Lane:
             return arg
         if arg.startswith("w/"):
             return r.weights(arg[2:], self.plan)
+        a = np.asarray(self.held(arg, r))
+        if a.dtype.kind in "iub":
+            return a
         if arg in r.inputs:
-            a = r.inputs[arg]
-            return a if a.dtype.kind in "iub" else a.astype(self.plan.dtype, copy=False)
-        if not self.given or arg not in r.taps:
-            return self.values[arg]
-        a = r.taps[arg]
-        return a if a.dtype.kind in "iub" else r.noise.given(call, a.astype(self.plan.dtype, copy=False), self.twin)
+            return a.astype(self.plan.dtype, copy=False)
+        return r.noise.given(call, a.astype(self.plan.dtype, copy=False), self.twin) if self.is_given(arg, r) else a
+
+    def held(self, name: str, r: Recorded) -> Array | Wide:
+        """An input, a recorded tap as it was recorded, or what was computed in this lane."""
+        if name in r.inputs:
+            return r.inputs[name]
+        return r.taps[name] if self.is_given(name, r) else self.values[name]
+
+    def is_given(self, name: str, r: Recorded) -> bool:
+        """Whether this lane takes a tap from the candidate."""
+        return self.given and name in r.taps and name not in r.inputs

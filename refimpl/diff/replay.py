@@ -13,85 +13,126 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from refimpl.autograd.tensor import Array
-from refimpl.layers.precision import FLOAT32, FLOAT64
+from refimpl.layers.precision import FLOAT32, FLOAT64, Plan
 from refimpl.layers.stage import Call
 
+from . import rows
 from .lanes import Lane, Recorded
-from .program import last_use, needed
+from .program import last_use, names, needed
 from .settled import Unsettled
 from .tolerance import TWINS
+from .wide import Wide
 
 
 @dataclass(frozen=True)
 class Step:
-    """A call on the candidate's inputs: our exact output, our own run's, its twins when asked for, the tokens (B, S) that
+    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S) that
     rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's; `naive`, our
     output with NaN spread as floating point spreads it, if there is any.
     """
 
     call: Call
-    exact: Array
-    chained: Array
-    twins: Callable[[], Iterator[Array]]
+    e: Array | Wide
+    ours: Array | Wide
+    twins: Callable[[], Iterator[Array | Wide]]
     unsettled: Array | None
     inputs: Callable[[], Iterator[list[Any]]]
     naive: Array | None = None
+
+    @cached_property
+    def exact(self) -> Array:
+        """Our exact output, whole."""
+        return np.asarray(self.e)
 
 
 Watch = Callable[[str, Array], None]
 """Is shown every tap of our own run."""
 
 
-def replay(program: list[Call], r: Recorded, watch: Watch | None = None) -> Iterator[Step]:
+def replay(
+    program: list[Call], r: Recorded, watch: Watch | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[Step]:
     """A step for every recorded call, in model order. What the caller puts into `r.taps` meanwhile is used from there on; what it
-    takes out is computed.
+    takes out is computed. Of a span of the program, at whose start all that is still read was recorded, only our own run goes
+    through what lies before.
     """
-    recorded = {c.tap for c in program} & (set(r.taps) | r.outputs)
+    stop = len(program) if stop is None else stop
+    recorded = {c.tap for c in program[start:stop]} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
-    exact, chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
-    twins = [Lane(r.plan, k) for k in range(TWINS)]
-    naive = Lane(FLOAT64, naive=True)
-    lanes, unsettled = (exact, chained, naive, *twins), Unsettled()
-    end = len(program) if watch else max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
-    for i, call in enumerate(program[: end + 1]):
-        chained.values[call.tap] = chained.run(call, r)
-        if watch:
-            watch(call.tap, chained.values[call.tap])
-        if call.tap in wanted:
-            before = {} if exact.torn else dict(exact.values)
-            exact.values[call.tap] = exact.run(call, r)
-            if exact.torn:
-                naive.values |= before
-                naive.values[call.tap] = naive.run(call, r)
+    lanes, unsettled = _Lanes(r.plan), Unsettled()
+    exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
+    end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
+    for i, call in enumerate(program[:end]):
+        chained.values[call.tap] = rows.run(chained, call, r, keep=True)
+        if watch and i >= start:
+            watch(call.tap, np.asarray(chained.values[call.tap]))
+        alone = all(n in r.inputs for n in names(call.args))
+        if call.tap in wanted and (alone or i >= start):
+            lanes.compute(call, r, ours=alone and call.of.compare == "exact", keep=call.tap in recorded)
             if call.tap not in r.taps:
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
             inputs = _inputs(call, (exact, *twins), r)
             ours, doubt = chained.values[call.tap], unsettled.of(call)
-            spread = naive.values.get(call.tap)
-            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, spread)
+            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, lanes.spread(call.tap))
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
             if call.tap in r.partial:  # what reads it reads the candidate's entries
                 for lane in (exact, *twins):
                     lane.overlay(call, r)
-        for lane in lanes:
-            for tap in [t for t in lane.values if last[t] <= i]:
-                del lane.values[tap]
+            if call.tap in r.taps:  # which is what is read from here on
+                exact.values.pop(call.tap)
+        lanes.forget([t for t, at in last.items() if at == i])
+
+
+class _Lanes:
+    """All lanes of a replay at a plan; the naive one runs from where NaN would first spread."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.exact, self.chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
+        self.naive, self.twins = Lane(FLOAT64, naive=True), [Lane(plan, k) for k in range(TWINS)]
+
+    def compute(self, call: Call, r: Recorded, *, ours: bool, keep: bool) -> None:
+        """The call in float64, or by our own run where that is the same."""
+        exact, naive = self.exact, self.naive
+        before = {} if exact.torn else dict(exact.values)
+        exact.values[call.tap] = self.chained.values[call.tap] if ours else rows.run(exact, call, r, keep=keep)
+        if exact.torn:
+            naive.values |= before
+            naive.values[call.tap] = naive.run(call, r)
+
+    def spread(self, tap: str) -> Array | None:
+        """The tap with NaN spread as floating point spreads it, if there is any."""
+        return np.asarray(self.naive.values[tap]) if tap in self.naive.values else None
+
+    def forget(self, taps: list[str]) -> None:
+        """Drop what no later stage reads."""
+        for lane in (self.exact, self.chained, self.naive, *self.twins):
+            for tap in taps:
+                lane.values.pop(tap, None)
 
 
 def _compute(call: Call, twins: list[Lane], r: Recorded) -> None:
     """A value that was not recorded, in every twin."""
     for lane in twins:
-        lane.values[call.tap] = r.noise.inner(call, lane.run(call, r), lane.twin)
+        lane.values[call.tap] = _each(rows.run(lane, call, r), partial(r.noise.inner, call, twin=lane.twin))
 
 
-def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array]]:
-    return lambda: (r.noise.outer(call, lane.run(call, r)) for lane in twins)
+def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array | Wide]]:
+    outer = partial(r.noise.outer, call)
+    return lambda: (_each(rows.run(lane, call, r), lambda a, place: outer(a)) for lane in twins)
+
+
+def _each(a: Array | Wide, fn: Callable[..., Array]) -> Array | Wide:
+    """fn(a, place=None), or of every block."""
+    return a.each(lambda block, place: fn(block, place=place)) if isinstance(a, Wide) else fn(a, place=None)
 
 
 def _inputs(call: Call, lanes: tuple[Lane, ...], r: Recorded) -> Callable[[], Iterator[list[Any]]]:

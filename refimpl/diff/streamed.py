@@ -18,9 +18,15 @@ from refimpl.checkpoint import Checkpoint
 from refimpl.layers.precision import BF16, Plan
 from refimpl.model import effective
 
+from .pages import Pages
+
 LARGE = 1 << 24
 """Numbers from which on a matrix is read a block at a time, and how many a block holds at most."""
-BUDGET = 1 << 27
+EXPERT = 1 << 16
+"""Numbers from which on an expert's matrix is read when it is multiplied by, and not kept: the next one takes its place in the
+cache.
+"""
+BUDGET = 1 << 26
 """Bytes of decoded weights that are kept for the stages to come; more are let go when the stage is done."""
 _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\.|embed_tokens\.")
 """Matrices that a stage only multiplies by, or looks rows up in."""
@@ -29,10 +35,10 @@ _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\
 class StageWeights:
     """Checkpoint name and plan -> the weight as that plan holds it. What the stages before have read is let go if it is much."""
 
-    def __init__(self, checkpoint: Checkpoint, rounded: bool, *, experts: int = 1) -> None:
-        self.checkpoint, self.rounded, self.experts = checkpoint, rounded, experts
+    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
+        self.checkpoint, self.rounded = checkpoint, rounded
         self.held: dict[tuple[str, str], Array] = {}
-        self.stage, self.size, self.touched = "", 0, 0
+        self.stage, self.size, self.pages = "", 0, Pages(checkpoint)
 
     def __call__(self, name: str, plan: Plan) -> Any:
         """The weight, or a `Streamed` one."""
@@ -42,8 +48,8 @@ class StageWeights:
             if self.size > BUDGET:
                 self.held, self.size = {}, 0
         shape = self.checkpoint.shape(name)
-        size = int(np.prod(shape)) * (self.experts if ".experts." in name else 1)
-        if size >= LARGE and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
+        size, least = int(np.prod(shape)), EXPERT if ".experts." in name else LARGE
+        if size >= least and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
             return Streamed(self, name, plan, (shape[0], shape[1]))
         key = (name, plan.name)
         if key not in self.held:
@@ -55,10 +61,7 @@ class StageWeights:
         """Rows of a weight as the plan holds them."""
         w: Mapping[str, Array] = {name: self.checkpoint.rows(name, start, stop)}
         found = effective(effective(w, BF16) if self.rounded else w, plan)[name]
-        self.touched += found.nbytes
-        if self.touched > BUDGET:  # mapped pages count as memory until they are given back
-            self.checkpoint.let_go()
-            self.touched = 0
+        self.pages.read(found.nbytes)
         return found
 
 

@@ -20,6 +20,8 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import rounded
 from refimpl.layers.stage import Call
 
+from .wide import MASKED, Place, Wide, paired
+
 TWINS = 4
 """Members of the family; more change the largest error by little and cost a replay each."""
 FACTOR = 4.0
@@ -32,7 +34,7 @@ to bfloat16 moves a row by 2**-9.2 of that.
 """
 LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 """Numbers that are compared at a time."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
@@ -48,8 +50,6 @@ _GRADIENTS = (0.1, "a gradient is a sum of parts that cancel, behind a softmax t
 _OTHERS = (1e-3, "a thousandth, so that a row of zeros does not ask for zeros")
 INNER = 2.0
 """Units of roundoff by which a value that was not recorded is moved: up to one unit in the last place."""
-MASKED = -9e3
-"""An additive mask may hold any number that no score comes near instead of -inf: float16's lowest, -1e4, -1e9."""
 EXTRA = {
     "mla.rope_tables": (
         4.0,
@@ -75,25 +75,42 @@ class Noise:
     unit: Callable[[str], float]
     format: Callable[[Call], str]
 
-    def given(self, call: Call, a: Array, twin: int | None) -> Array:
-        """A recorded operand of a call, as a twin may see it."""
-        return a if not twin else _moved(a, self.unit(call.tap), twin, call.tap)
+    def given(self, call: Call, a: Array, twin: int | None, place: Place | None = None) -> Array:
+        """A recorded operand of a call, as a twin may see it; a block of it, which lies at `place`."""
+        return a if not twin else _moved(a, self.unit(call.tap), (twin, call.tap), place)
 
-    def inner(self, call: Call, out: Array, twin: int | None) -> Array:
-        """An output that was not recorded, as a twin may hold it."""
+    def inner(self, call: Call, out: Array, twin: int | None, place: Place | None = None) -> Array:
+        """An output that was not recorded, as a twin may hold it; a block of it, which lies at `place`."""
         if call.of.compare in ("exact", "set") or twin is None:
             return out
-        return _moved(out, INNER * self.unit(call.tap), twin, call.tap) if twin else rounded(out, self.format(call))
+        if not twin:
+            return rounded(out, self.format(call))
+        return _moved(out, INNER * self.unit(call.tap), (twin, call.tap), place)
 
     def outer(self, call: Call, out: Array) -> Array:
         """An output in the format in which the candidate keeps it."""
         return rounded(out, self.format(call))
 
 
-def _moved(x: Array, by: float, *seed: int | str) -> Array:
-    """x moved at random by at most `by` of itself."""
-    rng = np.random.default_rng([s if isinstance(s, int) else zlib.crc32(s.encode()) for s in (*seed, x.size)])
-    return x * (1 + by * (2 * rng.random(x.shape, np.float32) - 1)).astype(x.dtype)
+def _moved(x: Array, by: float, seed: tuple[int, str], place: Place | None) -> Array:
+    """x moved at random by at most `by` of itself; a block of an array is moved as it would be with all of it."""
+    numbers = (*seed, x.size if place is None else math.prod(place.shape))
+    seeds = [s if isinstance(s, int) else zlib.crc32(s.encode()) for s in numbers]
+    if place is None:
+        draws = np.random.default_rng(seeds).random(x.shape, np.float32)
+    else:
+        _, h, s, t = place.shape
+        starts = [((place.sequence * h + head) * s + place.start) * t for head in range(h)]
+        heads = [_draws(seeds, start, (place.stop - place.start) * t) for start in starts]
+        draws = np.stack(heads).reshape(1, h, -1, t)[..., : x.shape[-1]]
+    return x * (1 + by * (2 * draws - 1)).astype(x.dtype)
+
+
+def _draws(seeds: list[int], start: int, n: int) -> Array:
+    """n numbers of the sequence that `default_rng(seeds).random(..., float32)` gives, from `start` on: two to a state."""
+    bits = np.random.PCG64(seeds)
+    bits.advance(start // 2)
+    return np.random.Generator(bits).random(start % 2 + n, np.float32)[start % 2 :]
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ class Distance:
     lean: float
 
 
-def distance(stage: str, x: Array, e: Array, settled: Array | None = None) -> Distance:
+def distance(stage: str, x: Array | Wide, e: Array | Wide, settled: Array | None = None) -> Distance:
     """Of a stage's output x from e, rows along the last axis, only the settled rows if they are told.
 
     A row counts as at least a share of the largest (`FLOOR`).
@@ -143,20 +160,38 @@ def row_errors(stage: str, x: Array, e: Array) -> Array:
     return _relative(far, size, floor_of(stage)[0])
 
 
-def _sums(x: Array, e: Array) -> tuple[Array, Array, Array]:
-    """|x - e|^2, |e|^2 and <x - e, e> of every row, a few rows at a time so that what is computed stays in a cache."""
-    x, e = np.atleast_1d(x), np.atleast_1d(e)
-    lead, n = e.shape[:-1], e.shape[-1]
-    sums = np.zeros((3, *lead)).reshape(3, -1)
-    x, e = x.reshape(sums.shape[1], n), e.reshape(sums.shape[1], n)
-    step = max(BLOCK // max(n, 1), 1)
-    with np.errstate(over="ignore"):  # infinitely far is far enough
-        for at in range(0, len(e), step):
-            a, b = comparable(x[at : at + step], e[at : at + step])
-            d = a - b
-            for out, (left, right) in zip(sums[:, at : at + step], ((d, d), (b, b), (d, b)), strict=True):
-                np.einsum("ni,ni->n", left, right, out=out)
-    return sums[0].reshape(lead), sums[1].reshape(lead), sums[2].reshape(lead)
+def _sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
+    """|x - e|^2, |e|^2 and <x - e, e> of every row."""
+    sums = np.zeros((3, *(e.shape[:-1] if e.ndim else ())))
+    for place, a, b in paired(x, e):
+        _add_up(np.atleast_1d(a), np.atleast_1d(b), sums if place is None else sums[(slice(None), *place.index)])
+    return sums[0], sums[1], sums[2]
+
+
+def _add_up(x: Array, e: Array, sums: Array) -> None:
+    """Add the three sums of every row, a few rows at a time so that what is computed stays in a cache.  sums (3, ...)."""
+    n, rows = e.shape[-1], math.prod(e.shape[:-1])
+    found, part = np.zeros((3, rows)), max(BLOCK // max(n, 1), 1)
+    x, e = _as_rows(x, rows, n), _as_rows(e, rows, n)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinitely far is far enough
+        for at in range(0, rows, part):
+            a, b = x[at : at + part].astype(np.float64), e[at : at + part].astype(np.float64, copy=False)
+            out = found[:, at : at + part]
+            _three(a, b, out)
+            if not np.isfinite(out).all():
+                _three(*comparable(a, b), out)
+    sums += found.reshape(sums.shape)
+
+
+def _as_rows(a: Array, rows: int, n: int) -> Array:
+    return (a if a.flags.c_contiguous else a.astype(np.float64)).reshape(rows, n)
+
+
+def _three(a: Array, b: Array, out: Array) -> None:
+    """|a - b|^2, |b|^2 and <a - b, b> of every row; not finite where an entry is not.  a (n, i), b (n, i), out (3, n)."""
+    d = a - b
+    for to, (left, right) in zip(out, ((d, d), (b, b), (d, b)), strict=True):
+        np.vecdot(left, right, out=to)
 
 
 def floor_of(stage: str) -> tuple[float, str]:

@@ -27,7 +27,7 @@ INSIDE_FUNCTIONS = {
     **dict.fromkeys(("trl", "peft"), "refimpl.spec_tests.*.test_interop*"),
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
-    "mpi4py": "refimpl.parallel_emulation*",
+    "mpi4py": ("refimpl.parallel_emulation*", "refimpl.cli.jobs"),
     "tensorboardX": "refimpl.train.run.tensorboard",
     "tensorboard": "refimpl.spec_tests.*.test_interop*",
     "tokenizers": ("refimpl.infer.tokenizer", "refimpl.train.data*", *ADAPTERS),

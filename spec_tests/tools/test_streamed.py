@@ -23,7 +23,8 @@ from .test_diff_partial import case, recording
 def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
     """Catches a block that begins in the wrong row, and a plan that is not applied to parts."""
     monkeypatch.setattr(module, "LARGE", 1 << 10)
-    weights = StageWeights(case().checkpoint, rounded, experts=16)
+    monkeypatch.setattr(module, "EXPERT", 1 << 8)
+    weights = StageWeights(case().checkpoint, rounded)
     rng, x = np.random.default_rng(0), None
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
         held = {name: case().checkpoint[name]}
@@ -43,6 +44,7 @@ def test_a_judgement_on_streamed_weights_is_the_same(monkeypatch):
     """
     held = judge(case(), recording("hf-bug"))
     monkeypatch.setattr(module, "LARGE", 1 << 8)
+    monkeypatch.setattr(module, "EXPERT", 1 << 8)
     streamed = judge(case(), recording("hf-bug"))
     assert [(f.tap, f.ok) for f in held.findings] == [(f.tap, f.ok) for f in streamed.findings]
     assert [d.id for d in streamed.causes] == ["R01"] and render(streamed).splitlines()[-1] == render(

@@ -1,0 +1,178 @@
+"""What is the same in all judgements of one trace: its program under a config, weights, phases, and what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from refimpl.autograd.errors import where
+from refimpl.autograd.tensor import Array
+from refimpl.checkpoint import Checkpoint
+from refimpl.layers.config import Config
+from refimpl.layers.mla import Attend
+from refimpl.layers.module import is_buffer
+from refimpl.layers.precision import FLOAT32
+from refimpl.layers.stage import Call
+from refimpl.model import ForCausalLM, Inputs, read_inputs
+from refimpl.model.phases import Part, named, parts_of
+
+from .admission import Admitted, admit, check_layouts
+from .case import Case
+from .comparison import Comparison, Shown
+from .dims import Sizes
+from .fp8_taps import has_codes, with_codes
+from .fused import Found, fused_in, suspects, taken_apart
+from .gates import phases_of
+from .gradients import backward_of
+from .lanes import Recorded
+from .lse import with_lse
+from .optimizer import Inputs as Read
+from .pages import Pages
+from .precision import Precision
+from .program import program_of
+from .reading import Pick
+from .spread import Pool
+from .streamed import StageWeights
+from .tolerance import Noise
+from .trace import Trace
+from .training import Training, training_of, update_of
+
+
+@dataclass
+class Run:
+    """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
+    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them.
+    """
+
+    case: Case
+    trace: Trace
+    precision: Precision
+    rounded: bool
+    show: str = ""
+    shown: Shown | None = None
+    pictures: bool = False
+    pool: Pool | None = None
+    cuts: dict[str, Pick] = field(default_factory=dict)
+    apart: dict[str, list[str]] = field(default_factory=dict)
+    looked: bool = False
+    programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
+
+    def program(self, config: Config) -> tuple[list[Call], Inputs]:
+        """The stage calls of the run under a config, and its inputs; found once, however often they are judged."""
+        if config not in self.programs:
+            self.programs[config] = self._program(config)
+        return self.programs[config]
+
+    def _program(self, config: Config) -> tuple[list[Call], Inputs]:
+        case, t, n_mtp = self.case, self.training, _n_mtp(config, self.case.checkpoint)
+        labels = t.targets(case.tokens, case.valid) if t else None
+        with where(f"in {case.path / 'tokens.json'}"):
+            inputs = read_inputs(config, case.tokens, case.positions, case.valid, labels=labels)
+        found = program_of(config, inputs, n_mtp=n_mtp, parts=self.parts, losses=t.losses if t else None)
+        if t:
+            shapes = {n: case.checkpoint.shape(n) for n in case.checkpoint if not is_buffer(n)}
+            found += backward_of(found, shapes, self.precision.plan)
+            found += update_of(found, config, t)
+        return found, inputs
+
+    @cached_property
+    def weights(self) -> StageWeights:
+        """The case's weights, as the candidate holds them."""
+        return StageWeights(self.case.checkpoint, self.rounded)
+
+    @cached_property
+    def training(self) -> Training | None:
+        """The training step, if the trace has something of one."""
+        return training_of(self.trace.header, self.trace.taps)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the run that were recorded, each in the form of attention that was declared or that its taps betray."""
+        phases = phases_of(self.trace.header, self.trace.taps)
+        with where("in the trace header's phases"):
+            found = parts_of(phases, len(self.case.tokens[0]))
+        return tuple([replace(p, attend=self._attend(p)) for p in found])
+
+    def differing(self, a: Config, b: Config) -> set[str]:
+        """Taps that two configs compute by other calls."""
+        first, second = ({c.tap: replace(c, own=None) for c in self.program(config)[0]} for config in (a, b))
+        return {tap for tap, call in first.items() if second.get(tap) != call}
+
+    def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
+        """What was recorded, ready to be compared under a config, and the program along which."""
+        check_layouts(self.trace.header.layouts)
+        plain, inputs = self.program(config)
+        program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
+        program = with_lse(program, self.trace.taps)
+        admitted = self._admitted(program, config, inputs)
+        ours = {c.tap for c in program}
+        comparison = Comparison(
+            config,
+            self.precision,
+            admitted,
+            self._recorded(admitted, inputs, config.num_hidden_layers),
+            without=without,
+            show=self.show,
+            pictures=self.pictures,
+            unknown={n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in ours},
+            pages=Pages(self.trace.taps),
+        )
+        return comparison, program
+
+    def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
+        """The taps that can be compared; arrays of several are taken apart when they are first met."""
+        embedded = self._embedded(inputs)
+        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        if not self.looked:
+            self.looked, odd = True, suspects(self.trace.taps, program, found.flawed)
+            r = self._recorded(found, inputs, config.num_hidden_layers)
+            if several := fused_in(odd, program, r, config, self.sizes):
+                self.take_apart(several)
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        found.notes |= self.apart
+        return found
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many sequences and tokens there are."""
+        return Sizes(len(self.case.tokens), self.parts)
+
+    def take_apart(self, several: Mapping[str, Found]) -> None:
+        """Put parts in the place of arrays that hold several taps."""
+        dtypes = {p.tap: x.dtype.name for one in several.values() for p, x in one.parts}
+        self.trace, cuts, notes = taken_apart(self.trace, several)
+        self.cuts = {t: p for t, p in self.cuts.items() if t not in several} | cuts
+        self.apart = self.apart | notes
+        self.precision = replace(self.precision, seen=dtypes | dict(self.precision.seen))
+
+    def _embedded(self, inputs: Inputs) -> Array:
+        """What the first layer reads (B, S, D)."""
+        found: Array = self.weights("model.embed_tokens.weight", FLOAT32)[inputs.tokens]
+        return found
+
+    def _attend(self, part: Part) -> Attend:
+        """The form of attention: declared, or betrayed by taps that only the absorbed form has."""
+        told = self.trace.header.layouts.get("mla")
+        inner = ("mla.q_absorbed", "mla.ctx_latent")
+        absorbed = any(t.startswith(f"{part.name}/") and t.endswith(inner) for t in self.trace.taps)
+        if told is None:
+            return "absorbed" if absorbed else "expanded"
+        return "absorbed" if told == "absorbed" else "auto" if told == "auto" else "expanded"
+
+    def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
+        p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
+        noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
+        some = {t: (k, a.taps[t]) for t, k in a.picks.items() if all(isinstance(e, slice) for e in k.values())}
+        adam = self.training.optimizer if self.training else None
+        masters = adam.masters if adam else "float32"
+        read = Read(named(inputs, self.parts), self.case.checkpoint, masters)
+        return Recorded(taken, read, self.weights, p.plan, noise, parts, layers=layers, partial=some)
+
+
+def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
+    """How many MTP modules the weights have; SpecError where names or shapes are not the model's."""
+    shapes = {n: np.broadcast_to(np.zeros((), np.float32), checkpoint.shape(n)) for n in checkpoint}
+    return ForCausalLM.from_weights(config, shapes).n_mtp

@@ -1,0 +1,117 @@
+"""Attention's squares judged a block of queries at a time, against the same numbers made whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.diff import Case, Trace, to_json, wide
+from refimpl.diff.judge import judge
+from refimpl.diff.tolerance import Noise, distance
+from refimpl.layers.stage import STAGES, Call
+
+CASE = Path(__file__).parents[2] / "refimpl" / "cases" / "tiny"
+
+
+def _report(case: Case, trace: Trace) -> Any:
+    return json.loads(to_json(judge(case, trace)))
+
+
+def _close(a: Any, b: Any, apart: float, key: str = "") -> bool:
+    """The same report, numbers to 1e-5. Sums in blocks round otherwise: what measures nothing but float32 roundings, our own run's
+    distance and in float32 the twins', may be apart by `apart` of itself.
+    """
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_close(a[k], b[k], apart, k) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(_close(u, v, apart, key) for u, v in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        most = apart if key in ("chained", "twin", "allowed", "upright") else 1e-5
+        return a == b or abs(a - b) <= max(most * abs(a), 1e-10)
+    return bool(a == b)
+
+
+_PARTS = (("hf-float32", ""), ("hf-bfloat16", "mla.scores mla.probs mla.q"), ("hf-bug", "mla mask"))
+
+
+@pytest.mark.parametrize(("name", "without"), _PARTS)
+def test_blocks_give_the_same_report(name: str, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys left out that count, blocks put in another place, twins moved otherwise in blocks than whole, and a stage run
+    on another tap's blocks. Oracle: the same judgement with every array whole.
+    """
+    case, trace = Case.read(CASE), Trace.read(CASE / f"{name}.safetensors")
+    taps = {t: a for t, a in trace.taps.items() if not any(w in t for w in without.split())}
+    trace = dataclasses.replace(trace, taps=taps)
+    whole = _report(case, trace)
+    monkeypatch.setattr(wide, "LEAST", 1)
+    monkeypatch.setattr(wide, "BLOCK", 150)
+    assert _close(whole, _report(case, trace), 0.5 if trace.header.precision["storage"] == "float32" else 1e-4)
+
+
+@pytest.mark.parametrize("what", ["seen", "far", "nan", "shown"])
+def test_a_wrong_number_behind_the_last_key(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a block that is compared only as far as our own keys go: a score or a probability of a key that nobody may see, a
+    NaN among them, is seen, and a finite mask still conforms.
+    """
+    case, trace = Case.read(CASE), Trace.read(CASE / "hf-float32.safetensors")
+    tap = "fwd/L1/mla.probs" if what == "shown" else "fwd/L1/mla.scores"
+    x = np.array(trace.taps[tap])
+    x[..., 0, -1] = {"seen": 1.0, "far": -1e9, "nan": np.nan, "shown": 0.1}[what]
+    monkeypatch.setattr(wide, "LEAST", 1)
+    monkeypatch.setattr(wide, "BLOCK", 150)
+    found = judge(case, dataclasses.replace(trace, taps={**trace.taps, tap: x}))
+    assert (tap in {f.tap for f in found.culprits}) == (what != "far")
+
+
+def test_keys_that_are_no_numbers_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys left out although they count: 0 times NaN is NaN, in all earlier tokens' attention too, and whoever recorded
+    that is not blamed for it. Oracle: the same judgement with every array whole.
+    """
+    case, trace = Case.read(CASE), Trace.read(CASE / "hf-float32.safetensors")
+    kv, ctx = (np.array(trace.taps[f"fwd/L1/mla.{name}"]) for name in ("kv_b", "ctx"))
+    kv[:, -1], ctx[:] = np.nan, np.nan
+    trace = dataclasses.replace(trace, taps={**trace.taps, "fwd/L1/mla.kv_b": kv, "fwd/L1/mla.ctx": ctx})
+    whole = {f.tap: f.ok for f in judge(case, trace).findings}
+    monkeypatch.setattr(wide, "LEAST", 1)
+    monkeypatch.setattr(wide, "BLOCK", 150)
+    assert {f.tap: f.ok for f in judge(case, trace).findings} == whole and whole["fwd/L1/mla.ctx"]
+
+
+def test_a_block_is_moved_as_all_of_it_would_be() -> None:
+    """Catches draws that begin at another number of the sequence: odd places, later heads, later sequences. Oracle: the whole array
+    moved at once.
+    """
+    x = np.random.default_rng(0).random((2, 3, 5, 7), np.float32)
+    noise, call = Noise(lambda tap: 0.25, lambda c: "fp32"), Call("mla.probs", "fwd/L0/mla.probs", (), {})
+    whole = noise.given(call, x, 2)
+    for place in [wide.Place(x.shape, b, s, e) for b in range(2) for s, e in ((0, 2), (1, 2), (3, 5))]:
+        assert (noise.given(call, x[place.index][..., :6], 2, place) == whole[place.index][..., :6]).all()
+    assert not (whole == x).any()
+
+
+def test_the_keys_that_are_seen() -> None:
+    """Catches a last key that only another query, or another head, than the last sees. Oracle: every column looked at."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        a = np.where(rng.random((1, 2, 3, 8)) < 0.1, 1.0, 0.0)
+        columns = [t for t in range(8) if (a[..., t] != 0).any()]
+        assert wide.seen(a, 0.0) == max([*columns, 0]) + 1
+
+
+def test_distances_of_blocks() -> None:
+    """Catches a row whose second part, where masked scores are, is dropped or replaces the first. Oracle: a loop over rows."""
+    rng, stage = np.random.default_rng(2), "mla.scores"
+    assert stage in STAGES
+    e = rng.standard_normal((2, 2, 6, 9))
+    e[:, :, np.arange(6)[:, None] + 3 < np.arange(9)] = -np.inf
+    x = np.where(np.isinf(e), -1e9, e * (1 + 1e-3 * rng.standard_normal(e.shape)))
+    blocks = wide.Wide(e.shape, e.dtype, -np.inf, lambda p: e[p.index])
+    rows = [(u[np.isfinite(v)], v[np.isfinite(v)]) for u, v in zip(x.reshape(-1, 9), e.reshape(-1, 9), strict=True)]
+    sizes = [np.linalg.norm(v) for _, v in rows]
+    worst = max(np.linalg.norm(u - v) / max(n, 0.1 * max(sizes)) for (u, v), n in zip(rows, sizes, strict=True))
+    assert abs(distance(stage, x, blocks).worst - worst) < 1e-12  # rounding of sums of nine
