@@ -2,6 +2,7 @@
 
 import tracemalloc
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,10 +44,7 @@ def test_blocks_of_keys_give_what_the_stages_give(cuts, keys, scores, monkeypatc
     def run(around):
         pages = Pages(it, blocks=10, size=4)
         with around:
-            return [
-                forward(it.model, [Piece(tokens[a:b], a, range(10))], pages)[0]
-                for a, b in zip(cuts, cuts[1:], strict=False)
-            ]
+            return [forward(it.model, [Piece(tokens[a:b], a, range(10))], pages)[0] for a, b in pairwise(cuts)]
 
     found, stages = run(nullcontext()), run(observing(watch))
     np.testing.assert_allclose(found, stages, rtol=0, atol=1e-13)
@@ -55,7 +53,7 @@ def test_blocks_of_keys_give_what_the_stages_give(cuts, keys, scores, monkeypatc
 
 @pytest.mark.parametrize("expands", [True, False])
 def test_both_forms_are_chosen_by_the_length_of_the_piece(expands, monkeypatch):
-    """Catches a form that is never reached, so that the test above would compare one form with itself: 9 (7 + 5) / (18 - 12) = 18."""
+    """Catches a form that is never reached, so that the test above compares one form with itself: 9 (7 + 5) / (18 - 12) = 18."""
     called = []
     for name in ("_absorbed", "_expanded"):
         form = getattr(core, name)
@@ -79,8 +77,8 @@ def beside(it, pages, start, n):
 
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_memory_beside_the_pages_does_not_grow_with_the_text(n, monkeypatch):
-    """Catches all keys gathered at once, a row number for each, a mask or scores of all keys: from 1,024 tokens to 16,384 these grow by
-    1.4 MiB (24 float32 a token), 120 KiB, 15 n KiB and 180 n KiB. The table of blocks may grow: 8 bytes for 64 tokens, thrice.
+    """Catches all keys gathered at once, a row number for each, a mask or scores of all keys: from 1,024 tokens to 16,384 these
+    grow by 1.4 MiB (24 float32 a token), 120 KiB, 15 n KiB and 180 n KiB. The table of blocks may grow: 8 bytes for 64 tokens, thrice.
     """
     monkeypatch.setattr(core, "KEYS", 64)
     monkeypatch.setattr(core, "SCORES", 4096)
@@ -91,8 +89,9 @@ def test_memory_beside_the_pages_does_not_grow_with_the_text(n, monkeypatch):
 
 
 def test_decoding_keeps_latents_only():
-    """Catches keys or values that are kept, a cache that is copied: the pages are layers x tokens x (C + Dr) numbers, and after a step
-    nothing else is left."""
+    """Catches keys or values that are kept, a cache that is copied: the pages are layers x tokens x (C + Dr) numbers, and nothing
+    else is left after a step.
+    """
     it = model(WIDE, "float32")
     pages = Pages(it, blocks=64, size=64)
     assert pages.nbytes == WIDE.num_hidden_layers * 4096 * (WIDE.kv_lora_rank + WIDE.qk_rope_head_dim) * 4

@@ -80,8 +80,8 @@ def test_the_context_extension():
 
 
 def test_the_extension_alone_is_the_end_of_the_whole_run(capsys):
-    """Catches a number that differs between the two recipe files, YaRN's settings other than R 4.3's, stages whose tokens do not add up;
-    sqrt(t) = 0.1 ln s + 1, squared, is what the softmax gets.
+    """Catches a number that differs between the two recipe files, YaRN's settings other than R 4.3's, stages whose tokens do not
+    add up; sqrt(t) = 0.1 ln s + 1, squared, is what the softmax gets.
     """
     alone = load("deepseek-v3-context")
     assert (alone.phases, alone.optimizer, alone.ema) == (V3.phases[1:], V3.optimizer, V3.ema)
@@ -96,7 +96,7 @@ def test_the_extension_alone_is_the_end_of_the_whole_run(capsys):
 
 
 def test_the_extension_scaled_stretches_as_far():
-    """Catches an original length that stays at 4,096 when the sequences shrink: 64 tokens to 512 and 2,048, as 4K to 32K and 128K."""
+    """Catches an original length that stays at 4,096 when sequences shrink: 64 tokens to 512 and 2,048, as 4K to 32K and 128K."""
     small = read(scaled(load("deepseek-v3-context"), tokens=500_000, sequence=512, batch=8, lr=1e-4))
     yarn = small.config(0, PRESETS["tiny"]).yarn
     assert [p.sequence for p in small.phases] == [512, 2048] and [p.steps.batch(0) for p in small.phases] == [8, 2]
