@@ -151,6 +151,25 @@ def measured(c: Config, weights: dict[str, Array], rows: int, seed: int) -> dict
 # ---- The whole
 
 
+def facts(first: Run, long: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """What was trained, for the page."""
+    scaling = yarn(long)
+    phases = [
+        {
+            "name": p.name,
+            "sequence": p.sequence,
+            "batch": p.steps.batch(len(p.steps) - 1),
+            "steps": len(p.steps),
+            "tokens": p.tokens,
+            "lr": max(max(piece.start, piece.end) for piece in p.schedules["lr"].pieces),
+        }
+        for p in (*first.phases, *long.phases)
+    ]
+    language = {"values": haystack.VALUES, "assignments": haystack.ASSIGNMENTS}
+    yarn_facts = {"factor": scaling.factor, "original": scaling.original_max_position_embeddings}
+    return {"seed": args.seed, "rows": args.rows, "phases": phases} | yarn_facts | language
+
+
 class Results:
     """A file of results that is filled part by part."""
 
@@ -170,12 +189,8 @@ def everything(results: Results, args: argparse.Namespace) -> None:
     start = time.process_time()
     long = extension(args.extension)
     scaling = yarn(long)
-    facts = {"seed": args.seed, "rows": args.rows, "factor": scaling.factor, "phases": [
-        {"name": p.name, "sequence": p.sequence, "batch": p.steps.batch(0), "steps": len(p.steps), "tokens": p.tokens}
-        for p in (*pretraining(args.tokens).phases, *long.phases)
-    ]}  # fmt: skip
+    results.keep("facts", facts(pretraining(args.tokens), long, args))
     base = trained(TOY, State(init(TOY, seed=args.seed, std=0.12)), pretraining(args.tokens), 0, args.seed)
-    results.keep("facts", facts)
     for method in METHODS:
         c = TOY.replace(rope_scaling=scaling) if method == "YaRN" else TOY
         state = State(base.weights)

@@ -5,8 +5,8 @@
 
 Through the engine's pages and `forward`, in float32, random weights; feed-forward and vocabulary are small. The pages are filled
 with random latents (time and memory do not depend on what they hold). Prints the pages' memory, the memory beside them
-(tracemalloc) and the time per token with its straight line in T; then chunks of prefill at several places, with 128 heads, from which the whole
-is extrapolated, and all chunks with fewer heads, measured, beside the same extrapolation.
+(tracemalloc) and the time per token with its straight line in T; then chunks of prefill at several places, with 128 heads, from
+which the whole is extrapolated, and all chunks with fewer heads, measured, beside the same extrapolation.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def beside(it, pages, start, n):
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_memory_beside_the_pages_does_not_grow_with_the_text(n, monkeypatch):
     """Catches all keys gathered at once, a row number for each, a mask or scores of all keys: from 1,024 tokens to 16,384 these
-    grow by 1.4 MiB (24 float32 a token), 120 KiB, 15 n KiB and 180 n KiB. The table of blocks may grow: 8 bytes for 64 tokens, thrice.
+    grow by 1.4 MiB (24 float32 a token), 120 KiB, 15 n KiB and 180 n KiB. The table of blocks may grow, thrice 8 bytes for 64
+    tokens.
     """
     monkeypatch.setattr(core, "KEYS", 64)
     monkeypatch.setattr(core, "SCORES", 4096)
