@@ -38,7 +38,7 @@ def spans(edges: Sequence[int]) -> list[str]:
 
 def text(r: dict[str, Any]) -> str:
     """What stands between the marks."""
-    facts, states = r["facts"], [(m, k) for m in METHODS for k in range(3)]
+    facts, states = r["facts"], [(m, k) for m in METHODS for k in range(3) if f"{m} {k}" in r]
     phases = [
         [p["name"], *[f"{p[k]:,}" for k in ("sequence", "batch", "steps", "tokens")], f"{p['lr']:.3g}"]
         for p in facts["phases"]

@@ -63,6 +63,20 @@ def test_both_forms_are_chosen_by_the_length_of_the_piece(expands, monkeypatch):
     assert called == ["_expanded" if expands else "_absorbed"] * 2
 
 
+@pytest.mark.parametrize(("n", "most"), [(1, 15), (18, 60), (19, 95), (40, 200)])
+def test_scores_are_held_in_parts(n, most, monkeypatch):
+    """Catches all queries or all heads at once: of 3 heads and blocks of 5 keys, 64 scores allow 4 queries absorbed (60), and
+    expanded 64 / 5n heads, so one, which is the least.
+    """
+    sizes, add = [], core.Running.add
+    monkeypatch.setattr(core.Running, "add", lambda run, s, v: sizes.append(s.size) or add(run, s, v))
+    monkeypatch.setattr(core, "KEYS", 5)
+    monkeypatch.setattr(core, "SCORES", 64)
+    it = model()
+    forward(it.model, [Piece([1] * n, 20, range(15))], Pages(it, blocks=15, size=4))
+    assert max(sizes) == most
+
+
 def beside(it, pages, start, n):
     """Bytes that a piece holds at most beside the pages, and bytes that stay."""
     piece = Piece(np.arange(n) % 29, start, range(pages.blocks.count))
