@@ -105,15 +105,14 @@ def decode(heads: int, most: int) -> None:
 
 
 def predicted(c: Config, n: int) -> float:
-    """MiB that a chunk of n tokens holds at most, from shapes: queries as they are and by blocks of heads, outputs, one block of
-    keys in latents and expanded, its scores and mask, the running sums, the stream of hidden states.
+    """MiB that a chunk of n tokens holds at most, while heads are expanded: the stream and its norm, latents of queries and keys,
+    all queries and outputs; a block of keys, its heads' keys and values, their queries, sums, scores twice, and the mask.
     """
     h, d, v = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    block = max(1, SCORES // (KEYS * n))
-    whole = n * h * (d + c.qk_rope_head_dim + v) + 3 * n * c.hidden_size + n * (c.q_lora_rank + c.kv_lora_rank)
-    keys = KEYS * (2 * (c.kv_lora_rank + c.qk_rope_head_dim) + block * (c.qk_nope_head_dim + v))
-    scores = 2 * block * n * KEYS
-    return (4 * (whole + keys + scores + block * n * (2 * d + 3 * v)) + n * KEYS) / MIB
+    latent, block = c.kv_lora_rank + c.qk_rope_head_dim, min(h, max(1, SCORES // (KEYS * n)))
+    whole = n * (2 * c.hidden_size + (c.q_lora_rank or 0) + latent + h * (d + c.qk_rope_head_dim + v))
+    keys = KEYS * (latent + block * (c.qk_nope_head_dim + v))
+    return (4 * (whole + keys + block * n * (d + 2 * v + 2 * KEYS)) + n * KEYS) / MIB
 
 
 def prefill(heads: int, most: int, chunk: int, *, whole: bool) -> None:
@@ -143,7 +142,7 @@ def main() -> None:
     """Decode, then prefill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=128)
-    parser.add_argument("--fewer", type=int, default=8, help="heads of the prefill that is measured whole")
+    parser.add_argument("--fewer", type=int, default=4, help="heads of the prefill that is measured whole")
     parser.add_argument("--most", type=int, default=131072, help="T of the longest decode step; prefill is a quarter")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--only", choices=("decode", "prefill", "fewer"), help="one part of the three")
