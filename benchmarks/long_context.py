@@ -194,21 +194,23 @@ class Results:
 
 
 def everything(results: Results, args: argparse.Namespace) -> None:
-    """Pre-train once; then each method before, and after each of its stages."""
-    start = time.process_time()
-    long = extension(args.extension)
-    scaling = yarn(long)
-    results.keep("facts", facts(pretraining(args.tokens), long, args))
-    base = trained(TOY, State(init(TOY, seed=args.seed, std=0.12)), pretraining(args.tokens), 0, args.seed)
+    """Train all, then measure all."""
+    start, first, long = time.process_time(), pretraining(args.tokens), extension(args.extension)
+    results.keep("facts", facts(first, long, args))
+    base = trained(TOY, State(init(TOY, seed=args.seed, std=0.12)), first, 0, args.seed)
+    models = {}
     for method in METHODS:
-        c = TOY.replace(rope_scaling=scaling) if method == "YaRN" else TOY
-        state = State(base.weights)
-        with how(method, scaling.factor):
-            for stage in range(len(long.phases) + 1):
-                if stage:
-                    state = trained(c, state, long, stage - 1, args.seed + 1)
-                results.keep(f"{method} {stage}", measured(c, state.weights, args.rows, args.seed))
-                print(f"{method}, after {stage} stages: {_short(results.found[f'{method} {stage}'])}", flush=True)
+        c, state = TOY.replace(rope_scaling=yarn(long)) if method == "YaRN" else TOY, State(base.weights)
+        models[f"{method} 0"] = c, state.weights
+        for stage in range(len(long.phases)):
+            with how(method, yarn(long).factor):
+                state = trained(c, state, long, stage, args.seed + 1)
+            models[f"{method} {stage + 1}"] = c, state.weights
+    results.keep("training seconds", time.process_time() - start)
+    for name, (c, weights) in models.items():
+        with how(name.split()[0], yarn(long).factor):
+            results.keep(name, measured(c, weights, args.rows, args.seed))
+        print(f"{name}: {_short(results.found[name])}", flush=True)
     results.keep("seconds", time.process_time() - start)
 
 
@@ -220,8 +222,8 @@ def main() -> None:
     """Train and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("long_context.json"))
-    parser.add_argument("--tokens", type=int, default=700_000, help="of pre-training")
-    parser.add_argument("--extension", type=int, default=160_000, help="of both stages of the extension together")
+    parser.add_argument("--tokens", type=int, default=600_000, help="of pre-training")
+    parser.add_argument("--extension", type=int, default=120_000, help="of both stages of the extension together")
     parser.add_argument("--rows", type=int, default=8, help="texts a cell of the grid, and of the loss by position")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -73,7 +73,7 @@ def test_a_step_of_the_toy_is_a_step_of_training(benchmark):
     from refimpl.train.training import State
 
     haystack, long_context = benchmark
-    recipe = replace(long_context.pretraining(700_000).recipe(100), plan=FLOAT32, gamma=0.01)
+    recipe = replace(long_context.pretraining(600_000).recipe(100), plan=FLOAT32, gamma=0.01)
     tokens, labels, _ = haystack.texts(np.random.default_rng(0), 2, 64)
     state = State(init(long_context.TOY, std=0.12))
     ours, seen = long_context.step(long_context.TOY, state, tokens, labels, recipe)
@@ -85,3 +85,24 @@ def test_a_step_of_the_toy_is_a_step_of_training(benchmark):
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     np.testing.assert_array_equal(ours.weights[bias], theirs.weights[bias])
     assert np.any(ours.weights[bias] != state.weights[bias])
+
+
+def test_the_page_shows_what_was_measured(benchmark):
+    """Catches a row under another's name, a mean over lengths instead of depths: every state has numbers of its own."""
+    import long_context_page
+
+    _, long_context = benchmark
+    phase = {"name": "p", "batch": 4, "steps": 7, "tokens": 1234, "lr": 1e-4}
+    r = {"facts": {"seed": 3, "rows": 2, "factor": 40, "original": 64, "values": 8, "assignments": 8}, "seconds": 90}
+    r["facts"]["phases"] = [phase | {"sequence": n} for n in (64, 512, 2048)]
+    for i, state in enumerate([f"{m} {k}" for m in long_context.METHODS for k in range(3)]):
+        cells = [[(10 * i + n + depth) / 100 for depth in (-1, 0, 0, 0, 1)] for n in range(6)]
+        r[state] = {
+            "grid": cells,
+            "position": {k: [i + b / 10 for b in range(6)] for k in ("filler", "answers", "accuracy")},
+        }
+    text = long_context_page.text(r)
+    assert "| YaRN | after 2,048 | 20% | 21% | 22% | 23% | 24% | 25% |" in text
+    assert "| interpolated | before | 60% | 61% | 62% | 63% | 64% | 65% |" in text
+    assert "| plain | after 512 | 4.00 | 4.10 | 4.20 | 4.30 | 4.40 | 4.50 |" in text
+    assert "Seed 3; 2 texts" in text and "| p | 512 | 4 | 7 | 1,234 | 0.0001 |" in text and "1.5 minutes" in text
