@@ -1,9 +1,16 @@
 """R 4.3 at small scale: a toy that retrieves at 64 tokens, and what YaRN makes of it. Its numbers are in docs/long_context.md."""
 
+import importlib
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from refimpl.layers import rope
+from refimpl.layers.precision import FLOAT32
+from refimpl.train import init, step
+from refimpl.train.training import State
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="an installed wheel has no benchmarks")
@@ -13,17 +20,14 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="an installed wheel 
 def benchmark(monkeypatch):
     """The benchmarks' own modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    import haystack
-    import long_context
-
-    return haystack, long_context
+    return [importlib.import_module(name) for name in ("haystack", "long_context", "long_context_page")]
 
 
 def test_a_question_is_answered_by_the_last_assignment_and_by_nothing_else(benchmark):
     """Catches an answer that stands in the text, one from an older assignment, an assignment after its question, a needle that
     another assignment of its variable hides. Read by a walk over the tokens that knows the layout of ids only.
     """
-    haystack, _ = benchmark
+    haystack, *_ = benchmark
     tokens, labels, answers = haystack.texts(np.random.default_rng(0), 3, 200)
     assert tokens.max() < haystack.ANSWER <= labels[answers].min()
     assert (labels == tokens)[~answers].all() and answers.sum(axis=1).tolist() == [40] * 3
@@ -51,9 +55,7 @@ def walked(haystack, tokens):
 
 def test_interpolation_divides_every_frequency_and_leaves_the_others_alone(benchmark):
     """Catches a comparison that compares YaRN with itself, and one that stays switched on afterwards."""
-    from refimpl.layers import rope
-
-    _, long_context = benchmark
+    _, long_context, _ = benchmark
     plain = rope.inv_freq(16, 100.0, None)
     with long_context.how("interpolated", 40):
         np.testing.assert_allclose(rope.inv_freq(16, 100.0, None) * 40, plain, rtol=1e-15)  # a division, a product
@@ -66,13 +68,7 @@ def test_a_step_of_the_toy_is_a_step_of_training(benchmark):
     """Catches a step written anew that leaves out a loss, a clipping or the bias: the same as `train.step`. The first moment is 0.1
     of the clipped gradient, kept in bfloat16; float32 sums in another order can move it to its neighbour, 2^-7 of its size.
     """
-    from dataclasses import replace
-
-    from refimpl.layers.precision import FLOAT32
-    from refimpl.train import init, step
-    from refimpl.train.training import State
-
-    haystack, long_context = benchmark
+    haystack, long_context, _ = benchmark
     recipe = replace(long_context.pretraining(600_000).recipe(100), plan=FLOAT32, gamma=0.01)
     tokens, labels, _ = haystack.texts(np.random.default_rng(0), 2, 64)
     state = State(init(long_context.TOY, std=0.12))
@@ -89,9 +85,7 @@ def test_a_step_of_the_toy_is_a_step_of_training(benchmark):
 
 def test_the_page_shows_what_was_measured(benchmark):
     """Catches a row under another's name, a mean over lengths instead of depths: every state has numbers of its own."""
-    import long_context_page
-
-    _, long_context = benchmark
+    _, long_context, page = benchmark
     phase = {"name": "p", "batch": 4, "steps": 7, "tokens": 1234, "lr": 1e-4}
     r = {"facts": {"seed": 3, "rows": 2, "factor": 40, "original": 64, "values": 8, "assignments": 8}, "seconds": 90}
     r["facts"]["phases"] = [phase | {"sequence": n} for n in (64, 512, 2048)]
@@ -101,7 +95,7 @@ def test_the_page_shows_what_was_measured(benchmark):
             "grid": cells,
             "position": {k: [i + b / 10 for b in range(6)] for k in ("filler", "answers", "accuracy")},
         }
-    text = long_context_page.text(r)
+    text = page.text(r)
     assert "| YaRN | after 2,048 | 20% | 21% | 22% | 23% | 24% | 25% |" in text
     assert "| interpolated | before | 60% | 61% | 62% | 63% | 64% | 65% |" in text
     assert "| plain | after 512 | 4.00 | 4.10 | 4.20 | 4.30 | 4.40 | 4.50 |" in text
