@@ -142,10 +142,11 @@ def by_position(model: ForCausalLM, rows: int, seed: int) -> dict[str, list[floa
 
 def grid(model: ForCausalLM, rows: int, seed: int) -> list[list[float]]:
     """Part of the needles that are found, by length and depth."""
-    return [[_found(model, n, depth, rows, seed) for depth in DEPTHS] for n in LENGTHS]
+    return [[found(model, n, depth, rows, seed) for depth in DEPTHS] for n in LENGTHS]
 
 
-def _found(model: ForCausalLM, length: int, depth: float, rows: int, seed: int) -> float:
+def found(model: ForCausalLM, length: int, depth: float, rows: int, seed: int) -> float:
+    """Part of the needles at one depth that are found."""
     tokens, answers = haystack.needles(np.random.default_rng([seed, length, round(100 * depth)]), rows, length, depth)
     last = np.concatenate([model(model.inputs(row[None])).logits[:, -1] for row in tokens])
     return float((last.argmax(-1) == answers).mean())

@@ -105,14 +105,16 @@ def decode(heads: int, most: int) -> None:
 
 
 def predicted(c: Config, n: int) -> float:
-    """MiB that a chunk of n tokens holds at most, while heads are expanded: the stream and its norm, latents of queries and keys,
-    all queries and outputs; a block of keys, its heads' keys and values, their queries, sums, scores twice, and the mask.
+    """MiB that a chunk of n tokens holds at most. While heads are expanded: the stream and its norm, latents of queries and keys,
+    all queries and outputs; a block of keys, its heads' keys and values, their queries, sums, scores twice, and the mask. With
+    few heads it is five arrays of the stream's size around a norm: a layer's input, attention's output, their sum, the norm's two.
     """
     h, d, v = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     latent, block = c.kv_lora_rank + c.qk_rope_head_dim, min(h, max(1, SCORES // (KEYS * n)))
     whole = n * (2 * c.hidden_size + (c.q_lora_rank or 0) + latent + h * (d + c.qk_rope_head_dim + v))
     keys = KEYS * (latent + block * (c.qk_nope_head_dim + v))
-    return (4 * (whole + keys + block * n * (d + 2 * v + 2 * KEYS)) + n * KEYS) / MIB
+    attention = 4 * (whole + keys + block * n * (d + 2 * v + 2 * KEYS)) + n * KEYS
+    return max(attention, 4 * 5 * n * c.hidden_size) / MIB
 
 
 def prefill(heads: int, most: int, chunk: int, *, whole: bool) -> None:
