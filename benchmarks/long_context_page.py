@@ -49,7 +49,7 @@ def text(r: dict[str, Any]) -> str:
         f"{facts['original']} tokens; all of it took {r['seconds'] / 60:.1f} minutes of one core.",
         table(["phase", "sequence", "largest batch", "steps", "tokens", "largest learning rate"], phases),
         f"Needles found, mean over the depths {', '.join(f'{d:g}' for d in DEPTHS)}, by length "
-        f"(guessing among the values: {1 / facts['values']:.0%}; by assignments: {1 / facts['assignments']:.0%}):",
+        f"(guessing among the values: {1 / facts['values']:.1%}; by assignments: {1 / facts['assignments']:.1%}):",
         _by(named, [f"{n:,}" for n in LENGTHS], [np.mean(_at(r, s)["grid"], axis=1) for s in states], "{:.0%}"),
     ]
     for title, key, form in (
