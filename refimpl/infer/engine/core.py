@@ -3,7 +3,7 @@ and ctx, beside which nothing grows with the text.
 
 The softmax is summed on the way (Milakov and Gimelshein 2018, as FlashAttention does): what came before is scaled down whenever a
 larger score comes. Absorbed, a pair of query and key costs 2 H (2 C + Dr) operations; expanded 2 H (Dn + Dr + Dv), and each key
-2 H C (Dn + Dv) once a piece to be expanded. So a piece of more than C (Dn + Dv) / (2 C - Dn - Dv) queries, 171 for V3, is expanded.
+2 H C (Dn + Dv) once a piece to be expanded. So a piece of more than C (Dn + Dv) / (2 C - Dn - Dv) queries (V3: from 171 on) is expanded.
 """
 
 from __future__ import annotations
