@@ -3,12 +3,14 @@ and ctx, beside which nothing grows with the text.
 
 The softmax is summed on the way (Milakov and Gimelshein 2018, as FlashAttention does): what came before is scaled down whenever a
 larger score comes. Absorbed, a pair of query and key costs 2 H (2 C + Dr) operations; expanded 2 H (Dn + Dr + Dv), and each key
-2 H C (Dn + Dv) once a piece to be expanded. So a piece of more than C (Dn + Dv) / (2 C - Dn - Dv) queries (V3: from 171 on) is expanded.
+2 H C (Dn + Dv) once a piece to be expanded. So a piece of more than C (Dn + Dv) / (2 C - Dn - Dv) queries is expanded, in V3 from
+171 on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -48,29 +50,52 @@ class Running:
         return self.sum / self.total
 
 
-def attend(m: Attention, queries: Array, qr: Array, read: Read, start: int) -> Array:
-    """Attention of a piece at positions start, start + 1, ... to all keys up to each.  queries (1, S, H, Dn+Dr), qr (1, S, H, Dr)
-    -> (1, S, H, Dv).
-    """
-    c = m.config
-    width = c.qk_nope_head_dim + c.v_head_dim
-    gain = queries.shape[1] * (2 * c.kv_lora_rank - width) > c.kv_lora_rank * width
-    return (_expanded if gain else _absorbed)(m, queries, qr, read, start)
+@dataclass(frozen=True)
+class Part:
+    """A piece of one sequence: its columns among all tokens, its first position, its keys."""
+
+    columns: slice
+    start: int
+    read: Read
+
+    @property
+    def queries(self) -> int:
+        """How many they are."""
+        return int(self.columns.stop - self.columns.start)
 
 
-def _absorbed(m: Attention, queries: Array, qr: Array, read: Read, start: int) -> Array:
-    c, w, n = m.config, m.kv_b_proj.weight, queries.shape[1]
+def attend(m: Attention, queries: Array, qr: Array, parts: Sequence[Part]) -> Array:
+    """Every query attends to all keys up to its own.  queries (1, N, H, Dn+Dr), qr (1, N, H, Dr) -> (1, N, H, Dv)."""
+    c, w, width = m.config, m.kv_b_proj.weight, m.config.qk_nope_head_dim + m.config.v_head_dim
+    out = np.empty((1, queries.shape[1], c.num_attention_heads, c.v_head_dim), queries.dtype)
+    short = []
+    for p in parts:
+        if p.queries * (2 * c.kv_lora_rank - width) > c.kv_lora_rank * width:
+            out[:, p.columns] = _expanded(m, queries[:, p.columns], qr[:, p.columns], p.read, p.start)
+        else:
+            short.append(p)
+    if short:  # the weights are read once for all of them
+        columns = np.concatenate([np.arange(p.columns.start, p.columns.stop) for p in short])
+        ends = np.cumsum([p.queries for p in short])
+        q = q_absorbed(queries[:, columns], w, nope=c.qk_nope_head_dim)
+        o = [_absorbed(c, q[:, e - p.queries : e], qr[:, p.columns], p) for p, e in zip(short, ends, strict=True)]
+        out[:, columns] = ctx_absorbed(np.concatenate(o, axis=1), w, v_dim=c.v_head_dim)
+    return out
+
+
+def _absorbed(c: Config, queries: Array, qr: Array, part: Part) -> Array:
+    """sum_t softmax(...) c_t of every query of a part.  queries (1, S, H, C), qr (1, S, H, Dr) -> (1, S, H, C)."""
     h, out, step = c.num_attention_heads, [], max(1, SCORES // (KEYS * c.num_attention_heads))
-    for i in range(0, n, step):  # queries
-        q, r = q_absorbed(queries[:, i : i + step], w, nope=c.qk_nope_head_dim), qr[:, i : i + step]
-        s = q.shape[1]
+    for i in range(0, part.queries, step):
+        q, r = queries[0, i : i + step], qr[0, i : i + step]
+        s = len(q)
         run, rows = Running((s * h,), c.kv_lora_rank, q.dtype), (q.reshape(s * h, -1), r.reshape(s * h, -1))
-        for a, b, later in _blocks(start + i, s):
-            latent, k = (x[0] for x in read(a, b))
+        for a, b, later in _blocks(part.start + i, s):
+            latent, k = (x[0] for x in part.read(a, b))
             scores = rows[0] @ latent.T
             scores += rows[1] @ k.T
             run.add(_masked(scores.reshape(s, h, -1), c.softmax_scale, later, 1).reshape(s * h, -1), latent)
-        out.append(ctx_absorbed(run.value().reshape(1, s, h, -1), w, v_dim=c.v_head_dim))
+        out.append(run.value().reshape(1, s, h, -1))
     return np.concatenate(out, axis=1)
 
 

@@ -31,7 +31,7 @@ from refimpl.layers.rope import rope_tables
 from refimpl.layers.stage import observed, phase, unit
 from refimpl.model import ForCausalLM
 
-from .core import attend
+from .core import Part, attend
 from .pages import Pages
 
 
@@ -112,14 +112,14 @@ def _blockwise(
     """What the heads give, by `core`: nothing but the pages grows with the text.  queries (1, N, H, Dn+Dr), qr (1, N, H, Dr) -> (1,
     N, H, Dv).
     """
-    o = []
+    parts = []
     for side in sides:
 
         def read(a: int, b: int, table: Array = side.table) -> tuple[Array, Array]:
             return pages.read(i, pages.slots(table, a, b))
 
-        o += [attend(m, queries[:, s], qr[:, s], read, t - (s.stop - s.start)) for s, t in _queries(side, singly)]
-    return np.concatenate(o, axis=1)
+        parts += [Part(s, t - (s.stop - s.start), read) for s, t in _queries(side, singly)]
+    return attend(m, queries, qr, parts)
 
 
 def _stages(
