@@ -1,6 +1,6 @@
 """Tables and pictures of a run of long_context.py: written into the page, so that no number in it is typed.
 
-    python benchmarks/long_context_page.py long_context.json --docs docs
+    python benchmarks/long_context_page.py long_context.json seed1.json --docs docs
 
 Replaces what stands between the two marks in DOCS/long_context.md, and writes DOCS/long_context_loss.svg and
 DOCS/long_context_needles.svg (extra: plot).
@@ -50,7 +50,7 @@ def text(r: dict[str, Any]) -> str:
         table(["phase", "sequence", "largest batch", "steps", "tokens", "largest learning rate"], phases),
         f"Needles found, mean over the depths {', '.join(f'{d:g}' for d in DEPTHS)}, by length "
         f"(guessing among the values: {1 / facts['values']:.1%}; by assignments: {1 / facts['assignments']:.1%}):",
-        _by(named, [f"{n:,}" for n in LENGTHS], [np.mean(_at(r, s)["grid"], axis=1) for s in states], "{:.0%}"),
+        found(r),
     ]
     for title, key, form in (
         ("Loss of filler", "filler", "{:.2f}"),
@@ -60,6 +60,14 @@ def text(r: dict[str, Any]) -> str:
         values = [np.array(_at(r, s)["position"][key]) for s in states]
         parts += [f"{title} by position, in texts of {BINS[-1]:,} tokens:", _by(named, spans(BINS), values, form)]
     return "\n\n".join(parts)
+
+
+def found(r: dict[str, Any]) -> str:
+    """The table of needles, by length."""
+    states = [(m, k) for m in METHODS for k in range(3) if f"{m} {k}" in r]
+    named = [[m, _stage(r["facts"], k)] for m, k in states]
+    values = [np.mean(_at(r, s)["grid"], axis=1) for s in states]
+    return _by(named, [f"{n:,}" for n in LENGTHS], values, "{:.0%}")
 
 
 def _at(r: dict[str, Any], state: tuple[str, int]) -> dict[str, Any]:
@@ -124,12 +132,15 @@ def main() -> None:
     """Write the page's numbers and its pictures, all or nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("more", type=pathlib.Path, nargs="*", help="other seeds: of these only the needles are shown")
     parser.add_argument("--docs", type=pathlib.Path, default=pathlib.Path("docs"))
     args = parser.parse_args()
     r, page = json.loads(args.results.read_text()), args.docs / "long_context.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    written = f"{before}{BEGIN}\n\n{text(r)}\n\n{END}{after}".encode()
+    others = [json.loads(path.read_text()) for path in args.more]
+    parts = [text(r), *[f"Needles found with seed {o['facts']['seed']}:\n\n{found(o)}" for o in others]]
+    written = "\n\n".join([before + BEGIN, *parts, END + after]).encode()
     pictures = {"long_context_loss.svg": loss(r), "long_context_needles.svg": needles(r)}
     with Transaction() as files:
         for path, content in [(page, written), *[(args.docs / name, svg) for name, svg in pictures.items()]]:
