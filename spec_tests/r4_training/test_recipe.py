@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from refimpl.autograd import SpecError
 from refimpl.cli import main
 from refimpl.layers import PRESETS
+from refimpl.layers.rope import RopeScaling
 from refimpl.train.recipe import amount, document, load, read, recipes, render, rows, scaled, to_json, to_toml
 
 T, B = 10**12, 10**9
@@ -76,6 +77,31 @@ def test_the_context_extension():
     assert V3.config(first, base).yarn == base.rope_scaling
     with pytest.raises(SpecError, match=f"step {first + 2000} of deepseek-v3: it has the steps 0 to {first + 1999}"):
         V3.at(first + 2000)
+
+
+def test_the_extension_alone_is_the_end_of_the_whole_run(capsys):
+    """Catches a number that differs between the two recipe files, YaRN's settings other than R 4.3's, stages whose tokens do not
+    add up; sqrt(t) = 0.1 ln s + 1, squared, is what the softmax gets.
+    """
+    alone = load("deepseek-v3-context")
+    assert (alone.phases, alone.optimizer, alone.ema) == (V3.phases[1:], V3.optimizer, V3.ema)
+    sizes = [1920 * 32768 * 1000, 480 * 131072 * 1000]
+    assert [r.tokens for r in rows(alone)] == sizes and alone.tokens == sum(sizes) and len(alone) == 2000
+    config = alone.config(0, PRESETS["deepseek-v3"].replace(rope_scaling=None))
+    assert config.yarn == RopeScaling(40, 4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+    assert config.softmax_scale * math.sqrt(192) == pytest.approx((0.1 * math.log(40) + 1) ** 2, rel=1e-15)
+    assert main(["recipe", "deepseek-v3-context"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("62.91B  1,000") == 4 and "125.8B  2,000" in text
+
+
+def test_the_extension_scaled_stretches_as_far():
+    """Catches an original length that stays at 4,096 when sequences shrink: 64 tokens to 512 and 2,048, as 4K to 32K and 128K."""
+    small = read(scaled(load("deepseek-v3-context"), tokens=500_000, sequence=512, batch=8, lr=1e-4))
+    yarn = small.config(0, PRESETS["tiny"]).yarn
+    assert [p.sequence for p in small.phases] == [512, 2048] and [p.steps.batch(0) for p in small.phases] == [8, 2]
+    assert yarn is not None and (yarn.factor, yarn.original_max_position_embeddings) == (40, 64)
+    assert small.tokens == 500_000 and len({len(p.steps) for p in small.phases}) == 1
 
 
 def test_the_table_adds_up():
@@ -170,7 +196,7 @@ def test_a_recipe_written_is_the_recipe_read(name):
 def test_articles_are_named_and_no_default():
     """Catches an article's number that passes for V3's, and a variant that computes something else than its name says."""
     for name in recipes():
-        assert ("described in articles, not in V3" in load(name).origin) == (name != "deepseek-v3")
+        assert ("described in articles, not in V3" in load(name).origin) == (not name.startswith("deepseek-v3"))
     cosine = load("article-cosine")
     warm = len(cosine) * 0.05
     peak = max(range(len(cosine)), key=lambda k: cosine.at(k).values["lr"])

@@ -1,7 +1,8 @@
 """One run of the model over pieces of many sequences: tokens side by side, the latents in pages, attention piece by piece.
 
-Whatever looks at one token at a time sees all tokens as one long row; only attention knows which belong together. It is the
-absorbed form for prompts as for single tokens: a token's numbers must not tell in which piece it came.
+Whatever looks at one token at a time sees all tokens as one long row; only attention knows which belong together. Observed, as in
+the batch-invariant mode and under a precision plan that rounds, it is the absorbed form in stages for prompts as for single
+tokens: a token's numbers must not tell in which piece it came. Else it is `core`, whose memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from refimpl.layers.mla import (
     scores_absorbed,
 )
 from refimpl.layers.rope import rope_tables
-from refimpl.layers.stage import phase, unit
+from refimpl.layers.stage import observed, phase, unit
 from refimpl.model import ForCausalLM
 
+from .core import Part, attend
 from .pages import Pages
 
 
@@ -49,10 +51,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Side:
-    """Where a piece lies: its columns among all tokens, its keys' rows in the pages (T,)."""
+    """Where a piece lies: its columns among all tokens, the blocks of its keys (T / size,), how many keys they are."""
 
     columns: slice
-    keys: Array
+    table: Array
+    stop: int
 
 
 def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly: bool = False) -> Array:
@@ -65,9 +68,10 @@ def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly
     positions = np.concatenate([np.arange(p.start, p.stop) for p in pieces])[None]
     ends = np.cumsum([len(p.tokens) for p in pieces])
     sides = [
-        _Side(slice(e - len(p.tokens), e), pages.slots(p.table, 0, p.stop)) for p, e in zip(pieces, ends, strict=True)
+        _Side(slice(e - len(p.tokens), e), np.asarray(p.table, np.int64), p.stop)
+        for p, e in zip(pieces, ends, strict=True)
     ]
-    new = np.concatenate([s.keys[p.start :] for p, s in zip(pieces, sides, strict=True)])  # (N,)
+    new = np.concatenate([pages.slots(s.table, p.start, p.stop) for p, s in zip(pieces, sides, strict=True)])  # (N,)
     with phase("engine"):
         x = embed(tokens, model.model.embed_tokens.weight)  # (1, N, D)
         table = rope_tables(positions, dim=c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn, dtype=model.dtype)
@@ -93,24 +97,46 @@ def _attention(
     m: Attention, x: Array, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
 ) -> Array:
     """Multi-head latent attention, absorbed, as `mla.Attention`.  x (1, N, D), table (2, 1, N, Dr/2) -> (1, N, D)."""
-    c, w = m.config, m.kv_b_proj.weight
+    c = m.config
     query, latent, kr = latents(m, x, table)
     pages.write(i, new, latent[0], kr[0])
     queries = q(query, (m.q_proj if c.q_lora_rank is None else m.q_b_proj).weight, n_heads=c.num_attention_heads)
     qr = q_rope(queries, table, interleaved=c.rope_interleave)  # (1, N, H, Dr)
-    qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)  # (1, N, H, C)
-    o = []
+    heads = (_stages if observed() else _blockwise)(m, queries, qr, sides, pages, i, singly)
+    return np.asarray(attn_out(heads, m.o_proj.weight, m.o_proj.bias))
+
+
+def _blockwise(
+    m: Attention, queries: Array, qr: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
+) -> Array:
+    """What the heads give, by `core`: nothing but the pages grows with the text.  queries (1, N, H, Dn+Dr), qr (1, N, H, Dr) -> (1,
+    N, H, Dv).
+    """
+    parts = []
     for side in sides:
-        kv = pages.read(i, side.keys)
+
+        def read(a: int, b: int, table: Array = side.table) -> tuple[Array, Array]:
+            return pages.read(i, pages.slots(table, a, b))
+
+        parts += [Part(s, t - (s.stop - s.start), read) for s, t in _queries(side, singly)]
+    return attend(m, queries, qr, parts)
+
+
+def _stages(
+    m: Attention, queries: Array, qr: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
+) -> Array:
+    """The same as stages, for who observes them.  queries (1, N, H, Dn+Dr), qr (1, N, H, Dr) -> (1, N, H, Dv)."""
+    c, w, o = m.config, m.kv_b_proj.weight, []
+    qa = q_absorbed(queries, w, nope=c.qk_nope_head_dim)  # (1, N, H, C)
+    for side in sides:
+        kv = pages.read(i, pages.slots(side.table, 0, side.stop))
         o += [_core(qa[:, s], qr[:, s], kv, t, c.softmax_scale) for s, t in _queries(side, singly)]
-    return np.asarray(
-        attn_out(ctx_absorbed(np.concatenate(o, axis=1), w, v_dim=c.v_head_dim), m.o_proj.weight, m.o_proj.bias)
-    )
+    return np.asarray(ctx_absorbed(np.concatenate(o, axis=1), w, v_dim=c.v_head_dim))
 
 
 def _queries(side: _Side, singly: bool) -> list[tuple[slice, int]]:
     """(columns, keys they see up to the last of them): all at once, or each alone."""
-    s, t = side.columns, len(side.keys)
+    s, t = side.columns, side.stop
     return [(slice(j, j + 1), t - (s.stop - 1 - j)) for j in range(s.start, s.stop)] if singly else [(s, t)]
 
 

@@ -45,7 +45,7 @@ class Pages:
             for rows in self._rows:
                 rows[new * size : (new + 1) * size] = rows[old * size : (old + 1) * size]
 
-    def slots(self, table: Sequence[int], start: int, stop: int) -> Array:
+    def slots(self, table: Sequence[int] | Array, start: int, stop: int) -> Array:
         """Rows of the tokens start..stop of a table.  -> (stop - start,) int."""
         at = np.arange(start, stop)
         return np.asarray(table, np.int64)[at // self.blocks.size] * self.blocks.size + at % self.blocks.size
