@@ -134,9 +134,7 @@ def update(
     return replace(state, weights=weights), Report(state.adam.t, loss, norm, load)
 
 
-def descend(
-    state: State, grads: dict[str, Array], recipe: Recipe, norm: float, *, in_place: bool = False
-) -> State:
+def descend(state: State, grads: dict[str, Array], recipe: Recipe, norm: float, *, in_place: bool = False) -> State:
     """Clip gradients of this norm, AdamW on the masters that have one -> the new state."""
     opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
     masters, scale = {n: state.weights[n] for n in grads}, clipping(norm, recipe.max_norm)

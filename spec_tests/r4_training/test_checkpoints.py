@@ -550,7 +550,9 @@ def test_the_disk_is_told_to_begin_while_the_file_is_written(tmp_path, monkeypat
     """
     told = []
     monkeypatch.setattr(disk, "STRIDE", 100)
-    monkeypatch.setattr(disk.os, "posix_fadvise", lambda f, at, n, how: told.append((at, n, os.fstat(f).st_size)), raising=False)
+    monkeypatch.setattr(
+        disk.os, "posix_fadvise", lambda f, at, n, how: told.append((at, n, os.fstat(f).st_size)), raising=False
+    )
     with disk.Disk().create(tmp_path / "x") as f:
         for n in (30, 80, 250, 20, 100):
             assert disk.write_all(f, bytes(n)) == n
