@@ -90,7 +90,7 @@ def deep() -> None:
 
 
 class Told(Drafter):
-    """Drafts of which each stands with chance `rate`: the modules run, then their tokens are replaced by the right one or another."""
+    """Drafts that stand with chance `rate` each: the modules run, then the right token takes their token's place, or another."""
 
     def __init__(self, impl: Impl, how: Speculation, *, right: list[int], rate: float) -> None:
         super().__init__(impl, how)
@@ -105,7 +105,7 @@ class Told(Drafter):
 
 
 def rates(length: int = 64) -> None:
-    """The speed-up of greedy decoding by set rates of acceptance, R 5.4.3's among them; a step's cost is measured where all stand."""
+    """The speed-up of greedy decoding at set rates of acceptance; a step's cost is measured where all drafts stand."""
     impl, prompt = Impl().load(DEEP, init(DEEP, std=0.05)), list(range(PROMPT))
     request = [Request(prompt, Settings(temperature=0, max_tokens=length))]
     right = prompt + generate(impl, request)[0].tokens

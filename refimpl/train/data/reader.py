@@ -131,8 +131,8 @@ class Reader:
         return Batch(tokens, labels, valid, documents if self.masked else None)
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
-        """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and their tokens.  rows (B,) -> (B + P,)
-        each.
+        """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
+        rows (B,) -> (B + P,), (B + P,).
         """
         counts, found = self.shards.pieces(rows)
         ends = np.cumsum(counts + 1)
