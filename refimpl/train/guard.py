@@ -30,10 +30,12 @@ class NotFinite(SpecError):
     """A step gave no number; the state before it is good."""
 
 
-def guarded_step(c: Config, state: State, tokens: Array, recipe: Recipe) -> tuple[State, Report]:
+def guarded_step(
+    c: Config, state: State, tokens: Array, recipe: Recipe, *, in_place: bool = False
+) -> tuple[State, Report]:
     """`step`, or NotFinite if loss or gradient norm is NaN or infinite: which stage first showed it, of which tokens."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        new, report = step(c, state, tokens, recipe)
+        new, report = step(c, state, tokens, recipe, in_place=in_place)
     try:
         check(report)
     except NotFinite as error:

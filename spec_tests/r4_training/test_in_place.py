@@ -11,7 +11,9 @@ import pytest
 from refimpl.layers.precision import BF16, FLOAT32
 from refimpl.spec_tests.cases.configs import SMALL
 from refimpl.train import AdamState, AdamW, Recipe, State, adamw, clip, global_norm, init, step
+from refimpl.train.guard import NotFinite, guarded_step
 from refimpl.train.in_place import BLOCK, adamw_over
+from refimpl.train.memory import step as in_parts
 
 SHAPES = {"a.weight": (3, BLOCK - 1), "b.norm.weight": (7,), "c.weight": (1,), "d.weight": (2, BLOCK)}
 
@@ -91,6 +93,17 @@ def test_training_in_place_has_the_bits_of_training(plan: object) -> None:
         np.testing.assert_array_equal(ours.weights[n], text.weights[n])
 
 
+def test_accumulation_in_place_has_the_bits_of_accumulation() -> None:
+    """Catches the keyword left behind on the way: then the state given is not the one that comes back."""
+    recipe, tokens = Recipe(plan=FLOAT32, opt=AdamW(lr=1e-2)), np.arange(32).reshape(4, 8) % SMALL.vocab_size
+    given, text = state_of(3), state_of(3)
+    ours, _ = in_parts(SMALL, given, tokens, recipe, micro_batches=2, in_place=True)
+    text, _ = in_parts(SMALL, text, tokens, recipe, micro_batches=2)
+    for n in text.weights:
+        np.testing.assert_array_equal(ours.weights[n], text.weights[n])
+    assert ours.weights["lm_head.weight"] is given.weights["lm_head.weight"]
+
+
 def test_a_step_in_place_that_is_no_number_changes_nothing() -> None:
     """Catches a state spoilt by a bad batch, which in place has no copy to go back to."""
     state = state_of(2)
@@ -98,6 +111,8 @@ def test_a_step_in_place_that_is_no_number_changes_nothing() -> None:
     before = {n: w.copy() for n, w in state.weights.items()}
     with np.errstate(invalid="ignore"):
         after, report = step(SMALL, state, np.arange(16).reshape(2, 8), Recipe(plan=FLOAT32), in_place=True)
+        with pytest.raises(NotFinite, match=r"the weight model\.norm\.weight holds it already"):
+            guarded_step(SMALL, state, np.arange(16).reshape(2, 8), Recipe(plan=FLOAT32), in_place=True)
     assert not math.isfinite(report.loss) and after is state
     for n, w in before.items():
         np.testing.assert_array_equal(state.weights[n], w)

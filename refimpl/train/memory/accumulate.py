@@ -42,6 +42,7 @@ def step(
     micro_batches: int = 1,
     labels: Array | None = None,
     policy: Policy | None = None,
+    in_place: bool = False,
 ) -> tuple[State, Report]:
     """`refimpl.train.step` on tokens (B, S) in micro-batches of B / micro_batches sequences, and under a memory policy.
 
@@ -60,7 +61,7 @@ def step(
     parts = np.split(np.arange(len(tokens)), micro_batches)
     batches = [model.inputs(tokens[i], labels=labels[i]) for i in parts]
     loss, grads, load = accumulate(model, batches, recipe)
-    return update(c, state, loss, named(model, grads), load, recipe)
+    return update(c, state, loss, named(model, grads), load, recipe, in_place=in_place)
 
 
 def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
