@@ -36,7 +36,7 @@ def test_greedy_is_the_argmax_of_runs_without_a_cache():
 
 
 def test_a_prompt_makes_logits_behind_its_last_token_only(monkeypatch):
-    """Catches logits of a whole prompt, (S, V) numbers of which one row is read, and a row of another place: prompts of four lengths,
+    """Catches logits of a whole prompt, (S, V) numbers of which one row is read, a row of another place: prompts of four lengths,
     each against a run that makes all its logits. float32 products of other shapes, hence 1e-5.
     """
     it, seen, advance = impl(0), [], Impl.advance
