@@ -59,6 +59,7 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
     if size == "nodes":
         return {"nodes": chain}
     model, x = build(size), torch.from_numpy(tokens(size))
+    one, many = torch.from_numpy(prompt(size)), torch.from_numpy(prompts(size, 8))
     caches: dict[int, Any] = {}
 
     def forward() -> list[float]:
@@ -74,10 +75,10 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
 
     def prefill() -> list[float]:
         with torch.no_grad():
-            return some(model(input_ids=torch.from_numpy(prompt(size)), use_cache=True, logits_to_keep=1).logits)
+            return some(model(input_ids=one, use_cache=True, logits_to_keep=1).logits)
 
     def decode(batch: int) -> list[float]:
-        rows = torch.from_numpy(prompts(size, batch))
+        rows = many[:batch]
         with torch.no_grad():
             if batch not in caches:
                 caches[batch] = model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values

@@ -44,6 +44,7 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
         return {"nodes": chain}
     model, x = build(size), tokens(size)
     inputs, tracked = model.inputs(x, labels=x), model.with_gradients()
+    one, many = prompt(size), prompts(size, 8)
     caches: dict[int, Any] = {}
 
     def forward() -> list[float]:
@@ -56,11 +57,10 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
         return [float(loss.data), float(np.abs(one).sum())]
 
     def prefill() -> list[float]:
-        rows = prompt(size)
-        return some(model(model.inputs(rows), at=np.array([rows.shape[1] - 1])).logits)
+        return some(model(model.inputs(one), at=np.array([one.shape[1] - 1])).logits)
 
     def decode(batch: int) -> list[float]:
-        rows = prompts(size, batch)
+        rows = many[:batch]
         if batch not in caches:
             caches[batch] = model(model.inputs(rows)).cache
         cache = caches[batch]

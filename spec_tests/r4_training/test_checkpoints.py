@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import threading
 import zlib
@@ -22,7 +21,7 @@ from refimpl.parallel_emulation.pipeline import build
 from refimpl.spec_tests.cases.killed_writer import content, snap
 from refimpl.train import AdamW, Recipe, State, init, step
 from refimpl.train import parallel as pt
-from refimpl.train.checkpoints import Keeper, Retention, Saved, Snapshot, disk, facts, mesh, serial
+from refimpl.train.checkpoints import Keeper, Retention, Saved, Snapshot, facts, mesh, serial
 from refimpl.train.checkpoints.disk import Disk
 from refimpl.train.checkpoints.pieces import Piece, Place, assembled, is_narrow, narrowed, widened
 from refimpl.train.checkpoints.random_states import generator, random_state
@@ -542,19 +541,3 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     """Catches an error where a run simply begins."""
     found = Keeper(tmp_path / "new").newest()
     assert found.saved is None and not found.passed_over
-
-
-def test_the_disk_is_told_to_begin_while_the_file_is_written(tmp_path, monkeypatch):
-    """Catches a stretch of the file that is never announced, or announced before it is written: then the disk stands idle until the
-    end, and what was measured in benchmarks/README.md is lost. Oracle: stretches follow one another up to the last whole one.
-    """
-    told = []
-    monkeypatch.setattr(disk, "STRIDE", 100)
-    monkeypatch.setattr(
-        disk.os, "posix_fadvise", lambda f, at, n, how: told.append((at, n, os.fstat(f).st_size)), raising=False
-    )
-    with disk.Disk().create(tmp_path / "x") as f:
-        for n in (30, 80, 250, 20, 100):
-            assert disk.write_all(f, bytes(n)) == n
-    assert told == [(0, 110, 110), (110, 250, 360), (360, 120, 480)]
-    assert (tmp_path / "x").stat().st_size == 480

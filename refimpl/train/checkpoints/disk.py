@@ -13,7 +13,6 @@ from typing import IO, Protocol, cast
 from refimpl.checkpoint.atomic import flush_folder
 
 BEHIND = 16  # writes whose sums may be outstanding: what they were given lives that long
-STRIDE = 16 << 20  # bytes after which the disk is told to begin
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
 
 
@@ -22,26 +21,6 @@ class File(Protocol):
 
     def write(self, data: bytes | memoryview, /) -> int:
         """Append the beginning of `data` -> how many bytes of it, at least one."""
-
-
-class Onward:
-    """A file whose bytes go to the disk while it is being written, and leave the page cache when they are there.
-
-    Left alone, the system collects them until a share of memory is full, then stops the writer; the disk stood idle meanwhile. And
-    a checkpoint is not read again, what it would push out of memory is.
-    """
-
-    def __init__(self, file: File, descriptor: int) -> None:
-        self._file, self._descriptor, self._at, self._told = file, descriptor, 0, 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        """As the file does."""
-        n = self._file.write(data)
-        self._at += n
-        if self._at - self._told >= STRIDE and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, self._told, self._at - self._told, os.POSIX_FADV_DONTNEED)
-            self._told = self._at
-        return n
 
 
 class Disk:
@@ -55,7 +34,7 @@ class Disk:
     def create(self, path: Path) -> Iterator[File]:
         """A new file to write to, on the disk when the block is left."""
         with path.open("xb", buffering=0) as f:
-            yield Onward(self.writer(cast(File, f), path), f.fileno())
+            yield self.writer(cast(File, f), path)
             self.sync(f, path)
 
     def writer(self, f: File, path: Path) -> File:
