@@ -131,17 +131,10 @@ class Impl:
         return result
 
     def advance(
-        self,
-        tokens: Any,
-        cache: KVState,
-        *,
-        valid: Any = None,
-        attend: Attend | None = None,
-        at: Array | None = None,
+        self, tokens: Any, cache: KVState, *, valid: Any = None, attend: Attend | None = None, at: Array | None = None
     ) -> Output:
-        """As `forward`, without taps, for those who also need the hidden: tokens (B, S) -> the model's Output; the cache grows in
-        place. On an error it is what it was. `at` (B,): logits behind that token of each row alone.
-        """
+        """As `forward`, without taps, for those who need the hidden: tokens (B, S) -> the model's Output, with `at` as there; the cache
+        grows in place. On an error it is what it was."""
         past = self._past(cache)
         with where("in the inputs of advance"):
             inputs = self.model.inputs(tokens, valid=valid, cache=past)

@@ -35,9 +35,10 @@ def adamw_over(
     found = {n: _own(p) for n, p in params.items()}
     m, v = ({n: _own(held[n]) if n in held else np.zeros_like(found[n]) for n in grads} for held in (state.m, state.v))
     for n, g in grads.items():
-        arrays = [np.reshape(a, -1) for a in (found[n], g, m[n], v[n])]
+        p, g, first, second = (np.reshape(a, -1) for a in (found[n], g, m[n], v[n]))
         for i in range(0, g.size, BLOCK):
-            _block(*[a[i : i + BLOCK] for a in arrays], opt, state.t + 1, opt.decay(n), scale)
+            at = slice(i, i + BLOCK)
+            _block(p[at], g[at], first[at], second[at], opt, state.t + 1, opt.decay(n), scale)
     return found, replace(state, m=m, v=v, t=state.t + 1)
 
 
