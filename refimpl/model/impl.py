@@ -133,8 +133,8 @@ class Impl:
     def advance(
         self, tokens: Any, cache: KVState, *, valid: Any = None, attend: Attend | None = None, at: Array | None = None
     ) -> Output:
-        """As `forward`, without taps, for those who need the hidden: tokens (B, S) -> the model's Output, with `at` as there; the cache
-        grows in place. On an error it is what it was."""
+        """As `forward`, without taps, for those who need the hidden: tokens (B, S) -> the model's Output (`at` as there); the
+        cache grows in place. On an error it is what it was."""
         past = self._past(cache)
         with where("in the inputs of advance"):
             inputs = self.model.inputs(tokens, valid=valid, cache=past)

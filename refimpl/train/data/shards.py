@@ -150,7 +150,7 @@ class Shards:
         if len(which) and not (which.min() >= 0 and which.max() < len(self)):
             raise SpecError(f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
         owner = np.searchsorted(self.first, which, side="right") - 1
-        owners: list[int] = owner.tolist()
+        owners: Any = owner.tolist()
         for shard in sorted(set(owners)):
             places = (owner == shard).nonzero()[0]
             yield shard, places, which[places] - self.first[shard]
