@@ -8,6 +8,7 @@ if __name__ != "refimpl.autograd":
 from . import attention_op, expert_ops, nn_ops, operators, ops
 from .errors import SpecError, require, where
 from .gradcheck import directional
+from .memory import keep_freed
 from .recompute import discard, recompute
 from .tensor import Array, Gradients, Parameter, Tensor, backward, data_of, primitive
 
@@ -32,3 +33,4 @@ __all__ = [
 ]
 
 operators.install()
+keep_freed()

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from .nn_ops import once
+from .nn_ops import once, product
 from .ops import Result
 from .tensor import Array, Vjp, primitive
 
@@ -59,7 +59,7 @@ def grouped_linear(rows: Array, ids: Array, *ws: Array, again: Callable[[], Arra
     busy = [e for e, s in enumerate(spans) if s.start < s.stop]
     y = np.empty_like(rows, shape=(len(rows), ws[0].shape[0]))
     for e in busy:
-        np.matmul(rows[spans[e]], ws[e].T, out=y[spans[e]])  # Fprop
+        y[spans[e]] = product(rows[spans[e]], ws[e])  # Fprop
     before = rows.shape
 
     def dgrad(dy: Array) -> Array:

@@ -63,6 +63,7 @@ MINI = SHARED | {
 }
 SIZES = {"tiny": TINY, "mini": MINI}  # 0.13 M and 52.2 M parameters
 BATCH, LENGTH = 2, 256
+LR, GAMMA = 2.2e-4, 1e-3  # of a training step (R 4.2)
 NODES = 1000  # of the autograd chain: mul, add, maximum in turn, then one sum
 
 
@@ -82,6 +83,17 @@ def draw(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
 def tokens(size: str) -> Array:
     """Token ids (BATCH, LENGTH), the same for every implementation."""
     return np.random.default_rng(7).integers(0, SIZES[size]["vocab_size"], (BATCH, LENGTH))
+
+
+def prompts(size: str, batch: int) -> Array:
+    """Token ids (batch, LENGTH) to decode after: those of `tokens`, and more of the kind."""
+    more = np.random.default_rng(8).integers(0, SIZES[size]["vocab_size"], (max(batch, BATCH) - BATCH, LENGTH))
+    return np.concatenate([tokens(size), more])[:batch]
+
+
+def prompt(size: str) -> Array:
+    """Token ids (1, 512): a prompt."""
+    return tokens(size).reshape(1, -1)
 
 
 def chain_inputs() -> tuple[Array, Array, Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from configs import LENGTH, NODES, SIZES, chain_inputs, draw, tokens
+from configs import GAMMA, LENGTH, LR, NODES, SIZES, chain_inputs, draw, prompt, prompts, tokens
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -58,6 +59,7 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
     if size == "nodes":
         return {"nodes": chain}
     model, x = build(size), torch.from_numpy(tokens(size))
+    one, many = torch.from_numpy(prompt(size)), torch.from_numpy(prompts(size, 8))
     caches: dict[int, Any] = {}
 
     def forward() -> list[float]:
@@ -71,22 +73,46 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
         one = model.model.layers[1].self_attn.kv_b_proj.weight.grad
         return [float(loss.detach()), float(one.abs().sum())]
 
+    def prefill() -> list[float]:
+        with torch.no_grad():
+            return some(model(input_ids=one, use_cache=True, logits_to_keep=1).logits)
+
     def decode(batch: int) -> list[float]:
+        rows = many[:batch]
         with torch.no_grad():
             if batch not in caches:
-                caches[batch] = model(input_ids=x[:batch], use_cache=True).past_key_values
+                caches[batch] = model(input_ids=rows, use_cache=True, logits_to_keep=1).past_key_values
             cache = caches[batch]
             assert cache.get_seq_length() == LENGTH
-            y = model(input_ids=x[:batch, :1], past_key_values=cache, use_cache=True).logits
+            y = model(input_ids=rows[:, :1], past_key_values=cache, use_cache=True).logits
             cache.crop(-1)
             return some(y)
 
     return {
         "forward": forward,
         "forward_backward": forward_backward,
-        "decode_2": lambda: decode(2),
-        "decode_1": lambda: decode(1),
+        "train_step": functools.partial(train_step, model, x, []),
+        "prefill_512": prefill,
+        **{f"decode_{b}": functools.partial(decode, b) for b in (1, 2, 8)},
     }
+
+
+def train_step(model: Any, x: Any, kept: list[Any]) -> list[float]:
+    """One step on the same batch: forward, backward, clip, AdamW, the balancing bias by load (R 2.1.2) -> loss, norm."""
+    if not kept:
+        kept += [torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1), {}]
+        for layer in model.model.layers[model.config.first_k_dense_replace :]:
+            layer.mlp.gate.register_forward_hook(lambda gate, _, out: kept[1].update({gate: out[2]}))
+    optimizer, chosen = kept
+    optimizer.zero_grad(set_to_none=True)
+    loss = model(input_ids=x, labels=x, use_cache=False).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    for gate, ids in chosen.items():
+        load = torch.bincount(ids.reshape(-1), minlength=gate.num_experts).float()
+        gate.e_score_correction_bias += GAMMA * torch.sign(load.mean() - load)
+    return [float(loss.detach()), float(norm)]
 
 
 def chain() -> list[float]:

@@ -6,7 +6,7 @@ plain    the reader: rows in the order of a seed, int64
 masked   the same with documents, labels and padding (R 5.1)
 
 All four move the same number of tokens in turn, round by round; the table has the medians of CPU time and of the ratios of a
-round. The goal is 100 M tokens a second for `plain`.
+round. The goal is 100 M tokens a second for `plain` and for `masked`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,11 @@ def main() -> int:
                 f"{name:<8}"
                 + "".join(f"{v:{w}.{d}f}" for v, w, d in zip(row.values(), (12, 9, 9), (0, 2, 2), strict=True))
             )
-    return 0 if found["plain"]["M tokens/s"] * 1e6 >= GOAL else 1
+    slowest = min([found[name]["M tokens/s"] * 1e6 for name in ("plain", "masked")])
+    if not a.json:
+        verdict = "met   " if slowest >= GOAL else "MISSED"
+        print(f"{verdict} the slower of plain and masked {slowest / 1e6:.0f} M tokens/s  goal {GOAL / 1e6:.0f}")
+    return 0 if slowest >= GOAL else 1
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 WORKERS = {"hf": "hf_worker.py", "refimpl": "refimpl_worker.py"}  # ratios are to the first
-MODEL_CASES = ("forward", "forward_backward", "decode_2", "decode_1")
+MODEL_CASES = ("forward", "forward_backward", "train_step", "prefill_512", "decode_8", "decode_2", "decode_1")
 CASES = [f"{size}/{case}" for size in ("mini", "tiny") for case in MODEL_CASES] + ["nodes/nodes", "tiny/startup"]
 CALLS = {
     "tiny/decode_1": 10,
     "tiny/decode_2": 10,
+    "tiny/decode_8": 10,
     "tiny/forward": 3,
     "nodes/nodes": 5,
 }  # per timed call, for short ones

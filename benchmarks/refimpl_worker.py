@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import runpy
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import numpy as np
 
 runpy.run_path(str(pathlib.Path(__file__).parents[1] / "conftest.py"))  # time this tree, installed or not
 
-from configs import LENGTH, NODES, SIZES, chain_inputs, draw, tokens  # noqa: E402
+from configs import GAMMA, LENGTH, LR, NODES, SIZES, chain_inputs, draw, prompt, prompts, tokens  # noqa: E402
 
 from refimpl.autograd import Tensor, backward, ops  # noqa: E402
 from refimpl.layers.config import Config  # noqa: E402
+from refimpl.layers.precision import FLOAT32  # noqa: E402
 from refimpl.model import ForCausalLM, expected_tensors  # noqa: E402
+from refimpl.train import AdamW, Recipe, State, step  # noqa: E402
 
 
 def build(size: str) -> ForCausalLM:
@@ -41,6 +44,7 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
         return {"nodes": chain}
     model, x = build(size), tokens(size)
     inputs, tracked = model.inputs(x, labels=x), model.with_gradients()
+    one, many = prompt(size), prompts(size, 8)
     caches: dict[int, Any] = {}
 
     def forward() -> list[float]:
@@ -52,19 +56,33 @@ def cases(size: str) -> dict[str, Callable[[], Any]]:
         one = grads[tracked.model.layers[1].self_attn.kv_b_proj.weight]
         return [float(loss.data), float(np.abs(one).sum())]
 
+    def prefill() -> list[float]:
+        return some(model(model.inputs(one), at=np.array([one.shape[1] - 1])).logits)
+
     def decode(batch: int) -> list[float]:
+        rows = many[:batch]
         if batch not in caches:
-            caches[batch] = model(model.inputs(x[:batch])).cache
+            caches[batch] = model(model.inputs(rows)).cache
         cache = caches[batch]
         assert len(cache) == LENGTH
-        return some(model(model.inputs(x[:batch, :1], cache=cache), cache).logits)
+        return some(model(model.inputs(rows[:, :1], cache=cache), cache).logits)
 
     return {
         "forward": forward,
         "forward_backward": forward_backward,
-        "decode_2": lambda: decode(2),
-        "decode_1": lambda: decode(1),
+        "train_step": functools.partial(train_step, model, x, []),
+        "prefill_512": prefill,
+        **{f"decode_{b}": functools.partial(decode, b) for b in (1, 2, 8)},
     }
+
+
+def train_step(model: ForCausalLM, x: Any, kept: list[State]) -> list[float]:
+    """One step on the same batch: forward, backward, clip, AdamW, the balancing bias by load (R 2.1.2) -> loss, norm."""
+    if not kept:
+        kept.append(State(dict(model.named_weights())))
+    recipe = Recipe(plan=FLOAT32, opt=AdamW(lr=LR), gamma=GAMMA)
+    kept[0], report = step(model.config, kept[0], x, recipe, in_place=True)
+    return [report.loss, report.norm]
 
 
 def chain() -> list[float]:

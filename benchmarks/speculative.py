@@ -4,7 +4,9 @@
 
 The text is `corpus.txt.gz`, one token per byte, the last tenth held out. Prints, for several temperatures and depths, the part
 of the drafts that stood by depth, tokens per run of the model, what Leviathan et al. 2023 eq 1 expects of the first depth's
-acceptance, and the time per token relative to plain decoding of the same requests. `--deep` measures the time alone, on 16 layers.
+acceptance, and the time per token relative to plain decoding of the same requests. `--deep` measures the time alone, on 16 layers,
+`--rates` there too, with drafts that stand as often as they are told to (after the modules have run, so that they cost what they
+cost), beside what the formula makes of one measured step.
 """
 
 from __future__ import annotations
@@ -12,15 +14,21 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+import statistics
 import sys
 import time
+from typing import Any
+from unittest import mock
 
 import numpy as np
 from fp8_training import SMALL, schedule, text
 
 from refimpl import Checkpoint, Impl
 from refimpl.checkpoint import save
-from refimpl.infer import Request, Settings, Speculation, Tally, expected_tokens, generate
+from refimpl.infer import Request, Settings, Speculation, Tally, expected_tokens, generate, streaming
+from refimpl.infer.distribution import one_hot
+from refimpl.infer.drafter import Drafter
+from refimpl.infer.verify import Draft
 from refimpl.layers.precision import FLOAT32
 from refimpl.train import AdamW, Recipe, init, text_batches, train
 
@@ -81,6 +89,47 @@ def deep() -> None:
         )
 
 
+class Told(Drafter):
+    """Drafts that stand with chance `rate` each: the modules run, then the right token takes their token's place, or another."""
+
+    def __init__(self, impl: Impl, how: Speculation, *, right: list[int], rate: float) -> None:
+        super().__init__(impl, how)
+        self._right, self._rate, self._rng = right, rate, np.random.default_rng(0)
+
+    def propose(self, rows: Any, hidden: Any, tokens: Any, draft: Any) -> list[list[Draft]]:
+        """The drafts of one row that decodes greedily, as told."""
+        (drafts,) = super().propose(rows, hidden, tokens, draft)
+        coming = self._right[len(tokens[0]) :][: len(drafts)]
+        told = [t if self._rng.random() < self._rate else (t + 1) % 256 for t in coming]
+        return [[Draft(t, one_hot(t, len(d.q))) for t, d in zip(told, drafts, strict=False)]]
+
+
+def rates(length: int = 64) -> None:
+    """The speed-up of greedy decoding at set rates of acceptance; a step's cost is measured where all drafts stand."""
+    impl, prompt = Impl().load(DEEP, init(DEEP, std=0.05)), list(range(PROMPT))
+    request = [Request(prompt, Settings(temperature=0, max_tokens=length))]
+    right = prompt + generate(impl, request)[0].tokens
+    print("| depth | told | stood | tokens a run | expected | speed-up | by formula |\n|---|---|---|---|---|---|---|")
+    for depth in (1, 2):
+        how, cost = Speculation(depth, recycle=True), 0.0
+        for rate in (1.0, 0.9, 0.8, 0.6):
+            told = functools.partial(Told, right=right, rate=rate)
+            pairs = []
+            with mock.patch.object(streaming, "Drafter", told):
+                for _ in range(3):
+                    plain, _ = measured(impl, request, None, batch=1)
+                    seconds, tally = measured(impl, request, how, batch=1)
+                    pairs.append((plain / seconds, seconds / tally.steps / (plain / length)))
+            gain, step = (statistics.median(x) for x in zip(*pairs, strict=True))
+            cost = cost or step  # of a run with drafts, in plain ones
+            expected = expected_tokens(rate, depth)
+            print(
+                f"| {depth} | {rate} | {tally.acceptance[0]:.2f} | {tally.tokens_per_step:.2f} | {expected:.2f} | {gain:.2f} "
+                f"| {expected / cost:.2f} |",
+                flush=True,
+            )
+
+
 def held_out_loss(impl: Impl, rows: list[list[int]]) -> float:
     """Mean nats a byte on the prompts."""
     ids = np.array(rows)
@@ -125,9 +174,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--deep", action="store_true", help="time only, on an untrained model of 16 layers")
+    parser.add_argument(
+        "--rates", action="store_true", help="the speed-up at set rates of acceptance, on the same model"
+    )
     args = parser.parse_args()
-    if args.deep:
-        return deep()
+    if args.deep or args.rates:
+        return deep() if args.deep else rates()
     corpus = text()
     cut = len(corpus) * 9 // 10
     if not (args.model / "config.json").exists():

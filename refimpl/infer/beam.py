@@ -45,7 +45,7 @@ def beam_search(
     limit = Request(prompt, Settings(max_tokens=max_tokens, eos=eos)).check(impl.model.config)
     state = impl.new_cache()
     running, done = [_beam((), 0.0, length_penalty)], list[Beam]()
-    last = impl.advance([list(prompt)], state).logits[:, -1]
+    last = impl.advance([list(prompt)], state, at=np.array([len(prompt) - 1])).logits[:, -1]
     for length in range(1, limit + 1):
         parents, running = _extend(running, last, beams, eos, length_penalty, done)
         done = _best(done, beams)

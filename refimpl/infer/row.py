@@ -62,9 +62,11 @@ class Row:
         return likeliest(q) if greedy else Draft(self.draw(q), q)
 
     def decide(self, logits: Array, tally: Tally | None) -> Iterator[Token]:
-        """The tokens that a run of the model decides: the drafts that stand and one more.  logits (S, V) of what was fed."""
+        """The tokens that a run of the model decides: the drafts that stand and one more.  logits (S, V) of what was fed, at least
+        of the last token decided and the drafts.
+        """
         at, ids = len(self.pending), [d.token for d in self.drafts]
-        z = logits[at - 1 : at + len(ids)]  # (1 + drafts, V)
+        z = logits[-1 - len(ids) :]  # (1 + drafts, V)
         context = self.tokens.copy()
         stood, last = verify(lambda j: self.settings.distribution(z[j], context + ids[:j]), self.drafts, self.draw)
         before = len(context)

@@ -59,12 +59,14 @@ def stream(
 def _steps(impl: Impl, rows: list[Row], drafter: Drafter | None, tally: Tally) -> Iterator[Token]:
     state = impl.new_cache()
     while rows:
-        tokens, valid = padded([row.fed() for row in rows])
+        fed = [row.fed() for row in rows]
+        tokens, valid = padded(fed)
         steps = bool(state)  # the prompts are behind us; from now on latents are read, not expanded
         attend: Attend | None = "absorbed" if steps and impl.attend == "auto" else None
-        out = impl.advance(tokens, state, valid=None if valid.all() else valid, attend=attend)
+        at = None if steps else np.array([len(ids) - 1 for ids in fed])  # behind a prompt, not inside it
+        out = impl.advance(tokens, state, valid=None if valid.all() else valid, attend=attend, at=at)
         for row, logits in zip(rows, out.logits, strict=True):
-            yield from row.decide(logits, tally if steps else None)
+            yield from row.decide(logits[: len(row.fed())] if steps else logits, tally if steps else None)
         going = [b for b, row in enumerate(rows) if not row.done]
         hidden = [h[: rows[b].seen] for b, h in enumerate(impl.model.mtp_start(out)) if not rows[b].done]
         rows = [rows[b] for b in going]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
+
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Parameter
 from refimpl.layers import loss as losses
@@ -93,8 +95,12 @@ class ForCausalLM(Module):
         attend: Attend = "auto",
         with_mtp: bool = False,
         name: str | None = None,
+        at: Array | None = None,
     ) -> Output:
-        """Run the model; taps are named under `name`, by default "fwd", or "decN" with N tokens in the cache."""
+        """Run the model; taps are named under `name`, by default "fwd", or "decN" with N tokens in the cache.
+
+        `at` (B,): logits behind this token of each row alone (B, 1, V), as a prompt needs no others.
+        """
         name = name or (f"dec{len(cache)}" if cache else "fwd")
         with phase(name):
             x = embed(inputs.tokens, self.model.embed_tokens.weight)
@@ -102,7 +108,7 @@ class ForCausalLM(Module):
             table, m = self._tables(inputs), self._mask(inputs, keys)
             x, kvs, routing = self.blocks(x, table, m, cache, attend)
             h = final_norm(x, self.model.norm.weight, eps=self.config.rms_norm_eps)
-            y = logits(h, self.head)
+            y = logits(h if at is None else h[np.arange(len(at)), at][:, None], self.head)
             out = Output(y, x, h, Cache(tuple(kvs), *keys), routing)
             return replace(out, mtp_logits=self._mtp(inputs, self.mtp_start(out), attend)) if with_mtp else out
 

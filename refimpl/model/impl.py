@@ -130,15 +130,16 @@ class Impl:
         result.cache = state
         return result
 
-    def advance(self, tokens: Any, cache: KVState, *, valid: Any = None, attend: Attend | None = None) -> Output:
-        """As `forward`, without taps, for those who also need the hidden: tokens (B, S) -> the model's Output; the cache grows in
-        place. On an error it is what it was.
-        """
+    def advance(
+        self, tokens: Any, cache: KVState, *, valid: Any = None, attend: Attend | None = None, at: Array | None = None
+    ) -> Output:
+        """As `forward`, without taps, for those who need the hidden: tokens (B, S) -> the model's Output (`at` as there); the
+        cache grows in place. On an error it is what it was."""
         past = self._past(cache)
         with where("in the inputs of advance"):
             inputs = self.model.inputs(tokens, valid=valid, cache=past)
         with self.rounding():
-            out = self.model(inputs, past, attend=attend or self.attend)
+            out = self.model(inputs, past, attend=attend or self.attend, at=at)
         self._remember(cache, out.cache)
         return out
 

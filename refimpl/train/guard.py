@@ -36,6 +36,8 @@ def guarded_step(
     tokens: Array,
     recipe: Recipe,
     take: Callable[..., tuple[State, Report]] = step,
+    *,
+    in_place: bool = False,
     **rows: Array,
 ) -> tuple[State, Report]:
     """`step`, or NotFinite if loss or gradient norm is NaN or infinite: which stage first showed it, of which tokens.
@@ -43,7 +45,7 @@ def guarded_step(
     `take`: another way to take the same step (`memory.step`); `rows`: labels, valid, documents, as there.
     """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        new, report = take(c, state, tokens, recipe, **rows)
+        new, report = take(c, state, tokens, recipe, in_place=in_place, **rows)
     try:
         check(report)
     except NotFinite as error:

@@ -13,6 +13,9 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers import adamw as stages
 from refimpl.layers.numerics.formats import to_bf16
 
+BLOCK = 1 << 15
+"""Elements of a gradient that are squared at once."""
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -43,15 +46,32 @@ class AdamState:
 
 
 def global_norm(grads: Mapping[str, Array]) -> float:
-    """sqrt of the sum of squares over all gradients, in float64."""
-    return float(np.sqrt(sum([float((g.astype(np.float64) ** 2).sum()) for g in grads.values()])))
+    """sqrt of the sum of squares over all gradients, in float64, a block at a time: no gradient is held twice as wide."""
+    return float(np.sqrt(sum([_squares(g.reshape(-1)) for g in grads.values()])))
+
+
+def _squares(g: Array) -> float:
+    total = 0.0
+    for i in range(0, len(g), BLOCK):
+        part = g[i : i + BLOCK].astype(np.float64)
+        total += float(part @ part)
+    return total
+
+
+def clipping(norm: float, max_norm: float) -> float:
+    """min(1, max_norm / (norm + 1e-6)), what gradients of this norm are multiplied by."""
+    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def clip(grads: Mapping[str, Array], *, max_norm: float = 1.0) -> tuple[dict[str, Array], float]:
     """g min(1, max_norm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_ does -> clipped gradients, norm before."""
     norm = global_norm(grads)
-    scale = min(1.0, max_norm / (norm + 1e-6))
-    return {n: g * np.asarray(scale, g.dtype) for n, g in grads.items()}, norm
+    return scaled(grads, clipping(norm, max_norm)), norm
+
+
+def scaled(grads: Mapping[str, Array], scale: float) -> dict[str, Array]:
+    """Every gradient times `scale`."""
+    return {n: g * np.asarray(scale, g.dtype) for n, g in grads.items()}
 
 
 def adamw(

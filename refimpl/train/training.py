@@ -19,7 +19,8 @@ from refimpl.layers.router import Routing, bias_update, counts
 from refimpl.layers.stage import observing, phase, unit
 from refimpl.model import ForCausalLM, expected_tensors
 
-from .optimizer import AdamState, AdamW, adamw, clip
+from .in_place import adamw_over
+from .optimizer import AdamState, AdamW, adamw, clipping, global_norm, scaled
 from .shares import part_of
 
 
@@ -85,12 +86,16 @@ def step(
     labels: Array | None = None,
     valid: Array | None = None,
     documents: Array | None = None,
+    in_place: bool = False,
 ) -> tuple[State, Report]:
     """Train on one batch, tokens (B, S): each predicts the next, or what `labels` has there (-100: nothing). `valid` is 0 for
     padding, attention stays inside `documents` (all as the model's inputs). -> the new state, what was seen.
+
+    `in_place`: the same bits, written over the state that was given, in half the memory. A step whose loss or gradient norm
+    is no number changes nothing then, and the state comes back as it was.
     """
     loss, grads, load, seen = gradients(c, state, tokens, recipe, labels=labels, valid=valid, documents=documents)
-    return update(c, state, loss, grads, load, recipe, seen)
+    return update(c, state, loss, grads, load, recipe, seen, in_place=in_place)
 
 
 def gradients(
@@ -136,7 +141,7 @@ def loads(c: Config, routing: Mapping[str, Routing]) -> dict[str, Array]:
 def named(model: ForCausalLM, grads: Gradients) -> dict[str, Array]:
     """Gradients in float32 by checkpoint name, of the weights that the loss reaches."""
     leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter)]
-    return {n: grads[w].astype(np.float32) for n, w in leaves if w in grads}
+    return {n: grads[w].astype(np.float32, copy=False) for n, w in leaves if w in grads}
 
 
 def update(
@@ -147,9 +152,14 @@ def update(
     load: dict[str, Array],
     recipe: Recipe,
     parts: Mapping[str, float],
+    *,
+    in_place: bool = False,
 ) -> tuple[State, Report]:
     """Clip, AdamW on the masters, bias by load: what a step does with its gradients. -> the new state, what was seen."""
-    state, norm = descend(state, grads, recipe)
+    norm = global_norm(grads)
+    if in_place and not (np.isfinite(loss) and np.isfinite(norm)):
+        return state, Report(state.adam.t + 1, loss, norm, load, parts)
+    state = descend(state, grads, recipe, norm, in_place=in_place)
     weights = dict(state.weights)
     with phase("upd"):
         for place, n in load.items():
@@ -166,15 +176,18 @@ def check_unscaled(recipe: Recipe) -> None:
     require(recipe.loss_scale is None, "this recipe trains under a loss scale: step by refimpl.train.loss_scale.step")
 
 
-def descend(state: State, grads: dict[str, Array], recipe: Recipe) -> tuple[State, float]:
-    """Clip, AdamW on the masters that have a gradient -> the new state, the gradient's norm before clipping. SpecError where the
-    recipe asks for a loss scale, which only `loss_scale.step` keeps.
+def descend(state: State, grads: dict[str, Array], recipe: Recipe, norm: float, *, in_place: bool = False) -> State:
+    """Clip gradients of this norm, AdamW on the masters that have one -> the new state. SpecError where the recipe asks for a
+    loss scale, which only `loss_scale.step` keeps.
     """
     check_unscaled(recipe)
-    grads, norm = clip(grads, max_norm=recipe.max_norm)
     opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
-    trained, adam = adamw({n: state.weights[n] for n in grads}, grads, state.adam, opt)
-    return State(state.weights | trained, adam), norm
+    masters, scale = {n: state.weights[n] for n in grads}, clipping(norm, recipe.max_norm)
+    if in_place:
+        trained, adam = adamw_over(masters, grads, state.adam, opt, scale=scale)
+    else:
+        trained, adam = adamw(masters, scaled(grads, scale), state.adam, opt)
+    return State(state.weights | trained, adam)
 
 
 def step_on(state: State, objective: Callable[[dict[str, Parameter]], Any], recipe: Recipe) -> tuple[State, Report]:
@@ -185,7 +198,9 @@ def step_on(state: State, objective: Callable[[dict[str, Parameter]], Any], reci
     with observing(recipe.plan):
         loss = objective(leaves)
     grads = backward(loss)
-    state, norm = descend(state, {n: grads[w].astype(np.float32) for n, w in leaves.items() if w in grads}, recipe)
+    found = {n: grads[w].astype(np.float32, copy=False) for n, w in leaves.items() if w in grads}
+    norm = global_norm(found)
+    state = descend(state, found, recipe, norm)
     return state, Report(state.adam.t, float(data_of(loss)), norm, {})
 
 

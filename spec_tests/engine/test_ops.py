@@ -262,3 +262,18 @@ def test_matmul_refuses_vectors_and_linear_refuses_widths():
         ops.matmul(np.ones(3), np.ones((3, 2)))
     with pytest.raises(SpecError, match=r"x \(2, 3\) does not fit w \(5, 4\)"):
         nn_ops.linear(np.ones((2, 3)), np.ones((5, 4)))
+
+
+@pytest.mark.parametrize("n", [0, 1, nn_ops.FEW, nn_ops.FEW + 1, nn_ops.SOME, nn_ops.SOME + 1])
+@pytest.mark.parametrize("layout", ["rows", "columns", "every second"])
+def test_few_rows_are_multiplied_as_many_are(n, layout):
+    """Catches a transpose forgotten where few rows go another way, a result that is no row-major array, a stride taken for another.
+    Oracle: float64 sums over products by loops of NumPy; float32 sums of 33 terms of order 1 err by less than 1e-5.
+    """
+    rng = np.random.default_rng(n)
+    x, w = rng.standard_normal((2 * n, 33), dtype=np.float32), rng.standard_normal((5, 33), dtype=np.float32)
+    rows = {"rows": x[:n], "columns": np.asfortranarray(x[:n]), "every second": x[::2]}[layout]
+    expected = (rows[:, None].astype(np.float64) * w).sum(axis=-1)
+    for found in (nn_ops.product(rows, w), nn_ops.product(rows, np.asfortranarray(w))):
+        assert found.dtype == np.float32 and found.shape == (n, 5) and found.flags.c_contiguous
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -35,6 +35,24 @@ def test_greedy_is_the_argmax_of_runs_without_a_cache():
     assert [c.tokens for c in generate(it, requests(*PROMPTS, tokens=10, temperature=0))] == expected
 
 
+def test_a_prompt_makes_logits_behind_its_last_token_only(monkeypatch):
+    """Catches logits of a whole prompt, (S, V) numbers of which one row is read, a row of another place: prompts of four lengths,
+    each against a run that makes all its logits. float32 products of other shapes, hence 1e-5.
+    """
+    it, seen, advance = impl(0), [], Impl.advance
+
+    def watched(self, tokens, cache, **how):
+        out = advance(self, tokens, cache, **how)
+        seen.append(out.logits)
+        return out
+
+    monkeypatch.setattr(Impl, "advance", watched)
+    generate(it, requests(*PROMPTS, tokens=2, temperature=0))
+    assert seen[0].shape[:2] == (len(PROMPTS), 1)
+    for found, prompt in zip(seen[0], PROMPTS, strict=True):
+        np.testing.assert_allclose(found[0], it.forward([list(prompt)])["logits"][0, -1], atol=1e-5)
+
+
 def test_every_request_has_its_own_settings_and_draws():
     """Catches settings or generators shared in a batch: each row is what it is alone, and the same again with the same seed."""
     it = impl(0)

@@ -52,12 +52,11 @@ def test_documents_of_rows_are_their_pieces(tmp_path):
     s = Shards(tmp_path / "out")
     assert s.padded
     which, owners = np.random.default_rng(0).permutation(len(s)), documents_of(s)
-    seen = {}
-    for place, pieces in s.pieces(which):
-        seen[place] = [-1] * 16
-        for number, (first, last) in enumerate(pieces):
-            seen[place][first:last] = [number] * (last - first)
-    assert [seen[k] for k in range(len(s))] == owners[which].tolist()
+    counts, lengths = (a.tolist() for a in s.pieces(which))
+    for count, owner in zip(counts, owners[which].tolist(), strict=True):
+        row = [number for number in range(count) for _ in range(lengths.pop(0))]
+        assert row + [-1] * (16 - len(row)) == owner
+    assert not lengths
 
 
 # ---- Interrupted builds

@@ -120,23 +120,30 @@ class Reader:
         if not (self.shards.padded or self.masked):
             tokens = self.shards.rows(rows)
             return Batch(tokens, tokens)
-        # One block for all: four arrays of a megabyte each go back to the system and come anew for every batch, and its page
-        # faults take twenty times as long as the copying.
-        block = np.empty((3 + self.masked, len(rows), self.shards.length), np.int64)
-        tokens, labels, valid = block[:3]
-        labels[:], valid[:] = self.shards.rows(rows, out=tokens), 1
-        documents = block[3] if self.masked else None
-        if documents is not None:
-            documents[:] = -1
-        for place, pieces in self.shards.pieces(rows):
-            end = pieces[-1][1]
-            labels[place, end:] = IGNORE
-            valid[place, end:] = 0
-            if documents is not None:
-                for number, (first, last) in enumerate(pieces):  # np.repeat takes ten times as long
-                    labels[place, first] = IGNORE
-                    documents[place, first:last] = number
-        return Batch(tokens, labels, valid, documents)
+        tokens = self.shards.rows(rows)
+        number, length = self._runs(rows)
+        documents = np.repeat(number, length).reshape(tokens.shape)
+        padding = documents < 0
+        labels, valid = tokens.copy(), 1 - padding
+        if self.masked:
+            labels.reshape(-1)[(np.cumsum(length) - length)[(number >= 0) & (length > 0)]] = IGNORE
+        np.copyto(labels, IGNORE, where=padding)
+        return Batch(tokens, labels, valid, documents if self.masked else None)
+
+    def _runs(self, rows: Array) -> tuple[Array, Array]:
+        """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
+        rows (B,) -> (B + P,), (B + P,).
+        """
+        counts, found = self.shards.pieces(rows)
+        ends = np.cumsum(counts + 1)
+        number = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts - 1, counts + 1)
+        number[ends - 1] = -1
+        upto = np.concatenate([[0], np.cumsum(found)])[np.cumsum(counts)]
+        padding = self.shards.length - np.diff(upto, prepend=0)
+        require((padding >= 0).all(), "a row's pieces are longer than the row: the shard was damaged")
+        length = np.empty_like(number)
+        length[number >= 0], length[ends - 1] = found, padding
+        return number, length
 
 
 @lru_cache(maxsize=16)

@@ -72,13 +72,14 @@ class Shards:
         fits = vocab_size is None or self.vocab_size <= vocab_size
         require(fits, f"{made} of {self.vocab_size} ids; the model has only {vocab_size}")
         self.first = np.cumsum([0, *[s.rows for s in self.shards]], dtype=np.int64)
+        self._rows = int(self.first[-1])
         self.padded = any(s.tokens != s.rows * self.length for s in self.shards)
         for s in self.shards:
             self._check_size(s)
-        self._maps: OrderedDict[Path, Array] = OrderedDict()
+        self._maps: OrderedDict[tuple[int, int], Array] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self.first[-1])
+        return self._rows
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,22 +89,22 @@ class Shards:
 
     def tokens(self, shard: int) -> Array:
         """The rows of a shard (rows, S), mapped."""
-        s = self.shards[shard]
-        return self._mapped(self._files(s)[0], self.dtype.newbyteorder("<"), (s.rows, self.length))
+        return self._mapped(shard, 0)
 
     def spans(self, shard: int) -> Array:
         """First and last + 1 of each piece of a shard (2, pieces), mapped."""
-        s = self.shards[shard]
-        return self._mapped(self._files(s)[1], np.dtype("<i8"), (2, s.pieces))
+        return self._mapped(shard, 1)
 
-    def _mapped(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> Array:
-        if path in self._maps:
-            self._maps.move_to_end(path)
-            return self._maps[path]
-        found = np.asarray(
-            np.memmap(path, dtype, "r", shape=shape)
-        )  # a plain array: slicing a memmap costs several times as much
-        self._maps[path] = found
+    def _mapped(self, shard: int, file: int) -> Array:
+        if (shard, file) in self._maps:
+            self._maps.move_to_end((shard, file))
+            return self._maps[shard, file]
+        s = self.shards[shard]
+        dtype, shape = ((self.dtype.newbyteorder("<"), (s.rows, self.length)), (np.dtype("<i8"), (2, s.pieces)))[file]
+        found = np.asarray(  # a plain array: slicing a memmap costs several times as much
+            np.memmap(self._files(s)[file], dtype, "r", shape=shape)
+        )
+        self._maps[shard, file] = found
         if len(self._maps) > OPEN:
             self._maps.popitem(last=False)
         return found
@@ -115,17 +116,21 @@ class Shards:
             out[places] = self.tokens(shard)[local]
         return out
 
-    def pieces(self, which: Array) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """(place in `which`, first and last + 1 of its pieces) of rows (B,), counted from the row's first token. The pieces of a
-        row follow one another from its beginning; the rest of it is padding.
+    def pieces(self, which: Array) -> tuple[Array, Array]:
+        """How many pieces each of the rows (B,) has, and how many tokens each piece has, (P,), row after row. The pieces of a row
+        follow one another from its beginning; the rest of it is padding.
         """
+        counts, parts = np.empty(len(which), np.int64), []
         for shard, places, local in self._by_shard(which):
             spans = self.spans(shard)
-            begins = local * self.length
-            bounds = [np.searchsorted(spans[0], at).tolist() for at in (begins, begins + self.length)]
-            for place, begin, a, b in zip(places.tolist(), begins.tolist(), *bounds, strict=True):
-                first, last = (spans[:, a:b] - begin).tolist()
-                yield place, list(zip(first, last, strict=True))
+            first, last = np.searchsorted(spans[0], np.stack([local, local + 1]) * self.length)
+            counts[places] = last - first
+            at = _runs(first, last - first)
+            parts.append((places, spans[1][at] - spans[0][at]))
+        lengths, starts = np.empty(int(counts.sum()), np.int64), np.cumsum(counts) - counts
+        for places, found in parts:
+            lengths[_runs(starts[places], counts[places])] = found
+        return counts, lengths
 
     def verify(self) -> Iterator[Shard]:
         """Read every shard and compare its CRC-32s; yields each as it is found whole. SpecError for the first that is not."""
@@ -142,11 +147,12 @@ class Shards:
 
     def _by_shard(self, which: Array) -> Iterator[tuple[int, Array, Array]]:
         """(shard, places in `which` (n,), rows of the shard (n,)) for every shard that has some."""
-        inside = bool(len(which) == 0 or (which.min() >= 0 and which.max() < len(self)))
-        require(inside, f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
+        if len(which) and not (which.min() >= 0 and which.max() < len(self)):
+            raise SpecError(f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
         owner = np.searchsorted(self.first, which, side="right") - 1
-        for shard in np.unique(owner).tolist():
-            places = np.flatnonzero(owner == shard)
+        owners: Any = owner.tolist()
+        for shard in sorted(set(owners)):
+            places = (owner == shard).nonzero()[0]
             yield shard, places, which[places] - self.first[shard]
 
     def _files(self, s: Shard) -> tuple[Path, Path]:
@@ -157,6 +163,12 @@ class Shards:
             found = path.stat().st_size if path.exists() else None
             text = "is missing" if found is None else f"has {found} bytes; the index says {size}"
             require(found == size, f"{path} {text}: " + ("shard truncated?" if found is not None else "shard lost?"))
+
+
+def _runs(starts: Array, counts: Array) -> Array:
+    """start, start + 1, ..., `count` numbers from each start on.  starts (N,), counts (N,) -> (sum of counts,)."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 def index_of(facts: Mapping[str, Any], shards: list[dict[str, Any]]) -> bytes:

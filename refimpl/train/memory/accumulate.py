@@ -34,6 +34,7 @@ def step(
     valid: Array | None = None,
     documents: Array | None = None,
     policy: Policy | None = None,
+    in_place: bool = False,
 ) -> tuple[State, Report]:
     """`refimpl.train.step` on tokens (B, S) in micro-batches of B / micro_batches sequences, and under a memory policy.
 
@@ -55,7 +56,7 @@ def step(
         for i in np.split(np.arange(len(tokens)), micro_batches)
     ]
     loss, grads, load, seen = accumulate(model, batches, recipe)
-    return update(c, state, loss, named(model, grads), load, recipe, seen)
+    return update(c, state, loss, named(model, grads), load, recipe, seen, in_place=in_place)
 
 
 def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
