@@ -34,7 +34,7 @@ from refimpl.layers.rope import RopeScaling
 from refimpl.model import ForCausalLM
 from refimpl.train import Recipe, init
 from refimpl.train.recipe import Run, load, read, scaled
-from refimpl.train.training import Report, State, loads, named, update
+from refimpl.train.training import Report, State, loads, named, parts, update
 
 LENGTH, LR = 64, 5e-3
 METHODS = ("YaRN", "plain", "interpolated")
@@ -113,7 +113,8 @@ def step(c: Config, state: State, tokens: Array, labels: Array, recipe: Recipe) 
     """As `train.step` in float32, where no plan observes the stages: attention is fused, a quarter of the time at 2,048."""
     model = ForCausalLM.from_weights(c, state.weights).with_gradients()
     out = model.forward_and_loss(model.inputs(tokens, labels=labels), aux_weight=recipe.aux_weight)
-    return update(c, state, float(data_of(out.loss)), named(model, backward(out.loss)), loads(c, out.routing), recipe)
+    found = named(model, backward(out.loss))
+    return update(c, state, float(data_of(out.loss)), found, loads(c, out.routing), recipe, parts(out.losses))
 
 
 # ---- Measuring

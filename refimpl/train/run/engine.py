@@ -78,7 +78,9 @@ class Serial:
         if key not in self._policies:
             self._policies[key] = self._job.policy(c, s)
         take = partial(memory.step, micro_batches=self._job.micro_batches(s.batch), policy=self._policies[key])
-        self._state, report = guarded_step(c, self._state, recipe=recipe, take=take, **batch.inputs())
+        alone = self._ema is None  # the average is added up in a thread, from the arrays as they are after this step
+        found = guarded_step(c, self._state, recipe=recipe, take=take, in_place=alone, **batch.inputs())
+        self._state, report = found
         if self._ema is not None:
             self._ema.add(self._state.weights)
         return report
