@@ -16,12 +16,14 @@ from . import (
     batch,
     case,
     cluster,
+    conform,
     data,
     diff,
     explain,
     generate,
     impact,
     info,
+    mutants,
     plot,
     precision,
     recipe,
@@ -39,7 +41,7 @@ BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
-    *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
+    *(diff, impact, explain, repro, conform, mutants, info, weights, case, record, maps, trace, taps),
     *(generate, batch, recipe, data, train, plot, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""

@@ -1,0 +1,61 @@
+"""`refimpl conform`: hold an implementation to the specification's claims."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from .common import Commands
+
+_TEXT = """Hold an implementation to what DeepSeek-V3 must do: every stage alone on exact inputs, whole runs tap by tap,
+runs that must agree with each other (chunks, cached steps, batches, orders of experts and heads), losses and gradients,
+weights that must be refused. Needs pytest and hypothesis (extra: test).
+
+IMPL is pkg.mod:Class with any of load, forward, step, loss_and_grads, stage (docs/conformance.md); what it lacks is
+skipped and counted. --cmd drives a process of any language by lines of JSON instead.
+
+example: refimpl conform refimpl.conformance.ours:bf16
+example: refimpl conform --cmd './engine --spec' --profile core,yarn --certified --badge spec.svg
+example: refimpl conform my.port:Impl -- -k RN-002 -x"""
+
+
+def add(commands: Commands) -> None:
+    """Add `conform`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = commands.add_parser(
+        "conform", help="hold an implementation to the specification", description=_TEXT, formatter_class=raw
+    )
+    p.add_argument("impl", nargs="?", default="", help="pkg.mod:Class; ourselves by default")
+    p.add_argument("--cmd", default="", help="a command that speaks the process protocol")
+    p.add_argument(
+        "--profile", default="core,yarn,fp8,mtp,cache,train", help="with commas between (default: %(default)s)"
+    )
+    p.add_argument("--certified", action="store_true", help="a skip within the profiles is a failure")
+    p.add_argument("--quick", action="store_true", help="four regimes instead of all; a report says so")
+    p.add_argument("--skips", type=Path, help="a file of claims not to be run: lines `ID  # reason`")
+    p.add_argument("--xfails", type=Path, help="a file of claims known to fail")
+    p.add_argument("--json", type=Path, help="write the report here (schema refimpl-conformance/1)")
+    p.add_argument("--junit", type=Path, help="write JUnit XML here")
+    p.add_argument("--badge", type=Path, help="write a badge here (SVG)")
+    p.add_argument("pytest", nargs="*", help="after --: further arguments of pytest")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns its exit code: 0 conforms, 1 does not, 3 for bad input."""
+    from refimpl.conformance.suite import command, environment
+
+    options = {
+        "--impl": args.impl,
+        "--impl-cmd": args.cmd,
+        "--profile": args.profile,
+        "--skips-file": args.skips,
+        "--xfails-file": args.xfails,
+        "--conformance-json": args.json,
+        "--junitxml": args.junit,
+        "--badge": args.badge,
+    }
+    more = [*(["--certified"] if args.certified else []), *args.pytest]
+    code = subprocess.run(command(options, slow=not args.quick, more=more), env=environment()).returncode
+    return code if code in (0, 1) else 3

@@ -1,0 +1,281 @@
+"""The conformance machine: the protocol, the process on the other end, reports, exceptions by file, and what is killed."""
+
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refimpl.spec_tests
+from refimpl import SpecError
+from refimpl.conformance import Lacking, subject
+from refimpl.conformance.bench import Bench
+from refimpl.conformance.innocent import INNOCENTS
+from refimpl.conformance.kills import kill, page, read, regimes_of, subjects, suite_command, unusable
+from refimpl.conformance.process import Process
+from refimpl.conformance.report import Outcome, Report, listed
+from refimpl.conformance.stages import ground, stage_findings
+from refimpl.conformance.wire import put, take
+from refimpl.diff.corpus import MUTANTS
+
+SERVE = f"{sys.executable} -m refimpl.conformance.serve refimpl.model:Impl"
+C_SERVER = Path(refimpl.spec_tests.__file__).parent / "cases" / "stage_server.c"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A bench for ourselves."""
+    return Bench(subject(), tmp_path_factory.mktemp("cases"))
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Child processes find us, installed or not."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(refimpl.__file__).parent.parent))
+
+
+def wrong(name, bench):
+    """Stages that the named implementation gets wrong on the plain case."""
+    of = subject(f"refimpl.conformance.mutated:{name}")
+    found = stage_findings(of, ground(bench.case(), of.precision))
+    return {s for s, calls in found.items() if not all(getattr(f, "ok", False) for f in calls)}
+
+
+@pytest.mark.parametrize("id", ["R04", "A12-q_a_norm-1e-05", "A17", "T01"])
+def test_a_known_bug_fails_its_own_stage_alone(plain, id):
+    """Catches a rung 3 that blames what follows a wrong stage, or that passes whatever is given."""
+    assert wrong(id, plain) == {MUTANTS[id].stage}
+
+
+@pytest.mark.parametrize("id", INNOCENTS)
+def test_an_innocent_rewrite_fails_no_stage(plain, id):
+    """Catches limits so tight that a correct port with other roundings is called wrong."""
+    assert wrong(id, plain) == set()
+    changed = INNOCENTS[id]
+    assert any(c.stage == changed.stage for c in ground(plain.case(), {"storage": "float32"}).program)
+
+
+def test_a_process_answers_as_the_object_does(plain, environment):
+    """Catches arrays that change on the way: dtype, order, shape, the cache's name, absent arguments."""
+    case = plain.loaded()
+    there = subject(command=SERVE)
+    try:
+        there.load(case)
+        tokens = np.asarray(case.tokens)
+        np.testing.assert_array_equal(there.logits(tokens), plain.of.logits(tokens))
+        caches = {}, {}
+        for of, cache in zip((there, plain.of), caches, strict=True):
+            of.logits(tokens[:, :-1], cache=cache)
+        last = [
+            np.asarray(of.call("step", tokens[:, -1], c)["logits"])
+            for of, c in zip((there, plain.of), caches, strict=True)
+        ]
+        np.testing.assert_array_equal(*last)
+        with pytest.raises(SpecError, match="no stage"):
+            there.stage("nothing", {}, {})
+        with pytest.raises(SpecError, match="token id"):
+            there.logits([[10**6]])
+        np.testing.assert_array_equal(there.logits(tokens), plain.of.logits(tokens))
+    finally:
+        there.impl.close()
+    assert not there.impl.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("pass", "ended"),
+        ("print('hello')", "no JSON"),
+        ('print(\'{"seq": 7, "status": "ok"}\')', "expected seq 1"),
+        ('print(\'{"seq": 1, "status": "error", "text": "no GPU"}\')', "no GPU"),
+        ("print('[1]')", "expected seq 1"),
+    ],
+)
+def test_a_process_that_does_not_speak_the_protocol_is_named(script, says):
+    """Catches a client that hangs, or shows a traceback of json, where the other end is wrong."""
+    process = Process(f'{sys.executable} -c "{script.replace(chr(34), chr(92) + chr(34))}"')
+    with pytest.raises(SpecError, match=says):
+        process.info()
+    process.close()
+
+
+def test_a_process_that_says_nothing_is_given_up():
+    """Catches a suite that waits for ever."""
+    process = Process(f'{sys.executable} -c "import sys; sys.stdin.read()"', seconds=0.2)
+    with pytest.raises(SpecError, match="within 0\\.2 s"):
+        process.info()
+    process.close()
+
+
+def test_a_command_that_is_none_is_named():
+    """Catches a traceback of subprocess."""
+    with pytest.raises(SpecError, match="cannot be started"):
+        Process("no-such-engine --spec")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shape": [3]}, {"shape": [-1]}, {"dtype": "complex64"}, {"path": "/etc/hostname"}, {"shape": "2"}],
+    ids=lambda c: next(iter(c.items()))[0],
+)
+def test_arrays_that_are_not_what_they_say_are_refused(tmp_path, changes):
+    """Catches files read beyond their end, and paths that lead out of the folder."""
+    told = put(np.arange(4, dtype=np.int32), tmp_path, [0])
+    np.testing.assert_array_equal(take(told, tmp_path), np.arange(4))
+    with pytest.raises(SpecError, match=r"expected|no such file|protocol has"):
+        take(told | changes, tmp_path)
+
+
+def test_arrays_keep_their_bits_and_their_places(tmp_path):
+    """Catches axes in another order, bfloat16 as something else, arrays inside lists and dicts that are lost."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    given = {"a": [rng.normal(size=(2, 3)).T, None], "b": {"c": rng.normal(size=5).astype(ml_dtypes.bfloat16)}, "n": 3}
+    found = take(json.loads(json.dumps(put(given, tmp_path, [0]))), tmp_path)
+    assert found["n"] == 3 and found["a"][1] is None
+    np.testing.assert_array_equal(found["a"][0], given["a"][0])
+    assert found["b"]["c"].tobytes() == given["b"]["c"].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_page_of_c_serves_a_stage(plain, tmp_path):
+    """Catches a protocol that only Python can speak; and a wrong stage in another language must be seen."""
+    for wrong_by, expected in ((1.0, True), (1.01, False)):
+        exe = tmp_path / f"server{wrong_by}"
+        subprocess.run(["cc", "-O1", f"-DWRONG={wrong_by}", str(C_SERVER), "-o", str(exe), "-lm"], check=True)
+        there = subject(command=str(exe))
+        try:
+            found = stage_findings(there, ground(plain.case(), there.precision))
+            asked = [f for s in ("attn_norm", "ffn_norm", "final_norm") for f in found[s]]
+            assert [f.ok for f in asked] == [expected] * len(asked)
+            assert all(isinstance(f, Lacking) for f in found["embed"])
+        finally:
+            there.impl.close()
+
+
+def report(*states, certified=False):
+    """A report of one profile with these states."""
+    outcomes = [Outcome(f"X-{i}", "", "core", "R 1", "A sentence.", s, "why") for i, s in enumerate(states)]
+    return Report("me 1", "0", certified, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("states", "certified", "conforms"),
+    [
+        (["passed"], True, True),
+        (["passed", "skipped"], False, True),
+        (["passed", "skipped"], True, False),
+        (["passed", "failed"], False, False),
+        (["passed", "blocked"], False, False),
+        (["passed", "known"], False, True),
+        (["passed", "known"], True, False),
+        (["skipped"], False, False),
+        ([], False, False),
+    ],
+)
+def test_a_profile_passes_only_if_something_passed_and_nothing_failed(states, certified, conforms):
+    """Catches "conforms" for an implementation that skipped everything, or whose failures were listed away under --certified."""
+    found = report(*states, certified=certified)
+    assert found.conforms is conforms
+    assert json.loads(found.to_json())["conforms"] is conforms
+    badge = ET.fromstring(found.badge())
+    assert ("of" in badge.attrib["aria-label"].split(": ")[1]) is (bool(states) and not conforms) or not states
+
+
+def test_a_claim_is_as_bad_as_its_worst_regime():
+    """Catches a claim that counts as passed because another regime passed."""
+    two = [Outcome("X", r, "core", "R", "S.", s) for r, s in (("plain", "passed"), ("ties", "failed"))]
+    found = Report("me", "0", outcomes=two)
+    assert found.of("core")["failed"] == 1 and found.of("core")["passed"] == 0
+    assert "X@ties" in found.table()
+
+
+def test_exceptions_have_reasons():
+    """Catches a comment taken for an id."""
+    assert listed("# head\nRN-001 # slow\n\nST-*@ties#tie rule\nRN-002\n") == {
+        "RN-001": "slow",
+        "ST-*@ties": "tie rule",
+        "RN-002": "",
+    }
+
+
+def run_suite(tmp_path, *extra, impl="refimpl.conformance.mutated:R09"):
+    """The suite in a process of its own, on the plain case -> (exit code, report, text)."""
+    out = tmp_path / "r.json"
+    command = suite_command(impl, ["plain"], tmp_path / "cases", out)
+    done = subprocess.run([*command, *extra], capture_output=True, text=True)
+    return done.returncode, json.loads(out.read_text()) if out.is_file() else None, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_suite_on_a_bug_says_which_claims_failed(tmp_path, environment):
+    """Catches a report that disagrees with pytest, exceptions that are not applied, stale entries that go unsaid."""
+    code, found, text = run_suite(tmp_path, "--profile=core")
+    failed = {o["id"] for o in found["outcomes"] if o["state"] == "failed"}
+    assert code == 1 and not found["conforms"] and {"ST-router.weights", "FW-002"} <= failed
+    known = tmp_path / "known.txt"
+    known.write_text("".join(f"{i}  # R01\n" for i in failed) + "ZZ-001  # nothing\n")
+    code, found, text = run_suite(tmp_path, "--profile=core", f"--xfails-file={known}")
+    assert found["stale"] == ["ZZ-001"] and code == 1 and "matches no claim: ZZ-001" in text
+    assert {o["id"] for o in found["outcomes"] if o["state"] == "known"} == failed
+    known.write_text("ST-embed\n")
+    assert run_suite(tmp_path, f"--skips-file={known}")[0] == 4  # no reason
+
+
+@pytest.mark.slow
+def test_kills_go_on_where_they_stopped(tmp_path, environment):
+    """Catches rows that are run twice, lost, or that a page leaves out."""
+    rows = [kill(i, suite_command, tmp_path / "cases") for i in ("R09", "silu")]
+    assert rows[0].located and rows[0].as_it_should and not rows[1].claims
+    assert "ST-router.weights@plain" in page(rows) and "called wrong: 0 of 1" in page(rows)
+    (tmp_path / "bad.jsonl").write_text('{"id": "R01"}\n')
+    with pytest.raises(SpecError, match="line 1"):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_every_bug_is_run_or_has_a_reason():
+    """Catches a bug of the corpus that the matrix forgets."""
+    assert set(MUTANTS) <= set(subjects()) | set(unusable())
+    assert len(INNOCENTS) >= 14 and all(regimes_of(i) for i in subjects())
+    with pytest.raises(SpecError, match="not among"):
+        subjects(["R999"])
+
+
+def test_claims_keep_their_ids():
+    """Catches an id that was renamed or used again for another sentence: conformance/ids.txt only grows."""
+    suite = Path(refimpl.spec_tests.__file__).parent
+    assert ids() == (suite / "conformance" / "ids.txt").read_text().splitlines()
+
+
+def ids():
+    """`ID profile section: sentence` of every claim, sorted."""
+    import importlib
+
+    found = set()
+    for file in sorted((Path(refimpl.spec_tests.__file__).parent / "conformance").glob("test_*.py")):
+        module = importlib.import_module(f"refimpl.spec_tests.conformance.{file.stem}")
+        for fn in [f for n, f in vars(module).items() if n.startswith("test_")]:
+            found |= set(_ids_of(fn))
+    return sorted(found)
+
+
+def _ids_of(fn):
+    sentence = fn.__doc__.strip().split("\n")[0]
+    marks = getattr(fn, "pytestmark", [])
+    values = {m.args[0]: m.args[1] for m in marks if m.name == "parametrize"}
+    for claim in [m.kwargs for m in marks if m.name == "claim"]:
+        field = claim["id"].partition("{")[2].partition("}")[0]
+        for value in values.get(field, [""]):
+            yield _line(claim, claim["id"].replace(f"{{{field}}}", value), sentence)
+    for claim in [m.kwargs for p in values.get("name", []) for m in p.marks]:
+        yield _line(claim, claim["id"], sentence)
+
+
+def _line(claim, id, sentence):
+    return f"{id} {claim['profile']} {claim['section']}: {sentence}"
