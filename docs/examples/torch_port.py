@@ -53,9 +53,10 @@ class Port:
         f = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         if not s or s.get("type", s.get("rope_type")) != "yarn":
             return f.float(), 1.0, scale
-        turns = lambda n: (
-            dim * math.log(s["original_max_position_embeddings"] / (n * 2 * math.pi)) / (2 * math.log(theta))
-        )  # noqa: E731
+
+        def turns(n):
+            return dim * math.log(s["original_max_position_embeddings"] / (n * 2 * math.pi)) / (2 * math.log(theta))
+
         low, high = max(math.floor(turns(s["beta_fast"])), 0), min(math.ceil(turns(s["beta_slow"])), dim - 1)
         ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
         f = f / s["factor"] * ramp + f * (1 - ramp)

@@ -17,16 +17,8 @@ def profile_of(name):
     return "mtp" if name.startswith("mtp.") else "yarn" if name == "mla.rope_tables" else "core"
 
 
-NOT_FORWARD = (
-    "cache.",
-    "loss.",
-    "int8.",
-    "router.counts",
-    "router.bias_update",
-    "mtp.valid",
-    "mtp.documents",
-    "mtp.positions",
-)
+NOT_FORWARD = ("cache.", "loss.", "int8.", "variant.", "optim.", "router.counts", "router.bias_update", "mtp.valid")
+NOT_FORWARD += ("mtp.documents", "mtp.positions")  # inputs moved along
 FORWARD = [s for s in STAGES if not s.startswith(NOT_FORWARD) and not s.endswith(("absorbed", "latent"))]
 
 

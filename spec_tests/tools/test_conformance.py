@@ -21,6 +21,7 @@ from refimpl.conformance.report import Outcome, Report, listed
 from refimpl.conformance.stages import ground, stage_findings
 from refimpl.conformance.wire import put, take
 from refimpl.diff.corpus import MUTANTS
+from refimpl.spec_tests.conformance.test_stages import FORWARD
 
 SERVE = f"{sys.executable} -m refimpl.conformance.serve refimpl.model:Impl"
 C_SERVER = Path(refimpl.spec_tests.__file__).parent / "cases" / "stage_server.c"
@@ -245,6 +246,12 @@ def test_every_bug_is_run_or_has_a_reason():
     assert len(INNOCENTS) >= 14 and all(regimes_of(i) for i in subjects())
     with pytest.raises(SpecError, match="not among"):
         subjects(["R999"])
+
+
+def test_every_stage_of_a_forward_pass_is_asked_for(plain):
+    """Catches a claim about a stage that no case has, which would pass unasked, and a stage without a claim."""
+    asked = {c.stage for c in ground(plain.case(), {"storage": "float32"}).program} - {"mtp.positions"}
+    assert asked == set(FORWARD)
 
 
 def test_claims_keep_their_ids():
