@@ -27,6 +27,7 @@ from . import (
     record,
     repro,
     schedule,
+    serve,
     taps,
     trace,
     weights,
@@ -38,7 +39,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, precision, schedule, cluster),
+    *(generate, batch, serve, recipe, data, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

@@ -29,6 +29,8 @@ INSIDE_FUNCTIONS = {
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",
     "tokenizers": ("refimpl.infer.tokenizer", "refimpl.train.data*", *ADAPTERS),
+    **dict.fromkeys(("starlette", "uvicorn"), ("refimpl.infer.server.app", "refimpl.spec_tests.*.test_interop*")),
+    "openai": "refimpl.spec_tests.*.test_interop*",
     "jinja2": ("refimpl.infer.chat", "refimpl.spec_tests.*.test_interop*"),
 }
 
