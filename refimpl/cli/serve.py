@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from refimpl.checkpoint import Checkpoint
     from refimpl.infer.server import Bounds, Service
 
-CONNECTIONS = 4
-"""For each choice that may be written, so many open connections; more are turned away by uvicorn (503)."""
 EXAMPLES = """examples:
   refimpl serve refimpl/cases/tiny
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -55,14 +53,14 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
-    from refimpl.infer.server import Bounds, create_app, create_server, listen
+    from refimpl.infer.server import Bounds, create_server, listen
 
     bounds = Bounds(args.max_body, args.max_tokens, args.concurrency, args.timeout)
     limits_of(args)
     checkpoint, folder = open_checkpoint(args.checkpoint)
     with listen(args.host, args.port, bounds.seconds) as sock:
         service = _service(args, checkpoint, folder, bounds)
-        server = create_server(create_app(service), connections=CONNECTIONS * bounds.concurrency)
+        server = create_server(service)
         host, port = sock.getsockname()[:2]
         print(f"{service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if not service.tokenizer:

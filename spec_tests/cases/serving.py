@@ -25,8 +25,8 @@ def tiny_impl():
     return Impl(precision="float64").load(case.config, case)
 
 
-def service(it, *, blocks=64, size=4, rows=32, tokenizer=None, eos=(), **bounds):
-    engine = Engine(it, Pages(it, blocks=blocks, size=size), limits=Limits(rows=rows))
+def service(it, *, blocks=64, size=4, rows=32, tokenizer=None, eos=(), invariant=None, **bounds):
+    engine = Engine(it, Pages(it, blocks=blocks, size=size), limits=Limits(rows=rows), invariant=invariant)
     return Service("ours", engine, tokenizer, eos, Bounds(**bounds))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from refimpl import SpecError
 from refimpl.infer import Request, Settings, generate
 from refimpl.infer.server import Bounds, Refusal
+from refimpl.infer.server.asgi import Door
 from refimpl.infer.server.asked import NEUTRAL, chat, completion, read_json
 from refimpl.infer.server.feed import feed
 from refimpl.spec_tests.cases.serving import empty, service, settled, small_impl
@@ -291,6 +292,17 @@ def test_a_feed_that_is_left_early_cancels(it, served):
         asyncio.run(run())
         assert empty(served) and served.engine.counts.run < 200
     assert asyncio.run(whole()) == generate(it, short)[0].tokens
+
+
+def test_the_door_lets_in_as_many_as_leave():
+    """Catches a place that is not given back by a request that fails."""
+    door = Door(2)
+    for _ in range(3):
+        with door(), pytest.raises(KeyError), door():
+            with pytest.raises(Refusal, match="2 requests are being answered") as caught, door():
+                pass
+            assert caught.value.status == 429
+            raise KeyError
 
 
 numbers = st.floats(allow_nan=False) | st.integers() | st.sampled_from([0, 1, 1e-320, 1e308, 10**300, 0.01, 100])

@@ -16,8 +16,9 @@ from .asked import chat, completion
 from .refusal import Refusal
 from .service import Service
 
-SHUTDOWN = 5
-"""Seconds that answers have to end after an interrupt."""
+SHUTDOWN, CONNECTIONS = 5, 4
+"""Seconds that clients have to hear the end after an interrupt; open connections for each choice that may be written, beyond which
+uvicorn turns people away (503)."""
 MISSING = "serving needs {}: pip install 'deepseek-v3-refimpl[serve]'"
 
 
@@ -66,22 +67,31 @@ def listen(host: str, port: int, seconds: float) -> socket.socket:
     return sock
 
 
-def create_server(app: Any, *, connections: int) -> Any:
-    """uvicorn around the app; `.run(sockets=[...])` until it is interrupted. SpecError without it."""
+def create_server(service: Service) -> Any:
+    """uvicorn around the app; `.run(sockets=[...])` until it is interrupted, which ends all answers. SpecError without it."""
     try:
         import uvicorn
     except ImportError:
         raise SpecError(MISSING.format("uvicorn")) from None
-    return uvicorn.Server(
+
+    class Server(uvicorn.Server):
+        """Tells everybody who waits that it closes, instead of waiting for them."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """On an interrupt."""
+            await asyncio.to_thread(service.worker.close)
+            await super().shutdown(sockets)
+
+    return Server(
         uvicorn.Config(
-            app,
+            create_app(service),
             http="h11",
             ws="none",
             loop="asyncio",
             lifespan="on",
             log_level="warning",
             access_log=False,
-            limit_concurrency=connections,
+            limit_concurrency=CONNECTIONS * service.bounds.concurrency,
             timeout_graceful_shutdown=SHUTDOWN,
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from refimpl.infer.row import Likely, Scored, Token
@@ -27,7 +27,9 @@ class Entry:
 
 @dataclass
 class Piece:
-    """Text, tokens and why it ended; `prompt`: with the first token, what the prompt's own were worth."""
+    """Text, tokens, their entries if log-probabilities were asked for, why it ended; `prompt`: with the first token, what the
+    prompt's own were worth.
+    """
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -53,28 +55,34 @@ class Choice:
 
     def piece(self, token: Token) -> Piece:
         """What the token adds, the prompt too if it is the first and the prompt is to be shown."""
-        made = Piece(finish=FINISH[token.finish], prompt=token.prompt)
-        if self._asked.echo and not self._begun:
-            made.text += self._echo()
-            first = Scored(self.prompt.ids[0], 0.0, 1)
-            made.entries += [self._entry(s.id, s.logprob, s.top) for s in (first, *token.prompt)]
-            made.entries[0] = Entry(first.id, None, (), 0)
+        made = Piece(self._echo(), prompt=token.prompt, finish=FINISH[token.finish])
+        if self._asked.echo and self._asked.logprobs is not None and not self._begun:
+            made.entries = self._echoed(token.prompt)
         self._begun = True
         if self._asked.silent:
             made.finish = "length"
-        else:
-            made.text, made.ids = made.text + token.text, [token.id]
+            return made
+        made.text, made.ids = made.text + token.text, [token.id]
+        if self._asked.logprobs is not None:
             made.entries.append(self._entry(token.id, token.logprob, token.top))
         return made
 
     def _echo(self) -> str:
+        """The prompt before the first token, if it is to be shown."""
+        if self._begun or not self._asked.echo:
+            return ""
         if self.prompt.text is not None:
             return self.prompt.text
         return self._decode(self.prompt.ids) if self._decode else ""
 
-    def _entry(self, token: int, logprob: float, top: Likely) -> Entry:
+    def _echoed(self, scores: Sequence[Scored]) -> list[Entry]:
+        first = self._entry(self.prompt.ids[0], None, ())
+        return [first, *(self._entry(s.id, s.logprob, s.top) for s in scores)]
+
+    def _entry(self, token: int, logprob: float | None, top: Likely) -> Entry:
         at = self._at
         if self._text:
+            at += self._text.waiting()
             self._at += len(self._text.push(token))
         return Entry(token, logprob, top[: self._asked.logprobs or 0], at)
 
