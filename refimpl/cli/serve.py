@@ -53,8 +53,9 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
-    from refimpl.infer.server import Bounds, create_server, listen
+    from refimpl.infer.server import Bounds, check_libraries, create_server, listen
 
+    check_libraries()
     bounds = Bounds(args.max_body, args.max_tokens, args.concurrency, args.timeout)
     limits_of(args)
     checkpoint, folder = open_checkpoint(args.checkpoint)

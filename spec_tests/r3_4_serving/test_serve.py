@@ -1,6 +1,7 @@
 """The server without its network: fields, the worker, and that no request harms another."""
 
 import asyncio
+import importlib.util
 import json
 import queue
 import threading
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl import SpecError
+from refimpl.cli import main
 from refimpl.infer import Request, Settings, generate
 from refimpl.infer.server import Bounds, Refusal
 from refimpl.infer.server.asgi import Door
@@ -330,3 +332,10 @@ def test_whatever_is_asked_is_answered_or_refused(it, said):
         assert len(served.engine) == 0
     assert sum(token.finish is not None for token in served.engine.drain()) <= 4
     assert served.engine.pages.blocks.free == 64
+
+
+def test_without_the_libraries_it_says_what_to_install(capsys, monkeypatch):
+    """Catches an ImportError instead of advice."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["serve", "nowhere"]) == 3
+    assert "starlette and uvicorn: pip install 'deepseek-v3-refimpl[serve]'" in capsys.readouterr().err

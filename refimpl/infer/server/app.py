@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, require
 
 from .answers import Answer, ChatAnswer
 from .asgi import Door, Endpoint, Reply
@@ -19,17 +20,20 @@ from .service import Service
 SHUTDOWN, CONNECTIONS = 5, 4
 """Seconds that clients have to hear the end after an interrupt; open connections for each choice that may be written, beyond which
 uvicorn turns people away (503)."""
-MISSING = "serving needs {}: pip install 'deepseek-v3-refimpl[serve]'"
+
+
+def check_libraries() -> None:
+    """SpecError unless the extra is installed."""
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    require(not missing, f"serving needs {' and '.join(missing)}: pip install 'deepseek-v3-refimpl[serve]'")
 
 
 def create_app(service: Service) -> Any:
-    """/v1/completions, /v1/chat/completions, /v1/models, /health. SpecError without starlette."""
-    try:
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Route
-    except ImportError:
-        raise SpecError(MISSING.format("starlette")) from None
+    """/v1/completions, /v1/chat/completions, /v1/models, /health. SpecError without the extra."""
+    check_libraries()
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -56,11 +60,11 @@ def listen(host: str, port: int, seconds: float) -> socket.socket:
     """A socket that clients may connect to; port 0 takes a free one. Where the system can (Linux), a connection whose client
     reads nothing for so long is given up by it.
     """
+    require(0 <= port < 1 << 16, f"port {port}: expected 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
-        )
-    except (OSError, OverflowError) as error:
+        sock = socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
         raise SpecError(f"cannot listen on {host}:{port}: {error}") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
@@ -68,11 +72,9 @@ def listen(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def create_server(service: Service) -> Any:
-    """uvicorn around the app; `.run(sockets=[...])` until it is interrupted, which ends all answers. SpecError without it."""
-    try:
-        import uvicorn
-    except ImportError:
-        raise SpecError(MISSING.format("uvicorn")) from None
+    """uvicorn around the app; `.run(sockets=[...])` until it is interrupted, which ends all answers."""
+    check_libraries()
+    import uvicorn
 
     class Server(uvicorn.Server):
         """Tells everybody who waits that it closes, instead of waiting for them."""
