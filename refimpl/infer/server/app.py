@@ -76,15 +76,7 @@ def create_server(service: Service) -> Any:
     check_libraries()
     import uvicorn
 
-    class Server(uvicorn.Server):
-        """Tells everybody who waits that it closes, instead of waiting for them."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """On an interrupt."""
-            await asyncio.to_thread(service.worker.close)
-            await super().shutdown(sockets)
-
-    return Server(
+    server: Any = uvicorn.Server(
         uvicorn.Config(
             create_app(service),
             http="h11",
@@ -97,6 +89,14 @@ def create_server(service: Service) -> Any:
             timeout_graceful_shutdown=SHUTDOWN,
         )
     )
+    wait = server.shutdown
+
+    async def shutdown(sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(service.worker.close)  # who waits is told so, instead of being waited for
+        await wait(sockets)
+
+    server.shutdown = shutdown
+    return server
 
 
 class Pages:
