@@ -1,10 +1,10 @@
 """The server among clients that go, stall, flood or talk nonsense: nothing leaks, nothing hangs, the others notice nothing."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
-from contextlib import contextmanager
 
 import pytest
 
@@ -28,7 +28,7 @@ def it():
     return small_impl(max_position_embeddings=8192)
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone(served):
     """A running server, (host, port), after which no thread is left that was not there before."""
     before = set(threading.enumerate())
@@ -110,15 +110,17 @@ def test_a_client_that_goes_is_not_computed_for(it, cancelled, stream):
         assert asks(address, post(max_tokens=5))[1]["choices"][0]["token_ids"] == expected
 
 
-def test_a_reader_that_reads_nothing_is_given_up(it, cancelled):
-    """Catches a task that waits for ever to send, and a connection that outlives it."""
+def test_a_reader_that_reads_nothing_is_given_up(it, cancelled, capfd):
+    """Catches a task that waits for ever to send, and a connection that outlives it: closing would have to wait for that."""
     served = service(it, blocks=4096, seconds=0.5)
     gone = cancelled(served)
-    with alone(served) as address, connected(address, receive=4096) as s:
+    with contextlib.ExitStack() as later, alone(served) as address:
+        s = later.enter_context(connected(address, receive=4096))  # open, and unread, until the server has ended
         s.sendall(post(max_tokens=LONG, n=2, logprobs=20, stream=True))
         assert gone.wait(120) and empty(served)
         assert asks(address, post(max_tokens=5))[0] == 200  # others are served meanwhile
-        assert b"[DONE]" not in everything(s)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        assert "graceful shutdown exceeded" not in capfd.readouterr().err
 
 
 def test_a_slow_reader_gets_all_of_it(it):
