@@ -265,6 +265,25 @@ def test_closing_ends_what_runs_and_takes_no_more(it):
         running.worker.submit(object(), [], deliver)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_leaves_nobody_waiting(it):
+    """Catches clients that wait for ever on a thread that is gone: who was being answered, who was waiting to be taken."""
+    running = service(it)
+    (heard, deliver), held = listener(), threading.Event()
+    running.worker.start()
+    running.worker._commands.put(lambda: held.wait(60) and None)
+    request = Request([1], Settings(max_tokens=200))
+    running.worker.submit(object(), [request], deliver)
+    running.worker._commands.put(lambda: 1 / 0)
+    late = running.worker.submit(object(), [request], deliver)
+    held.set()
+    with pytest.raises(Refusal, match="closing"):
+        late.result(60)
+    assert until_over(heard, 1).status == 503 and not running.worker.alive
+    assert running.engine.pages.blocks.free == 64
+    running.worker.close()
+
+
 def test_a_feed_that_is_left_early_cancels(it, served):
     """Catches requests that run on when their reader has left: by an exception, by cancellation while waiting to be taken."""
     requests = [Request([1, 2], Settings(max_tokens=200, seed=i)) for i in range(2)]

@@ -21,6 +21,7 @@ Event: TypeAlias = tuple[int, Token] | Refusal
 """A token of the i-th request of a ticket, or the end of them all."""
 Deliver: TypeAlias = Callable[[Event], None]
 """Called in the worker's thread; must not block."""
+CLOSING = "the server is closing"
 
 
 class Worker:
@@ -68,7 +69,7 @@ class Worker:
 
         with self._lock:
             if not self._open:
-                raise Refusal(503, "the server is closing")
+                raise Refusal(503, CLOSING)
             self._commands.put(command)
         return future
 
@@ -77,6 +78,8 @@ class Worker:
         self._commands.put(lambda: self._drop(ticket))
 
     def _take(self, ticket: object, requests: Sequence[Request], deliver: Deliver, prompt_logprobs: int | None) -> None:
+        if not self._open:
+            raise Refusal(503, CLOSING)
         if len(self.engine) + len(requests) > self.most:
             said = f"{len(self.engine)} choices are being written, {len(requests)} more would exceed {self.most}"
             raise Refusal(429, f"{said}; try again later", code="rate_limit_exceeded")
@@ -89,6 +92,17 @@ class Worker:
             self.engine.cancel(number)
 
     def _run(self) -> None:
+        try:
+            self._obey()
+        finally:  # by a bug too: nobody is left waiting
+            with self._lock:
+                self._open = False
+            self._end(Refusal(503, CLOSING))
+            while not self._commands.empty():
+                if command := self._commands.get():
+                    command()
+
+    def _obey(self) -> None:
         while True:
             try:
                 command = self._commands.get(block=not len(self.engine))
@@ -96,9 +110,8 @@ class Worker:
                 self._step()
                 continue
             if command is None:
-                break
+                return
             command()
-        self._end(Refusal(503, "the server is closing"))
 
     def _step(self) -> None:
         try:
