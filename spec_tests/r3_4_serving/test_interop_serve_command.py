@@ -56,6 +56,8 @@ def test_what_cannot_be_served(capsys, monkeypatch):
             (["--port", "70000"], "port 70000"),
             (["--max-body", "0"], "body is 0"),
             (["--timeout", "-1"], "seconds is -1"),
+            (["--timeout", "inf"], "seconds is inf"),
+            (["--timeout", "1e6"], "seconds is 1000000.0"),
             (["--rows", "0"], "rows is 0"),
         ):
             assert main(["serve", str(TINY), *how]) == 3

@@ -26,7 +26,8 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value > 0, f"{name} is {value!r}; expected above 0")
+            require(0 < value < 1 << 31, f"{name} is {value!r}; expected above 0, below 2^31")
+        require(self.seconds <= 86_400, f"seconds is {self.seconds!r}; expected a day at most")
 
 
 @dataclass(frozen=True)
