@@ -312,3 +312,17 @@ def test_an_engine_that_fails_is_an_error_of_the_server(it, monkeypatch, stream)
     assert status == (200 if stream else 500) and "the step failed" in said and "[DONE]" not in said
     assert json.loads(said.removeprefix("data: "))["error"]["type"] == "server_error"
     assert len(json.loads(later)["choices"][0]["token_ids"]) == 6
+
+
+def test_a_client_that_goes_within_its_body_is_not_answered(it):
+    """Catches half a body that is read as a whole one."""
+    served = service(it)
+
+    async def scenario(app):
+        caller = Caller(app, body())
+        caller.parts.clear()
+        caller.leave.set()
+        await caller()
+        return caller.sent
+
+    assert called(served, scenario) == []
