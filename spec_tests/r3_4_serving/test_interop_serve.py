@@ -174,6 +174,7 @@ def test_chat_is_the_template_s_prompt(texts):
     assert len(got.prompt_logprobs) == len(prompt)
     chunks = list(c.chat.completions.create(stream=True, logprobs=True, **ask))
     assert chunks[0].choices[0].delta.role == "assistant"
+    assert (got.object, {k.object for k in chunks}) == ("chat.completion", {"chat.completion.chunk"})
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == alone.text
     assert [e.token for k in chunks[1:] for e in k.choices[0].logprobs.content] == [
         e.token for e in choice.logprobs.content
