@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from refimpl.autograd.errors import SpecError, require, where
 
 from .common import Commands
+from .engines import add_engine, limits_of, open_checkpoint, open_engine
 
 if TYPE_CHECKING:
     from refimpl.infer import Completion, Request, Tokenizer
@@ -42,39 +43,22 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("checkpoint", type=Path, help="a folder with config.json, weights and, for text, tokenizer.json")
     p.add_argument("requests", help="a JSONL file; '-' reads standard input")
-    p.add_argument("--blocks", type=int, default=256, help="blocks of the latent cache (default: 256)")
-    p.add_argument("--block-size", type=int, default=16, help="tokens a block (default: 16)")
-    p.add_argument("--rows", type=int, default=32, help="requests that run at once (default: 32)")
-    p.add_argument("--step-tokens", type=int, default=256, help="tokens a step, prompts in pieces (default: 256)")
     p.add_argument(
         "--policy", default="first-come", help="first-come, shortest-first, arrival-gap or by-complexity (first-come)"
     )
-    p.add_argument("--invariant", action="store_true", help="the same bits for a request whatever else runs")
-    p.add_argument("--precision", default="float32", help="float64, float32, bf16 or fp8 (default: float32)")
-    p.add_argument("--kv-format", choices=["fp8", "int8"], help="keep the latent cache in bytes")
+    add_engine(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
-    from refimpl.checkpoint import Checkpoint
-    from refimpl.infer.engine import POLICIES, Engine, Limits, Pages, Tiled
-    from refimpl.model import Impl
+    from refimpl.infer.engine import POLICIES
 
     require(args.policy in POLICIES, f"policy {args.policy!r}; known: {', '.join(POLICIES)}")
-    checkpoint = Checkpoint.open(args.checkpoint)
-    require(checkpoint.config is not None, f"{args.checkpoint} has no config.json")
-    limits = Limits(rows=args.rows, tokens=args.step_tokens)
-    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    checkpoint, folder = open_checkpoint(args.checkpoint)
+    limits_of(args)
     requests = _requests(args.requests, folder, checkpoint.config or {})
-    impl = Impl(precision=args.precision, kv_format=args.kv_format).load(checkpoint.config or {}, checkpoint)
-    engine = Engine(
-        impl,
-        Pages(impl, blocks=args.blocks, size=args.block_size),
-        limits=limits,
-        policy=POLICIES[args.policy],
-        invariant=Tiled() if args.invariant else None,
-    )
+    engine = open_engine(args, checkpoint, POLICIES[args.policy])
     engine.submit_all(requests)
     _serve(engine, len(requests))
     n = engine.counts

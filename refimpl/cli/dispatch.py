@@ -30,6 +30,7 @@ from . import (
     record,
     repro,
     schedule,
+    serve,
     taps,
     trace,
     train,
@@ -42,7 +43,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, conform, mutants, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, train, plot, precision, schedule, cluster),
+    *(generate, batch, serve, recipe, data, train, plot, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

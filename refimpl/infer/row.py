@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -19,18 +19,42 @@ Finish = Literal["eos", "stop", "length"]
 """Why a row ended: an end token, a stop text, or `max_tokens` (or the window)."""
 
 
+Likely: TypeAlias = tuple[tuple[int, float], ...]
+"""The most likely (id, log-probability), falling; ties by rising id."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token that was given: its id, its log-probability after those before it, its rank from 1, the most likely beside it."""
+
+    id: int
+    logprob: float
+    rank: int
+    top: Likely = ()
+
+    @classmethod
+    def of(cls, token: int, logits: Array, n: int) -> Scored:
+        """What the logits (V,) before a token say of it, and their n most likely."""
+        scores = log_softmax(logits)
+        best = np.argsort(-scores, kind="stable")[:n]
+        rank = 1 + int((scores > scores[token]).sum())
+        return cls(token, float(scores[token]), rank, tuple([(int(i), float(scores[i])) for i in best]))
+
+
 @dataclass(frozen=True)
 class Token:
     """A token of request `row`: its id, its log-probability under the model itself (temperature 1, nothing cut), the most
-    likely (id, log-probability) beside it, the text that it made certain, and, if it was the last, why.
+    likely beside it, the text that it made certain, and, if it was the last, why. `prompt`: of the prompt's tokens but the first,
+    with an engine's first token if it was asked for.
     """
 
     row: int
     id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Likely = ()
     text: str = ""
     finish: Finish | None = None
+    prompt: tuple[Scored, ...] = ()
 
 
 def likeliest(p: Array) -> Draft:
@@ -82,8 +106,7 @@ class Row:
         """Append a token and see whether it was the last.  logits (V,) that foretold it."""
         self.tokens.append(token)
         self.left -= 1
-        scores = log_softmax(logits)
-        best = np.argsort(-scores, kind="stable")[: self.settings.logprobs]
+        scored = Scored.of(token, logits, self.settings.logprobs)
         end = token in self.settings.eos
         text = self.text.push(token) if self.text and not end else ""
         finish: Finish | None = "eos" if end else "stop" if self.text and self.text.stopped else None
@@ -92,6 +115,4 @@ class Row:
         if self.text and self.done and finish != "stop":
             text += self.text.finish()
             finish = "stop" if self.text.stopped else finish
-        return Token(
-            self.number, token, float(scores[token]), tuple([(int(i), float(scores[i])) for i in best]), text, finish
-        )
+        return Token(self.number, token, scored.logprob, scored.top, text, finish)

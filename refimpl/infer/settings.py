@@ -22,6 +22,13 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _real(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def _id(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
@@ -50,8 +57,7 @@ class Settings:
         numbers = ("temperature", "top_p", "min_p", "repetition_penalty")
         for name in numbers:
             value = getattr(self, name)
-            real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(real, f"{name} is {value!r}; expected a finite number")
+            require(_real(value), f"{name} is {value!r}; expected a finite number")
         require(self.temperature >= 0, f"temperature is {self.temperature}; 0 is greedy, less has no meaning")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; expected above 0, at most 1 (1: all tokens)")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; expected 0 (all tokens) to 1")

@@ -26,6 +26,10 @@ class TextStream:
             return ""
         return self._release(text)
 
+    def waiting(self) -> int:
+        """How many whole characters are not given out yet because the token that ended them also began another."""
+        return len(self._decode(self._ids).rstrip(UNFINISHED)) - len(self._decode(self._ids[: self._given]))
+
     def finish(self) -> str:
         """The rest: what was held back, and bytes that made no character."""
         text = self._release(self._decode(self._ids))

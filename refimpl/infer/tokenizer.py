@@ -54,13 +54,17 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, by the chat template, up to where the answer begins."""
-        require(self._template, "the checkpoint has no chat template; give a prompt without --chat")
+        require(self._template, "the checkpoint has no chat template; give a text that is not a conversation")
         text = render(str(self._template), messages, self.special)
         return [int(i) for i in self._inner.encode(text, add_special_tokens=False).ids]  # the template writes them
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
+
+    def piece(self, token: int) -> str:
+        """One token's own text, special ones shown; U+FFFD for a part of a character."""
+        return str(self._inner.decode([token], skip_special_tokens=False))
 
     @property
     def eos(self) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ INSIDE_FUNCTIONS = {
     "tensorboardX": "refimpl.train.run.tensorboard",
     "tensorboard": "refimpl.spec_tests.*.test_interop*",
     "tokenizers": ("refimpl.infer.tokenizer", "refimpl.train.data*", *ADAPTERS),
+    **dict.fromkeys(("starlette", "uvicorn"), ("refimpl.infer.server.app", "refimpl.spec_tests.*.test_interop*")),
+    "openai": "refimpl.spec_tests.*.test_interop*",
     "jinja2": ("refimpl.infer.chat", "refimpl.spec_tests.*.test_interop*"),
 }
 

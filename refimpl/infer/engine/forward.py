@@ -37,11 +37,14 @@ from .pages import Pages
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens start..stop of a sequence (`tokens` are those alone) and the blocks of its cache up to `stop`."""
+    """Tokens start..stop of a sequence (`tokens` are those alone) and the blocks of its cache up to `stop`. `every`: logits are
+    wanted behind each token, not only the last.
+    """
 
     tokens: Sequence[int]
     start: int
     table: Sequence[int]
+    every: bool = False
 
     @property
     def stop(self) -> int:
@@ -59,7 +62,7 @@ class _Side:
 
 
 def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly: bool = False) -> Array:
-    """Logits behind each piece; the pages get the latents of all.  R pieces -> (R, V).
+    """Logits behind each piece, or behind each token of it; the pages get the latents of all.  R pieces -> (R, V), or more rows.
 
     `singly`: every query is multiplied with its own keys by itself, so that nobody's shape depends on the piece it came in.
     """
@@ -78,7 +81,8 @@ def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly
         for i in range(c.num_hidden_layers):
             with unit(f"L{i}"):
                 x = _layer(model.model.layers[i], x, table, new, sides, pages, i, singly)
-        h = final_norm(x[:, ends - 1], model.model.norm.weight, eps=c.rms_norm_eps)
+        asked = [np.arange(e - len(p.tokens) if p.every else e - 1, e) for p, e in zip(pieces, ends, strict=True)]
+        h = final_norm(x[:, np.concatenate(asked)], model.model.norm.weight, eps=c.rms_norm_eps)
         return np.asarray(logits(h, model.head)[0])
 
 

@@ -19,6 +19,7 @@ class Job:
     computed: int = 0
     table: list[int] = field(default_factory=list)
     preempted: int = 0  # times
+    whole: bool = False  # nothing of it is looked for in the cache: somebody wants the logits behind every token
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
@@ -19,6 +21,7 @@ from .invariant import Tiled
 from .job import Job, Work
 from .pages import Pages
 from .policies import Policy
+from .prompt import PromptScores
 from .scheduler import Limits, Scheduler, Step
 
 
@@ -56,16 +59,25 @@ class Engine:
         self.scheduler = Scheduler(pages.blocks, limits, policy)
         self.counts = Counts()
         self._rows: dict[int, tuple[Row, Job]] = {}
+        self._prompts: dict[int, PromptScores] = {}
         self._next = 0
 
-    def submit(self, request: Request) -> int:
-        """The number under which its tokens will come (`Token.row`). SpecError, and nothing changes, for what the model cannot take
-        or the cache could never hold.
+    def submit(self, request: Request, *, prompt_logprobs: int | None = None) -> int:
+        """The number under which its tokens will come (`Token.row`). `prompt_logprobs`: with the first one come the prompt's own
+        log-probabilities (`Token.prompt`), each with so many of the likeliest; all of the prompt is run then, whatever is in the
+        cache. SpecError, and nothing changes, for what the model cannot take or the cache could never hold.
         """
         left = request.check(self.impl.model.config)
         row = Row(self._next, request, left)
-        job = Job(self._next, self.clock(), row.tokens.copy(), left)
+        job = Job(self._next, self.clock(), row.tokens.copy(), left, whole=prompt_logprobs is not None)
+        scores = (
+            None
+            if prompt_logprobs is None
+            else PromptScores(row.tokens, prompt_logprobs, self.impl.model.config.vocab_size)
+        )
         self.scheduler.submit(job)
+        if scores:
+            self._prompts[self._next] = scores
         self._rows[self._next] = (row, job)
         self._next += 1
         return row.number
@@ -75,6 +87,7 @@ class Engine:
         if number not in self._rows:
             return False
         self.scheduler.leave(self._rows.pop(number)[1])
+        self._prompts.pop(number, None)
         return True
 
     def __len__(self) -> int:
@@ -92,13 +105,13 @@ class Engine:
         self._count(step)
         return [token for work, z in zip(step.work, logits, strict=True) for token in self._done(work, z)]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[int]:
+    def submit_all(self, requests: Sequence[Request], *, prompt_logprobs: int | None = None) -> list[int]:
         """All of them or, with SpecError, none."""
         numbers = list[int]()
         try:
             for i, request in enumerate(requests):
                 with where(f"in request {i}"):
-                    numbers.append(self.submit(request))
+                    numbers.append(self.submit(request, prompt_logprobs=prompt_logprobs))
         except SpecError:
             for n in numbers:
                 self.cancel(n)
@@ -110,25 +123,32 @@ class Engine:
         while self._rows:
             yield from self.step(more=False)
 
-    def _run(self, step: Step) -> Array:
-        """Logits behind every piece of work (R, V)."""
+    def _run(self, step: Step) -> list[Array]:
+        """Logits behind every piece of work, (1, V), or behind each of its tokens, (S, V)."""
         self.pages.copy(step.copies)
-        pieces = [Piece(w.job.tokens[w.start : w.stop], w.start, w.job.table) for w in step.work]
+        pieces = [Piece(w.job.tokens[w.start : w.stop], w.start, w.job.table, w.job.whole) for w in step.work]
         with ExitStack() as around:
             around.enter_context(self.impl.rounding())
             if self.invariant:
                 around.enter_context(observing(self.invariant))
-            return forward(self.impl.model, pieces, self.pages, singly=self.invariant is not None)
+            logits = forward(self.impl.model, pieces, self.pages, singly=self.invariant is not None)
+        return np.split(logits, np.cumsum([len(p.tokens) if p.every else 1 for p in pieces])[:-1])
 
     def _done(self, work: Work, logits: Array) -> Iterator[Token]:
-        """Tell the scheduler, and give the token if the piece decides one.  logits (V,)."""
+        """Tell the scheduler, and give the token if the piece decides one.  logits (S, V) behind its tokens, or (1, V)."""
+        scores = self._prompts.get(work.job.id)
+        if scores:
+            scores.read(work.start, logits)
         if not work.decides:
             self.scheduler.done(work)
             return
         row, job = self._rows[work.job.id]
         row.pending = row.pending[-1:]  # the rest was seen in earlier pieces
-        for token in row.decide(logits[None], None):
+        for token in row.decide(logits[-1:], None):
             self.scheduler.done(work, token.id)
+            if scores:
+                token, job.whole = replace(token, prompt=scores.all()), False
+                del self._prompts[job.id]
             if token.finish:
                 self.scheduler.leave(job)
                 del self._rows[job.id]

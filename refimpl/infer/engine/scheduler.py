@@ -136,7 +136,7 @@ class Scheduler:
 
     def _begin(self, job: Job, step: Step, budget: int) -> bool:
         """Let a job run if there is room: with what is found of it, its first piece."""
-        table, n = self.blocks.match(job.tokens)
+        table, n = ([], 0) if job.whole else self.blocks.match(job.tokens)
         if (
             not self._room(job, table, n) and n % self.blocks.size
         ):  # a block shared in part is one more until it is copied
