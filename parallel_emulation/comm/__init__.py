@@ -1,6 +1,7 @@
 """The communicator: blocking messages between ranks, on a deterministic simulator and on MPI, with a log and a launcher."""
 
 from .communicator import Comm, Meta, Recv, Send, split_into
+from .counted import Tally, counted
 from .faults import RankFault, mortal
 from .launcher import launch, simulate
 from .log import Log, Record
@@ -15,6 +16,8 @@ __all__ = [
     "Recv",
     "Send",
     "SimComm",
+    "Tally",
+    "counted",
     "launch",
     "mortal",
     "simulate",

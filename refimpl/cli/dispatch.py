@@ -22,6 +22,7 @@ from . import (
     generate,
     impact,
     info,
+    plot,
     precision,
     recipe,
     record,
@@ -39,7 +40,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, train, precision, schedule, cluster),
+    *(generate, batch, recipe, data, train, plot, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

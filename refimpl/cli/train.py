@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,25 +11,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refimpl.autograd.errors import SpecError, require
+
 from .common import Commands
 
 if TYPE_CHECKING:
-    from refimpl.train.run.journal import Record
+    from refimpl.train.run import End, Job
 
 _TEXT = """Train a model by a recipe file, on token shards.
 
   refimpl data build books/*.txt -o shards --length 64
   refimpl recipe --tokens 2M --sequence 64 --batch 40 --lr 3e-3 --toml > mine.toml
-  printf '[model]\\npreset = "tiny"\\nvocab_size = 262\\n[data]\\nshards = "shards"\\n' >> mine.toml
+  cat >> mine.toml <<END
+  [model]
+  preset = "tiny"
+  vocab_size = 262
+  [data]
+  shards = { pre-training = "shards" }
+  END
   refimpl train mine.toml -o run
   refimpl train mine.toml -o run --resume      after Ctrl-C, a crash, a full disk: the same bits as without
+  refimpl train mine.toml -o run4 --ranks 4    on the simulator; mesh = "pp=2,ep=2" in [train], else data parallel
+  mpiexec -n 4 python -m mpi4py -m refimpl train mine.toml -o run4     the same bits, in processes (docs/mpi.md)
   refimpl plot run -o run.svg
 
-A recipe file is what `refimpl recipe` prints, and tables beside it: [model], [data], [train], [checkpoints], [evaluation],
-[samples], [log] (docs/training.md). A step is one line on standard output, a table where a person watches; everything about it
-is in RUN/metrics.jsonl. Ctrl-C ends after the step that is being taken, saves, and says how to resume.
+A recipe file is what `refimpl recipe` prints and tables beside it: [model], [data], [train], [checkpoints], [evaluation],
+[samples], [log] (docs/training.md). A step is a line on standard output, a table where a person watches; everything about
+it is in RUN/metrics.jsonl. Ctrl-C ends after the step that is being taken, saves, and says how to resume.
 
 exit code: 0; 3 bad input, a loss that is no number, a full disk; 130 interrupted"""
+
+LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+"""Set by mpiexec for the processes that it starts."""
 
 
 def add(commands: Commands) -> None:
@@ -37,8 +51,9 @@ def add(commands: Commands) -> None:
     p = commands.add_parser("train", help="train a model by a recipe file", description=_TEXT, formatter_class=raw)
     p.add_argument("recipe", type=Path, help="a recipe file with [model] and [data]")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of RUN")
-    p.add_argument("--steps", type=int, metavar="N", help="end after step N (the recipe's own schedules stay)")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of RUN, on any ranks")
+    p.add_argument("--steps", type=int, metavar="N", help="end after step N (the recipe's schedules stay as they are)")
+    p.add_argument("--ranks", type=int, metavar="N", help="train on N ranks of the simulator")
     p.set_defaults(run=run)
 
 
@@ -46,22 +61,48 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from dataclasses import replace
 
-    from refimpl.train.run import load_job, train
+    from refimpl.train.run import load_job
 
     job = load_job(args.recipe)
     job = job if args.steps is None else replace(job, steps=args.steps)
-    with _asked() as asked:
-        end = train(job, args.out, resume=args.resume, stop=asked, tell=_lines(job.log.every, len(job)))
-    if end.complete:
-        return 0
+    require(args.ranks is None or args.ranks >= 1, f"--ranks {args.ranks}; at least 1")
+    try:
+        first, end = _train(job, args)
+    except SpecError as error:
+        if not (args.out / "checkpoints").is_dir() or "holds a run" in str(error):
+            raise
+        raise type(error)(f"{error}\n  when that is mended, go on with: {resume_command(args)}") from error
+    if end.complete or not first:
+        return 0 if end.complete else 130
     print(f"refimpl: stopped after step {end.step}, saved; go on with: {resume_command(args)}", file=sys.stderr)
     return 130
 
 
+def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
+    """Alone, on the simulator, or as one process of an MPI job -> whether this is the process that speaks; the end."""
+    from refimpl.train.run import simulated, train
+
+    from .live import told
+
+    how: dict[str, Any] = {"resume": args.resume}
+    launched = any(name in os.environ for name in LAUNCHED)
+    with _asked() as asked, told(job.log.every, len(job), alone=not launched) as tell:
+        how |= {"stop": asked, "tell": tell}
+        if launched:
+            from refimpl.parallel_emulation.comm import mpi
+
+            require(args.ranks is None, "--ranks is for the simulator; under mpiexec the processes are the ranks")
+            comm = mpi.world()
+            return comm.rank == 0, train(job, args.out, comm=comm, cores=comm.size, **how)
+        if args.ranks is not None:
+            return True, simulated(job, args.out, args.ranks, **how)[0]
+        return True, train(job, args.out, **how)
+
+
 def resume_command(args: argparse.Namespace) -> str:
     """What goes on with this run."""
-    steps = "" if args.steps is None else f" --steps {args.steps}"
-    return f"refimpl train {args.recipe} -o {args.out}{steps} --resume"
+    more = [f" --{name} {value}" for name in ("steps", "ranks") if (value := getattr(args, name)) is not None]
+    return f"refimpl train {args.recipe} -o {args.out}{''.join(more)} --resume"
 
 
 @contextmanager
@@ -81,19 +122,3 @@ def _asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _lines(every: int, steps: int) -> Callable[[Record], None]:
-    """A line for every so many steps, and for the last."""
-
-    def tell(r: Record) -> None:
-        if r["step"] % every == 0 or r["step"] == steps:
-            print(line(r, steps), flush=True)
-
-    return tell
-
-
-def line(r: Record, steps: int) -> str:
-    """A step in words."""
-    parts = "  ".join(f"{name} {r[name]:.4g}" for name in ("norm", "lr") if name in r)
-    return f"step {r['step']}/{steps}  loss {r['loss']:.4f}  {parts}  {r['tokens/s']:,.0f} tokens/s  mfu {r['mfu']:.1%}"

@@ -5,8 +5,8 @@ optimiser, `refimpl` has the model and the training step. On the simulator and u
 
     python -m refimpl.parallel_emulation run -n 4 refimpl.train.parallel:demo pp=2,ep=2
 
-Sequences are divided among the ranks of dp and ep, every micro-batch counts alike. One rank does what `train.step`
-does; more ranks differ from it in the order of sums only. Masters are kept in the plan's dtype.
+Sequences are divided among the ranks of dp and ep; a micro-batch counts by what it holds (`shares.py`). One rank does what
+`train.step` does; more ranks differ from it in the order of sums only. Masters are kept in the plan's dtype.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from refimpl.parallel_emulation.pipeline import Outcome, Schedule, build, run
 from .mesh_model import Local, checkpoint_names, divide
 from .optimizer import AdamState, AdamW, adamw
 from .pipeline_parts import Stage
+from .shares import shares
 from .training import Recipe, Report, init
 
 
@@ -74,35 +75,81 @@ def start(world: Comm, c: Config, weights: Mapping[str, Array], recipe: Recipe, 
     return Rank(c, groups, schedule, local, recipe, held, [kind.shard(held, dtype) for kind in local.kinds])
 
 
+def again(rank: Rank, weights: Mapping[str, Array]) -> Rank:
+    """As this rank, at the start of a run with other weights."""
+    return start(rank.groups.world, rank.config, weights, rank.recipe, rank.groups.mesh, rank.schedule)
+
+
+def changed(rank: Rank, c: Config) -> Rank:
+    """The same rank with another config of the same shapes: phases of a run change how positions are turned (R 4.3)."""
+    c, local = trained(c, rank.recipe), rank.local
+    if c == rank.config:
+        return rank
+    model = ForCausalLM(c)
+    nothing = {
+        n: np.broadcast_to(rank.recipe.plan.dtype(0), w.shape) for n, w in model.named_weights() if not w.optional
+    }
+    new = divide(rank.groups, rank.schedule.layout, model.load(nothing))
+    return replace(rank, config=c, local=replace(local, cut=new.cut, model=new.model))
+
+
 def trained(c: Config, recipe: Recipe) -> Config:
     """The model that a recipe trains: without MTP modules if their loss does not count."""
     return c if recipe.mtp_weight else c.replace(num_nextn_predict_layers=0)
 
 
-def step(rank: Rank, tokens: Array) -> tuple[Rank, Report]:
-    """Train on one batch, tokens (N, S), the same on every rank -> my new part, and what all ranks saw together.
+def step(
+    rank: Rank,
+    tokens: Array,
+    *,
+    labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
+) -> tuple[Rank, Report]:
+    """Train on one batch, tokens (N, S), the same on every rank, as are the others, which are those of `train.step` -> my new part,
+    and what all ranks saw together.
 
     Report.load holds the layers of my stages.
     """
     recipe, local, t = rank.recipe, rank.local, rank.t + 1
-    out, grads, load = _passes(rank, tokens)
-    own = sum([float(loss) for loss in out.losses.values()])
-    loss = float(all_reduce(local.once, np.array([own], np.float64), "loss")[0])
+    rows = {"labels": labels, "valid": valid, "documents": documents}
+    out, grads, load, heard = _passes(rank, {"tokens": tokens} | {n: x for n, x in rows.items() if x is not None})
+    loss, parts = _together(rank, out, heard)
     update = partial(_adamw, opt=replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(t - 1)))
-    parts = [{name: grads[name] for name in kind.names} for kind in local.kinds]
-    new, shards, norm = axes.data.step(rank.shards, parts, update, max_norm=recipe.max_norm)
+    own = [{name: grads[name] for name in kind.names} for kind in local.kinds]
+    new, shards, norm = axes.data.step(rank.shards, own, update, max_norm=recipe.max_norm)
     assert norm is not None
     load = {at: all_reduce(local.replicas, n, f"load.{at}") for at, n in sorted(load.items())}
     weights = dict(rank.weights)
     for part in (*new, _biases(rank, load)):
         weights |= part
-    return replace(rank, weights=weights, shards=shards, t=t), Report(t, loss, norm, load)
+    return replace(rank, weights=weights, shards=shards, t=t), Report(t, loss, norm, load, parts)
 
 
-def _passes(rank: Rank, tokens: Array) -> tuple[Outcome, dict[str, Array], dict[str, Array]]:
-    """Forward and backward of my stages -> outcome, my gradients by local name, my tokens per expert by layer."""
-    recipe, local, load = rank.recipe, rank.local, dict[str, Array]()
-    batches = _micro_batches(rank, tokens)
+def evaluate(rank: Rank, tokens: Array, **rows: Array) -> dict[str, float]:
+    """The loss of a batch and its parts, by the passes of a step, without the step."""
+    out, _, _, heard = _passes(rank, {"tokens": tokens} | rows)
+    loss, parts = _together(rank, out, heard)
+    return {"loss": loss} | parts
+
+
+def _together(rank: Rank, out: Outcome, heard: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The loss of all ranks and its parts."""
+    names = ["main"] + [f"mtp{k}" for k in range(1, rank.local.cut.n_mtp + 1)] * bool(rank.recipe.mtp_weight)
+    names += ["balance"] * bool(rank.recipe.aux_weight)
+    own = [sum([float(loss) for loss in out.losses.values()]), *[heard.get(name, 0.0) for name in names]]
+    loss, *parts = all_reduce(rank.local.once, np.array(own, np.float64), "loss").tolist()
+    return loss, dict(zip(names, parts, strict=True))
+
+
+def _passes(
+    rank: Rank, rows: Mapping[str, Array]
+) -> tuple[Outcome, dict[str, Array], dict[str, Array], dict[str, float]]:
+    """Forward and backward of my stages -> outcome, my gradients by local name, my tokens per expert by layer, my parts of the
+    loss.
+    """
+    recipe, local, load, heard = rank.recipe, rank.local, dict[str, Array](), dict[str, float]()
+    batches = _micro_batches(rank, {"labels": rows["tokens"], **rows})
 
     def leaf(name: str, w: Any) -> Any:
         held = recipe.plan.weight(name, rank.weights[name]) if hasattr(w, "dtype") else w
@@ -112,24 +159,28 @@ def _passes(rank: Rank, tokens: Array) -> tuple[Outcome, dict[str, Array], dict[
         n = counts.fn(routing.ids, n_experts=rank.config.n_routed_experts)
         load[at] = load[at] + n if at in load else n
 
-    model = local.model.map(leaf)
-    inputs = [model.inputs(batch, labels=batch) for batch in batches]
-    share = [1.0 / (len(batches) * rank.groups.data.size)] * len(batches)
-    how = recipe.mtp_weight, recipe.aux_weight, saw
+    def hear(part: str, loss: float) -> None:
+        heard[part] = heard.get(part, 0.0) + loss
+
+    model, data = local.model.map(leaf), rank.groups.data
+    inputs = [model.inputs(**batch) for batch in batches[data.rank]]
+    each = shares(rank.config, [b["labels"] for of_rank in batches for b in of_rank], local.cut.n_mtp)
+    mine = each[data.rank * len(inputs) : (data.rank + 1) * len(inputs)]
+    how = recipe.mtp_weight, recipe.aux_weight, saw, hear
     with observing(recipe.plan):
-        out = run(
-            rank.groups.pp, rank.schedule, [Stage(model, local.cut, s, inputs, share, *how) for s in local.stages]
-        )
+        stages = [Stage(model, local.cut, s, inputs, mine, *how) for s in local.stages]
+        out = run(rank.groups.pp, rank.schedule, stages)
     leaves = [(name, w) for name, w in model.named_weights() if isinstance(w, Parameter)]
-    return out, {name: out.grads.get(w, np.zeros_like(w.data)) for name, w in leaves}, load
+    return out, {name: out.grads.get(w, np.zeros_like(w.data)) for name, w in leaves}, load, heard
 
 
-def _micro_batches(rank: Rank, tokens: Array) -> list[Array]:
-    """My share of the sequences (N, S), cut into micro-batches: data-parallel ranks in turn, then their micro-batches."""
-    data, m = rank.groups.data, rank.schedule.layout.micro_batches
-    fits = len(tokens) > 0 and len(tokens) % (data.size * m) == 0
-    require(fits, f"{len(tokens)} sequences for {data.size} data-parallel ranks with {m} micro-batches each")
-    return list(tokens.reshape(data.size, m, -1, tokens.shape[1])[data.rank])
+def _micro_batches(rank: Rank, rows: Mapping[str, Array]) -> list[list[dict[str, Array]]]:
+    """The sequences (N, S) cut up: data-parallel ranks in turn, then their micro-batches."""
+    data, m, n = rank.groups.data, rank.schedule.layout.micro_batches, len(rows["tokens"])
+    fits = n > 0 and n % (data.size * m) == 0
+    require(fits, f"{n} sequences for {data.size} data-parallel ranks with {m} micro-batches each")
+    cut = {name: x.reshape(data.size, m, -1, x.shape[1]) for name, x in rows.items()}
+    return [[{name: x[r, j] for name, x in cut.items()} for j in range(m)] for r in range(data.size)]
 
 
 def _biases(rank: Rank, load: Mapping[str, Array]) -> dict[str, Array]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refimpl.autograd import Parameter, require
+from refimpl.autograd import Parameter, data_of, require
 from refimpl.layers import loss as losses
 from refimpl.layers.common import embed, final_norm, logits, mask
 from refimpl.layers.config import Config
@@ -19,6 +19,8 @@ from refimpl.layers.rope import rope_tables
 from refimpl.layers.router import Routing, seq_aux
 from refimpl.layers.stage import phase, unit
 from refimpl.model import ForCausalLM, Inputs
+
+from .shares import Share, part_of, shared
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,20 @@ def cut(c: Config, n_stages: int, sizes: Sequence[int] | None = None) -> Cut:
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage s of a cut model as the executor takes it: `stage(x, j)` for `inputs[j]`, its losses times `weight[j]`.
+    """Stage s of a cut model as the executor takes it: `stage(x, j)` for `inputs[j]`, of whose losses `shares[j]` counts.
 
-    `saw` is told the routing of every layer of experts, under its place in the model ("L3").
+    `saw` is told the routing of every layer of experts, under its place in the model ("L3"); `heard` every part of the loss.
     """
 
     model: ForCausalLM
     cut: Cut
     s: int
     inputs: Sequence[Inputs]
-    weight: Sequence[float]
+    shares: Sequence[Share]
     mtp_weight: float = 0.0
     aux_weight: float = 0.0
     saw: Callable[[str, Routing], None] = lambda place, routing: None
+    heard: Callable[[str, float], None] = lambda part, loss: None
 
     def __call__(self, x: Any, j: int) -> tuple[Any, Any]:
         """x (B, S, D), None in the first stage -> (x (B, S, D), None in the last one; loss () or None)."""
@@ -95,10 +98,13 @@ class Stage:
             if self.s == 0:
                 x = embed(inputs.tokens, self.model.model.embed_tokens.weight)
             x, loss = self._blocks(inputs, x)
+            found = {} if loss is None else {"loss.seq_aux": loss}
             if self.s == self.cut.n_stages - 1:
-                loss = self._heads(inputs, x, loss)
-                x = None
-        return x, None if loss is None else loss * self.weight[j]
+                loss, heads = self._heads(inputs, x, loss)
+                x, found = None, heads | found
+        for name, part in found.items():
+            self.heard(part_of(name), float(data_of(part)) * self.shares[j][part_of(name)])
+        return x, shared(loss, found, self.shares[j], self.mtp_weight) if found else None
 
     def _blocks(self, inputs: Inputs, x: Any) -> tuple[Any, Any]:
         """The layers of this stage -> x (B, S, D), the sum of their balance losses or None."""
@@ -122,8 +128,8 @@ class Stage:
         routed = r.ids if c.dialect.seq_aux_counts == "routed" else None
         return seq_aux(r.scores, routed, k=c.num_experts_per_tok, alpha=self.aux_weight)
 
-    def _heads(self, inputs: Inputs, x: Any, loss: Any) -> Any:
-        """Final norm, head, MTP modules.  x (B, S, D), loss so far -> loss ()."""
+    def _heads(self, inputs: Inputs, x: Any, loss: Any) -> tuple[Any, dict[str, Any]]:
+        """Final norm, head, MTP modules.  x (B, S, D), loss so far -> loss (), main and MTP losses by name."""
         assert inputs.labels is not None
         c, m = self.cut.config, self.model
         head = m.model.embed_tokens.weight if c.tie_word_embeddings else m.lm_head.weight
@@ -133,7 +139,8 @@ class Stage:
             start = h if c.dialect.mtp_hidden == "post_norm" else x
             mtp = m.mtp_loss(inputs, start, weight=self.mtp_weight)[1]
         aux = () if loss is None else (loss,)
-        return losses.total(main, tuple(mtp.values()), aux, mtp_weight=self.mtp_weight)
+        total = losses.total(main, tuple(mtp.values()), aux, mtp_weight=self.mtp_weight)
+        return total, {"loss.main": main} | mtp
 
 
 def trained(model: ForCausalLM) -> dict[str, Parameter]:

@@ -19,6 +19,7 @@ from refimpl.layers.stage import observing, phase, unit
 from refimpl.model import ForCausalLM, expected_tensors
 
 from .optimizer import AdamState, AdamW, adamw, clip
+from .shares import part_of
 
 
 def constant(step: int) -> float:
@@ -98,8 +99,8 @@ def parts(losses: Mapping[str, Any]) -> dict[str, float]:
     """What a model's `losses` are made of, as `Report.parts` names it."""
     found = dict[str, float]()
     for name, loss in losses.items():
-        part = "balance" if name.endswith("loss.seq_aux") else name.removeprefix("loss.")
         if name != "loss":
+            part = part_of(name)
             found[part] = found.get(part, 0.0) + float(data_of(loss))
     return found
 

@@ -58,12 +58,17 @@ def in_turn(terms):
     return total
 
 
+def even(weight):
+    """Shares of micro-batches of which every part of the loss counts alike."""
+    return [dict.fromkeys(("main", "mtp1", "mtp2", "balance"), w) for w in weight]
+
+
 def program(comm, schedule, model, inputs, weight, wrap=lambda part: part, **losses):
     """One rank of the pipeline: loss by micro-batch, gradients by name, peaks."""
     cut = pipeline_parts.cut(model.config, schedule.layout.n_stages)
     held = schedule.layout.stages[comm.rank]
     mine = cut.only(model, held).with_gradients()
-    parts = [wrap(pipeline_parts.Stage(mine, cut, s, inputs, weight, **losses)) for s in held]
+    parts = [wrap(pipeline_parts.Stage(mine, cut, s, inputs, even(weight), **losses)) for s in held]
     out = executor.run(comm, schedule, parts)
     leaves = pipeline_parts.trained(mine)
     grads = {n: out.grads[leaf] for n, leaf in leaves.items() if leaf in out.grads}

@@ -8,7 +8,17 @@ from refimpl.train.data.building import Build
 from refimpl.train.recipe import read
 from refimpl.train.run import Checkpoints, Job, Log
 
-CONFIG = TINY.replace(vocab_size=262, num_hidden_layers=2, num_nextn_predict_layers=1)
+CONFIG = TINY.replace(
+    vocab_size=262,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    num_nextn_predict_layers=1,
+)
 STEPS = 6
 LENGTH, BATCH = 12, 4
 

@@ -13,7 +13,7 @@ from refimpl.layers import Config
 from refimpl.parallel_emulation.axes import mesh
 from refimpl.parallel_emulation.comm import Log, spmd
 from refimpl.parallel_emulation.pipeline import SCHEDULES, Layout, build, check, executor, facts, parse
-from refimpl.spec_tests.cases.pipeline import SHARED, case, cases, in_turn, program, sequential, together
+from refimpl.spec_tests.cases.pipeline import SHARED, case, cases, even, in_turn, program, sequential, together
 from refimpl.train import pipeline_parts
 
 SMALLEST = {
@@ -104,7 +104,7 @@ def test_a_stage_may_have_no_layers_and_stages_may_differ():
 
     def rank(comm):
         mine = cut.only(model, [comm.rank]).with_gradients()
-        out = executor.run(comm, schedule, [pipeline_parts.Stage(mine, cut, comm.rank, inputs, [1.0] * 3, 0.3)])
+        out = executor.run(comm, schedule, [pipeline_parts.Stage(mine, cut, comm.rank, inputs, even([1.0] * 3), 0.3)])
         return out.losses, {n: out.grads[w] for n, w in pipeline_parts.trained(mine).items() if w in out.grads}, None
 
     losses, grads = together(spmd(3, rank))

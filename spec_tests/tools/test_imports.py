@@ -28,6 +28,8 @@ INSIDE_FUNCTIONS = {
     "cupy": "*",
     "matplotlib": "refimpl*.plot*",
     "mpi4py": "refimpl.parallel_emulation*",
+    "tensorboardX": "refimpl.train.run.tensorboard",
+    "tensorboard": "refimpl.spec_tests.*.test_interop*",
     "tokenizers": ("refimpl.infer.tokenizer", "refimpl.train.data*", *ADAPTERS),
     "jinja2": ("refimpl.infer.chat", "refimpl.spec_tests.*.test_interop*"),
 }

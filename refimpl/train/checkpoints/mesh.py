@@ -29,29 +29,38 @@ from refimpl.train.training import Recipe
 
 from .facts import check_config
 from .pieces import Piece, Place, Shape
-from .serial import FIRST, MASTER, SECOND
+from .serial import EMA, FIRST, MASTER, SECOND
 from .snapshot import Saved, Snapshot
 
 
-def snapshot(rank: Rank, facts: Mapping[str, Any]) -> Snapshot:
-    """My part of the run. All ranks call it together, with the same facts; no copy."""
+def snapshot(rank: Rank, facts: Mapping[str, Any], *, ema: Mapping[str, Array] | None = None) -> Snapshot:
+    """My part of the run. All ranks call it together, with the same facts; no copy. `ema`: an average of `my_masters`."""
     names, boxes = _names(rank), _boxes(rank)
     pieces: dict[str, Piece] = {}
-    for kind, name, (begin, end), data in _held(rank):
+    for kind, name, (begin, end), data in _held(rank, ema or {}):
         shape, start = boxes[names[name]]
         pieces[f"{kind}/{names[name]}"] = Piece(Place(shape, start, rank.weights[name].shape, begin, end), data)
     return Snapshot(rank.t, pieces, facts)
 
 
-def _held(rank: Rank) -> Iterator[tuple[str, str, tuple[int, int], Array]]:
+def my_masters(rank: Rank) -> dict[str, Array]:
+    """By local name: my part (K,) of the master of every weight of which I have one, and the buffers that I hold."""
+    found = {name: w for name, w in rank.weights.items() if is_buffer(name)}
+    for shard in rank.shards:
+        found |= shard.pieces(shard.master)
+    return found
+
+
+def _held(rank: Rank, ema: Mapping[str, Array]) -> Iterator[tuple[str, str, tuple[int, int], Array]]:
     """(kind, local name, elements of the local weight, data) of what I am the one to write."""
     copies = rank.groups.tp.rank > 0  # tensor-parallel ranks hold the same of all that is not split
     for kind, shard in zip(rank.local.kinds, rank.shards, strict=True):
         if copies and kind.distinct is rank.local.once:
             continue
-        parts = {MASTER: shard.pieces(shard.master)}
+        parts: dict[str, Mapping[str, Array]] = {MASTER: shard.pieces(shard.master)}
         if shard.state is not None:
             parts |= {FIRST: shard.state.m, SECOND: shard.state.v}
+        parts |= {EMA: ema} if ema else {}
         for what, held in parts.items():
             for name, span in shard.spans().items():
                 yield what, name, span, held[name]
@@ -59,6 +68,8 @@ def _held(rank: Rank) -> Iterator[tuple[str, str, tuple[int, int], Array]]:
         for name, w in rank.weights.items():
             if is_buffer(name):
                 yield MASTER, name, (0, w.size), w
+                if ema:
+                    yield EMA, name, (0, w.size), ema[name]
 
 
 def _names(rank: Rank) -> dict[str, str]:
@@ -123,3 +134,9 @@ def resume(
         for s, m, v in zip(rank.shards, *moments, strict=True)
     ]
     return replace(rank, shards=shards, t=saved.step)
+
+
+def resume_ema(saved: Saved, rank: Rank) -> dict[str, Array]:
+    """My part of the average that was saved, as `my_masters` gives that of the masters; {} if none was."""
+    whole = dict(saved.tensors(EMA))
+    return my_masters(parallel.again(rank, whole)) if whole else {}

@@ -1,19 +1,9 @@
 """Gradient accumulation: the gradients of a large batch from micro-batches, one graph alive at a time.
 
-The parts of the loss are means over different things, so a micro-batch's part counts with its share of just that:
-
-| part | mean over | share of a micro-batch |
-|---|---|---|
-| loss.main | labels that count (main) | its labels / all labels |
-| loss.mtpK, `mtp_loss_mean` "length" (R eq 24) | the main labels too | the same |
-| loss.mtpK, "valid" | labels that count at depth K | its labels at depth K / all of them |
-| loss.seq_aux (R eq 17) | sequences | its sequences / all sequences |
-
-Weighting all parts by tokens, or averaging micro-batches, is right only where every micro-batch has equally many of
-each: with padding or answers-only labels it is another loss. Expert loads are counted over the whole batch, so the bias moves
-once. In the same order of sums (micro-batches in turn, as a pipeline or one rank of a mesh adds them) the bits are the
-same; against one pass over the large batch the order within a product differs, and under FP8 also the groups that share
-a scale in Wgrad.
+Each part of the loss by its own share of the batch (`refimpl.train.shares`). Expert loads are counted over the whole batch,
+so the bias moves once. In the same order of sums (micro-batches in turn, as a pipeline or one rank of a mesh adds them) the
+bits are the same; against one pass over the large batch the order within a product differs, and under FP8 also the groups
+that share a scale in Wgrad.
 """
 
 from __future__ import annotations
@@ -25,9 +15,9 @@ import numpy as np
 
 from refimpl.autograd import Array, Gradients, backward, data_of, require
 from refimpl.layers.config import Config
-from refimpl.layers.loss import IGNORE
 from refimpl.layers.stage import observing
-from refimpl.model import ForCausalLM, Inputs, Output
+from refimpl.model import ForCausalLM, Inputs
+from refimpl.train.shares import shared, shares
 from refimpl.train.training import Recipe, Report, State, loads, named, parts, update
 
 from .policies import Frugal, Policy
@@ -79,50 +69,18 @@ def accumulate(
     labels.
     """
     require(batches, "no micro-batch")
+    labels = [b.labels for b in batches if b.labels is not None]
+    require(len(labels) == len(batches), "accumulation needs labels: model.inputs(tokens, labels=...)")
     total, grads, load, seen = 0.0, Gradients(), dict[str, Array](), dict[str, float]()
-    counts = [_counts(b, model.n_mtp) for b in batches]
-    whole = {key: max(sum([n[key] for n in counts]), 1) for key in counts[0]}
-    for inputs, n in zip(batches, counts, strict=True):
+    for inputs, share in zip(batches, shares(model.config, labels, model.n_mtp), strict=True):
         with observing(recipe.plan):
             out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-        share = {key: n[key] / whole[key] for key in n}
-        loss = _share(out, share, model, recipe)
+        loss = shared(out.loss, out.losses, share, recipe.mtp_weight)
         for name, part in parts(out.losses).items():
-            seen[name] = seen.get(name, 0.0) + part * share[_means(model, name)]
+            seen[name] = seen.get(name, 0.0) + part * share[name]
         for at, counted in loads(model.config, out.routing).items():
             load[at] = load[at] + counted if at in load else counted
         del out  # logits and hidden states: backward needs none of them
         total += float(data_of(loss))
         backward(loss, into=grads)
     return total, grads, load, seen
-
-
-def _counts(inputs: Inputs, depths: int) -> dict[str, int]:
-    """What the parts of the loss are means over: labels at every depth (0: main), sequences."""
-    require(inputs.labels is not None, "accumulation needs labels: model.inputs(tokens, labels=...)")
-    assert inputs.labels is not None
-    labels = inputs.labels
-    found = {f"labels{k}": int(np.sum(labels[:, k + 1 :] != IGNORE)) for k in range(depths + 1)}
-    return found | {"sequences": len(labels)}
-
-
-def _share(out: Output, share: dict[str, float], model: ForCausalLM, recipe: Recipe) -> Any:
-    """What a micro-batch adds to the loss of the whole batch ()."""
-    if len(set(share.values())) == 1:
-        return out.loss * share["labels0"]
-    heads = [name for name in out.losses if name.startswith("loss.mtp")]
-    loss = out.losses["loss.main"] * share["labels0"]
-    for name, part in out.losses.items():
-        if name in heads:
-            loss = loss + part * (share[_means(model, name.removeprefix("loss."))] * recipe.mtp_weight / len(heads))
-        elif name.endswith("loss.seq_aux"):
-            loss = loss + part * share["sequences"]
-    return loss
-
-
-def _means(model: ForCausalLM, part: str) -> str:
-    """What a part of the loss is a mean over, as `_counts` names it."""
-    if part == "balance":
-        return "sequences"
-    own = part.startswith("mtp") and model.config.dialect.mtp_loss_mean == "valid"
-    return f"labels{part.removeprefix('mtp')}" if own else "labels0"

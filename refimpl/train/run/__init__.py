@@ -2,7 +2,7 @@
 
 from .job import Checkpoints, Evaluation, Job, Log, Samples
 from .journal import records
-from .loop import End, train
+from .loop import End, simulated, train
 from .reading import load_job, read_job
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "load_job",
     "read_job",
     "records",
+    "simulated",
     "train",
 ]

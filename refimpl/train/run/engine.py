@@ -73,7 +73,7 @@ class Serial:
 
     def step(self, c: Config, s: Setting, recipe: Recipe, batch: Batch) -> Report:
         """`memory.step`, watched for what is no number."""
-        take = partial(memory.step, micro_batches=self._job.micro_batches(s), policy=self._job.policy(c, s))
+        take = partial(memory.step, micro_batches=self._job.micro_batches(s.batch), policy=self._job.policy(c, s))
         self._state, report = guarded_step(c, self._state, recipe=recipe, take=take, **batch.inputs())
         if self._ema is not None:
             self._ema.add(self._state.weights)

@@ -104,17 +104,17 @@ class Job:
         optimizer = json.loads(json.dumps(asdict(self.run.optimizer)))
         return sums | {"optimizer": optimizer, "ema": self.run.ema, "seed": self.seed}
 
-    def micro_batches(self, s: Setting, ranks: int = 1) -> int:
-        """Into how many micro-batches each of `ranks` data-parallel ranks cuts its share of a step's batch."""
-        each = self.micro_batch or -(-s.batch // ranks)
-        fits = s.batch % (each * ranks) == 0
-        require(fits, f"step {s.step}: {s.batch} sequences for {ranks} ranks in micro-batches of {each}")
-        return s.batch // (each * ranks)
+    def micro_batches(self, batch: int, ranks: int = 1) -> int:
+        """Into how many micro-batches each of `ranks` data-parallel ranks cuts its share of a batch. SpecError if it has a rest."""
+        each = self.micro_batch or -(-batch // ranks)
+        fits = batch % (each * ranks) == 0
+        require(fits, f"{batch} sequences for {ranks} data-parallel ranks in micro-batches of {each}")
+        return batch // (each * ranks)
 
     def policy(self, c: Config, s: Setting) -> Policy | None:
         """What the tape keeps in a step. SpecError for a budget that no policy keeps to."""
         if isinstance(self.memory, int):
-            rows = s.batch // self.micro_batches(s)
+            rows = s.batch // self.micro_batches(s.batch)
             return budget.plan(Probe(c, rows, s.sequence, self.run.recipe(s.step)), self.memory)
         if self.memory in ("keep", "roots"):
             return Policy.roots(c) if self.memory == "roots" else None

@@ -20,10 +20,10 @@ class Journal:
     checkpoint, are cut off first, and so is a torn last line. SpecError where nothing can be written.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, keep: int, name: str = FILE) -> None:
+        self.path = folder / name
         if self.path.exists():
-            lines = [json.dumps(r) for r in records(folder) if r["step"] <= keep]
+            lines = [json.dumps(r) for r in records(folder, name) if r["step"] <= keep]
             with Transaction() as files, files.new(self.path) as f:
                 f.write("".join([f"{line}\n" for line in lines]).encode())
         try:
@@ -46,18 +46,16 @@ class Journal:
         self._f.close()
 
 
-def records(folder: Path) -> Iterator[dict[str, Any]]:
+def records(folder: Path | str, name: str = FILE) -> Iterator[dict[str, Any]]:
     """Every record of a run, in order; a torn last line is left out. SpecError for a file that is no journal."""
-    path = folder / FILE
-    require(path.is_file(), f"{folder} holds no {FILE}; it is no run of `refimpl train`")
+    path = Path(folder) / name
+    require(path.is_file(), f"{folder} holds no {name}; it is no run of `refimpl train`")
+    lines = path.read_bytes().split(b"\n")
     with where(f"while reading {path}"):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(lines[:-1], 1):  # behind the last line end: nothing, or what a kill left
             try:
-                found = json.loads(line) if line else None
+                found = json.loads(line)
             except ValueError as error:
-                if number == path.read_bytes().count(b"\n") + 1:
-                    return
                 raise SpecError(f"line {number} is no JSON: {error}") from error
-            if found is not None:
-                require(isinstance(found, dict) and isinstance(found.get("step"), int), f"line {number} has no step")
-                yield found
+            require(isinstance(found, dict) and isinstance(found.get("step"), int), f"line {number} has no step")
+            yield found

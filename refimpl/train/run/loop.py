@@ -4,12 +4,13 @@ from refimpl.train.run import load_job, train
 
 end = train(load_job("recipe.toml"), "run")            # or resume=True
 
-RUN/metrics.jsonl   a record a step (`journal.py`)
-RUN/checkpoints/    `refimpl.train.checkpoints`
+RUN/metrics.jsonl   a record a step (`monitor.py`)      RUN/samples.jsonl   texts the model made
+RUN/checkpoints/    `refimpl.train.checkpoints`         RUN/tensorboard/    the metrics once more
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,24 +18,30 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.autograd import Array
-from refimpl.autograd.errors import require
+from refimpl.autograd.errors import require, where
+from refimpl.layers.config import Config
+from refimpl.parallel_emulation.comm import Comm, spmd
 from refimpl.train.checkpoints import Keeper, Saved, facts
 from refimpl.train.guard import NotFinite
+from refimpl.train.training import Recipe
 
 from .engine import Engine, Serial
+from .evaluation import Evaluator
 from .feed import Cursors, Feed
 from .job import Job
 from .journal import Record
-from .monitor import Monitor
+from .monitor import Monitor, said, seen
+from .on_mesh import OnMesh
+from .ranks import Ranks
+from .sampling import Sampler
 
 
 @dataclass(frozen=True)
 class End:
-    """Where a run ended: steps done, whether that is all of it, the last record, the masters by checkpoint name."""
+    """Where a run ended: steps done, whether that is all of it, the masters (on a mesh a rank's weights) by checkpoint name."""
 
     step: int
     complete: bool
-    record: Record
     weights: Mapping[str, Array]
 
 
@@ -48,35 +55,48 @@ def train(
     folder: str | Path,
     *,
     resume: bool = False,
+    comm: Comm | None = None,
+    cores: int = 1,
     stop: Callable[[], bool] = never,
     tell: Callable[[Record], None] = lambda record: None,
 ) -> End:
-    """Run a job, its files in `folder`. `stop` is asked after every step: True saves and ends. `tell` hears every record.
+    """Run a job, its files in `folder`: by itself, or as one of the ranks of `comm`, which all call this with the same job, on
+    `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends. `tell` hears every record, on rank 0.
 
     SpecError for a job that does not add up, a folder that holds a run already (or none, to resume), a checkpoint of another
     run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
     """
     job.check()
-    feed, folder = Feed(job), Path(folder)
+    feed, folder, ranks = Feed(job), Path(folder), Ranks(comm)
+    more = Evaluator(job, feed.tokenizer), Sampler(job, feed.tokenizer)
     require(not resume or folder.is_dir(), f"no run to resume in {folder}")
-    with ExitStack() as stack:
-        keeper = stack.enter_context(Keeper(folder / "checkpoints", keep=job.checkpoints.retention))
+    with ExitStack() as stack, where(f"while training in {folder}"):
+        keeper = stack.enter_context(Keeper(folder / "checkpoints", comm=comm, keep=job.checkpoints.retention))
         saved = _begun(keeper, resume)
         cursors = _cursors(job, feed, saved)
-        engine = Serial.start(job, saved)
+        engine: Engine = Serial.start(job, saved) if ranks.comm is None else OnMesh.start(job, saved, ranks.comm)
         stack.callback(engine.close)
-        monitor = stack.enter_context(Monitor(job, folder, engine.done, tell))
-        return _Loop(job, feed, engine, keeper, monitor).run(cursors, stop)
+        monitor = stack.enter_context(Monitor(job, folder, engine.done, tell, cores)) if ranks.first else None
+        return Loop(job, feed, ranks, engine, keeper, monitor, *more).run(cursors, stop)
+
+
+def simulated(job: Job, folder: str | Path, ranks: int, **how: Any) -> list[End]:
+    """`train` on so many ranks of the simulator -> what each of them ended with."""
+
+    def program(comm: Comm) -> End:
+        return train(job, folder, comm=comm, **how)
+
+    return spmd(ranks, program)
 
 
 def _begun(keeper: Keeper, resume: bool) -> Saved | None:
     """The checkpoint to go on from; None to begin."""
-    steps = keeper.steps()
-    if not resume:
+    found = keeper.newest() if resume else None
+    if found is None:
+        steps = keeper.steps()
         held = f"{keeper.folder} holds a run of {steps[-1] if steps else 0} steps"
         require(not steps, f"{held}; --resume goes on with it, or choose another folder")
         return None
-    found = keeper.newest()
     bad = "\n".join([f"  {name}: {what}" for name, what in found.passed_over.items()])
     require(found.saved or not bad, f"no checkpoint in {keeper.folder} is whole:\n{bad}")
     return found.saved
@@ -94,41 +114,64 @@ def _cursors(job: Job, feed: Feed, saved: Saved | None) -> Cursors:
     return feed.restored(saved.facts["cursor"], job.run.at(saved.step - 1).phase if saved.step else None)
 
 
-class _Loop:
+@dataclass(frozen=True)
+class Loop:
     """What a run needs between two steps."""
 
-    def __init__(self, job: Job, feed: Feed, engine: Engine, keeper: Keeper, monitor: Monitor) -> None:
-        self.job, self.feed, self.engine, self.keeper, self.monitor = job, feed, engine, keeper, monitor
+    job: Job
+    feed: Feed
+    ranks: Ranks
+    engine: Engine
+    keeper: Keeper
+    monitor: Monitor | None
+    evaluator: Evaluator
+    sampler: Sampler
 
     def run(self, cursors: Cursors, stop: Callable[[], bool]) -> End:
-        """Steps until the job is done or somebody asks to stop; saved at the end, also at a step that gives no number."""
+        """Steps until the job is done or somebody asks to stop; saved at the end, and where a step gives no number."""
         stopped = False
+        if not self.engine.done:
+            self._sample(*self._now(0))
         while self.engine.done < len(self.job) and not stopped:
             try:
-                cursors = self._step(cursors)
+                cursors, stopped = self._step(cursors, stop)
             except NotFinite as error:
                 self._save(cursors)
-                raise NotFinite(f"{error}\n  kept: {self.keeper.path(self.engine.done)}") from None
-            stopped = stop()
+                kept = f"kept: {self.keeper.path(self.engine.done)}" if self.engine.done else "it was the first step"
+                raise NotFinite(f"{error}\n  {kept}") from None
         self._save(cursors)
-        done = self.engine.done
-        return End(done, done == len(self.job), self.monitor.last, self.engine.weights())
+        return End(self.engine.done, self.engine.done == len(self.job), self.engine.weights())
 
-    def _step(self, cursors: Cursors) -> Cursors:
-        """One step with everything due after it -> the cursors after it."""
-        s = self.job.run.at(self.engine.done)
-        c, recipe = self.job.run.config(s.step, self.job.config), self.job.run.recipe(s.step)
+    def _now(self, step: int) -> tuple[Config, Recipe]:
+        return self.job.run.config(step, self.job.config), self.job.run.recipe(step)
+
+    def _step(self, cursors: Cursors, stop: Callable[[], bool]) -> tuple[Cursors, bool]:
+        """One step with everything due after it -> the cursors after it, whether to stop."""
+        s, end = self.job.run.at(self.engine.done), len(self.job)
+        c, recipe = self._now(s.step)
         batch, cursors = self.feed.take(s, cursors)
-        with self.monitor.step(c, s) as note:
-            note(self.engine.step(c, s, recipe, batch), self.engine.biases())
-        if self.engine.done % self.job.checkpoints.every == 0:
+        began = time.perf_counter()
+        report = self.engine.step(c, s, recipe, batch)
+        seconds, taken = time.perf_counter() - began, self.ranks.taken()
+        held = self.evaluator(self.engine, c, recipe) if self.evaluator.due(report.step, end) else {}
+        self.ranks.taken()
+        heard = self.ranks.meet(said(report, self.engine.biases(), taken) | {"stop": stop()})
+        self.keeper.finish() if self.ranks.plain else None  # begun a step ago
+        if self.monitor is not None:
+            self.monitor.add(c, s, seen(s, report, heard) | held, seconds)
+        self._sample(c, recipe)
+        if report.step % self.job.checkpoints.every == 0:
             self.keeper.begin(self.engine.snapshot(self._facts(cursors)))
-        return cursors
+        return cursors, any(part["stop"] for part in heard)
+
+    def _sample(self, c: Config, recipe: Recipe) -> None:
+        if self.monitor is not None and self.sampler.due(self.engine.done, len(self.job)):
+            self.monitor.sampled(self.sampler(self.engine.done, c, recipe, self.engine.weights()))
 
     def _save(self, cursors: Cursors) -> None:
         """The state as it is, unless that is saved."""
         self.keeper.finish()
-        if self.engine.done > max(self.keeper.steps(), default=-1):
+        if self.engine.done > max(self.keeper.steps(), default=0):
             self.keeper.save(self.engine.snapshot(self._facts(cursors)))
 
     def _facts(self, cursors: Cursors) -> dict[str, Any]:

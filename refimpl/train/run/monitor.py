@@ -1,39 +1,53 @@
-"""What a run tells of every step: a record, to its journal and to whoever listens.
+"""What a run tells of every step: a record, to its journal, to TensorBoard, and to whoever listens.
 
-Names in a record: step (after it), phase, tokens (consumed so far), batch, sequence, the values of the schedules; loss, and its
-parts as loss/main, loss/mtp1, loss/balance; norm (of the gradients, before clipping); load/L3/peak, /entropy, /dead and
-bias/L3/drift, /spread for every layer of experts (`meters.py`); and, which differ from run to run (VARIES), seconds,
-tokens/s, mfu, peak_bytes.
+| names in a record | |
+|---|---|
+| step, phase, tokens, batch, sequence | after which step it is, tokens consumed by then, of what size the step was |
+| lr, gamma, mtp_weight, aux_weight | what the schedules said |
+| loss, loss/main, loss/mtp1, ..., loss/balance | before the update; the parts before lambda, balance with alpha |
+| norm | of all gradients, before clipping |
+| load/L3/peak, entropy, dead; bias/L3/drift, spread | of every layer of experts (`meters.py`) |
+| eval/main, eval/mtp1, ... | on the held-out shards, after the update |
+| links/bytes, messages, h800_s, waited_s | with ranks (`ranks.py`) |
+| seconds, tokens/s, mfu, peak_bytes | of the step alone; of this process |
+
+Those of VARIES differ from run to run; all others are the same bits whenever and wherever the step is taken.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from refimpl.autograd import Array
 from refimpl.layers.config import Config
 from refimpl.train.recipe import Setting
 from refimpl.train.training import Report
 
-from . import meters
+from . import meters, sampling
 from .job import Job
 from .journal import Journal, Record
+from .ranks import links
+from .tensorboard import Board
 
-VARIES = ("seconds", "tokens/s", "mfu", "peak_bytes")
+VARIES = ("seconds", "tokens/s", "mfu", "peak_bytes", "links/waited_s")
 
 
 class Monitor:
-    """Takes the time of steps and writes their records."""
+    """Writes the records of a run that goes on after `done` steps; on one rank only, that others listen to nothing.
 
-    def __init__(self, job: Job, folder: Path, done: int, tell: Callable[[Record], None]) -> None:
+    `cores`: how many processes take part, for MFU.
+    """
+
+    def __init__(self, job: Job, folder: Path, done: int, tell: Callable[[Record], None], cores: int = 1) -> None:
         self._journal, self._tell = Journal(folder, done), tell
-        self._peak = job.log.peak or meters.gemm_rate()
-        self.last: Record = {}
+        self._samples = Journal(folder, done, sampling.FILE) if job.samples else None
+        self._board = Board(folder, done) if job.log.tensorboard else None
+        self._peak = job.log.peak or cores * meters.gemm_rate()
 
     def __enter__(self) -> Monitor:
         return self
@@ -41,36 +55,43 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
+        for part in (self._journal, self._samples, self._board):
+            if part is not None:
+                part.close()
 
-    @contextmanager
-    def step(self, c: Config, s: Setting) -> Iterator[Callable[[Report, Mapping[str, Array]], None]]:
-        """Time what is done inside; it gives its report and the biases after it to what this yields."""
-        began = time.perf_counter()
+    def add(self, c: Config, s: Setting, record: Mapping[str, Any], seconds: float) -> None:
+        """What a step says, and how long it took, to all."""
+        rate = s.batch * s.sequence / seconds
+        flop = meters.flop_per_token(c, s.sequence, mtp=bool(s.values["mtp_weight"]))
+        used = {"seconds": seconds, "tokens/s": rate, "mfu": flop * rate / self._peak}
+        whole = dict(record) | used | {"peak_bytes": meters.peak_bytes()}
+        self._journal.add(whole)
+        if self._board is not None:
+            self._board.add(whole)
+        self._tell(whole)
 
-        def note(report: Report, biases: Mapping[str, Array]) -> None:
-            seconds = time.perf_counter() - began
-            rate = s.batch * s.sequence / seconds
-            flop = meters.flop_per_token(c, s.sequence, mtp=bool(s.values["mtp_weight"]))
-            used = {"seconds": seconds, "tokens/s": rate, "mfu": flop * rate / self._peak}
-            self.add(seen(s, report, biases) | used | {"peak_bytes": meters.peak_bytes()})
-
-        yield note
-
-    def add(self, record: dict[str, Any]) -> None:
-        """One record to all."""
-        self._journal.add(record)
-        self.last = record
-        self._tell(record)
+    def sampled(self, samples: Sequence[Record]) -> None:
+        """Texts that the model made."""
+        for sample in samples:
+            if self._samples is not None:
+                self._samples.add(sample)
+            if self._board is not None:
+                self._board.text(sample)
 
 
-def seen(s: Setting, report: Report, biases: Mapping[str, Array]) -> dict[str, Any]:
-    """What a step says that is the same whenever it is taken."""
-    at = {"step": report.step, "phase": s.phase.name, "tokens": s.tokens + s.batch * s.sequence}
-    found: dict[str, Any] = at | {"batch": s.batch, "sequence": s.sequence} | dict(s.values)
+def said(report: Report, biases: Mapping[str, Array], taken: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank has to tell the others of a step, as JSON."""
+    load = {place: n.tolist() for place, n in report.load.items()}
+    return {"load": load, "bias": {place: b.tolist() for place, b in biases.items()}, "links": dict(taken)}
+
+
+def seen(s: Setting, report: Report, heard: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A step in all ranks' words, without its times."""
+    found: dict[str, Any] = {"step": report.step, "phase": s.phase.name, "tokens": s.tokens + s.batch * s.sequence}
+    found |= {"batch": s.batch, "sequence": s.sequence} | dict(s.values)
     found |= {"loss": report.loss, "norm": report.norm} | {f"loss/{name}": x for name, x in report.parts.items()}
-    for place in sorted(report.load, key=lambda name: int(name[1:])):
-        found |= {f"load/{place}/{name}": x for name, x in meters.load(report.load[place]).items()}
-    for place, b in biases.items():
-        found |= {f"bias/{place}/{name}": x for name, x in meters.bias(b).items()}
-    return found
+    for kind, meter in (("load", meters.load), ("bias", meters.bias)):
+        of = {place: x for part in heard for place, x in part[kind].items()}
+        for place in sorted(of, key=lambda name: int(name[1:])):
+            found |= {f"{kind}/{place}/{name}": x for name, x in meter(np.array(of[place])).items()}
+    return found | links([part["links"] for part in heard])
