@@ -45,13 +45,16 @@ def document(name: str) -> dict[str, Any]:
     require(known, f"run {name!r}; known: main, or a variant and a seed as in v3-0; variants: {', '.join(VARIANTS)}")
     d = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
     d["data"] |= {key: str(HERE / d["data"][key]) for key in ("shards", "tokenizer")}
+    d["evaluation"] |= {"shards": str(HERE / d["evaluation"]["shards"])}
     return d if name == "main" else _short(d, VARIANTS[variant], int(seed))
 
 
 def _short(d: dict[str, Any], variant: Variant, seed: int) -> dict[str, Any]:
-    job = {key: d.pop(key) for key in JOB if key in d}
+    job = {key: d.pop(key) for key in JOB if key in d and key != "samples"}
+    d.pop("samples")
     d = scaled(read(d), tokens=SHORT) | job
     d |= {"train": job["train"] | {"seed": seed}, "checkpoints": {"every": 100, "last": 1}}
+    d["evaluation"] |= {"every": 10_000}  # at the end
     for table, changes in variant.changes.items():
         d[table] = [p | changes for p in d[table]] if table == "phase" else d[table] | changes
     return d

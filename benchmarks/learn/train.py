@@ -4,8 +4,8 @@
     python benchmarks/learn/train.py v3-0 fp8-0          # short runs, one to three minutes each
     python benchmarks/learn/train.py all                 # every run of the page
 
-Each is `refimpl train` with its recipe (`runs.py`), which is written to RUN/recipe.toml. Ctrl-C saves; the same command goes on. A
-finished run has result.json: steps, tokens, CPU seconds, loss on the held-out novel. Needs the extra `data`.
+Each is `refimpl train` with its recipe (`runs.py`), which is written to RUN/recipe.toml; CPU seconds are in RUN/cpu.json. Ctrl-C
+saves; the same command goes on. Needs the extra `data`; set OPENBLAS_NUM_THREADS=1, or cores that others use wait for each other.
 """
 
 from __future__ import annotations
@@ -14,23 +14,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runs import HERE, document, names
 
-from refimpl.autograd import Array
 from refimpl.checkpoint import Transaction
 from refimpl.cli.dispatch import main as command
-from refimpl.layers.loss import IGNORE
-from refimpl.layers.stage import observing
-from refimpl.model import ForCausalLM
-from refimpl.train.checkpoints import Saved
-from refimpl.train.data import Build, Reader, Shards, build, load_tokenizer
+from refimpl.train.data import Build, build, load_tokenizer
 from refimpl.train.recipe import to_toml
-from refimpl.train.run import Job, load_job
-from refimpl.train.training import parts
+from refimpl.train.run import load_job
 
 
 def shards(name: str, length: int) -> Path:
@@ -43,35 +36,6 @@ def shards(name: str, length: int) -> Path:
     return folder
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, oldest first."""
-    found = (folder / "checkpoints").glob("step-????????")
-    return {int(p.name.removeprefix("step-")): p for p in sorted(found)}
-
-
-def masters(path: Path) -> dict[str, Array]:
-    """The weights of a checkpoint."""
-    return dict(Saved(path).tensors("master").items())
-
-
-def held_out_loss(this: Job, weights: Mapping[str, Array], batch: int = 32) -> dict[str, float]:
-    """Mean loss on the held-out novel in nats a token: "main", of the model, and "mtp1", of its MTP module if it has one."""
-    c, plan = this.config, this.run.recipe(0).plan
-    rows = Shards(shards("held_out", this.run.phases[0].sequence))
-    model = ForCausalLM.from_weights(c, {n: plan.weight(n, w) for n, w in weights.items()})
-    reader = Reader(rows)
-    cursor, sums, count = reader.start(), dict[str, float](), 0
-    while cursor.samples < len(rows):
-        part, cursor = reader.take(cursor, batch)
-        with observing(plan):
-            out = model.forward_and_loss(model.inputs(**part.inputs()), mtp_weight=1.0)
-        n = int((part.labels[:, 1:] != IGNORE).sum())
-        count += n
-        for name, loss in parts(out.losses).items():
-            sums[name] = sums.get(name, 0.0) + loss * n
-    return {name: total / count for name, total in sums.items()}
-
-
 def write_json(path: Path, found: Any) -> None:
     """A file that is there whole or not at all."""
     with Transaction() as files, files.new(path) as f:
@@ -79,24 +43,18 @@ def write_json(path: Path, found: Any) -> None:
 
 
 def run(name: str, folder: Path) -> int:
-    """Train run NAME in FOLDER/NAME to its end, and measure it -> the exit code of `refimpl train`."""
+    """Train run NAME in FOLDER/NAME to its end -> the exit code of `refimpl train`."""
     folder = folder / name
-    if (folder / "result.json").exists():
-        return 0
     folder.mkdir(parents=True, exist_ok=True)
     recipe, used = folder / "recipe.toml", folder / "cpu.json"
     recipe.write_text(to_toml(document(name)), encoding="utf-8")
-    this = load_job(recipe)
-    shards("novels", this.run.phases[0].sequence)
+    sequence = load_job(recipe).run.phases[0].sequence
+    for text in ("novels", "held_out"):
+        shards(text, sequence)
     spent, began = json.loads(used.read_text()) if used.exists() else 0.0, time.process_time()
-    code = command(["train", str(recipe), "-o", str(folder), *(["--resume"] if checkpoints(folder) else [])])
-    spent += time.process_time() - began
-    write_json(used, spent)
-    if code == 0:
-        steps, path = checkpoints(folder).popitem()
-        loss = held_out_loss(this, masters(path))
-        result = {"run": name, "steps": steps, "tokens": this.run.tokens, "cpu_seconds": spent, "held_out": loss}
-        write_json(folder / "result.json", result)
+    begun = any((folder / "checkpoints").glob("step-????????"))
+    code = command(["train", str(recipe), "-o", str(folder), *(["--resume"] if begun else [])])
+    write_json(used, spent + time.process_time() - began)
     return code
 
 
