@@ -8,6 +8,7 @@ Needs the extra `plot`. Whatever lies between a mark <!-- NAME: summary.py --> a
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import re
@@ -23,7 +24,9 @@ from spreads import spread, verdict
 from refimpl.autograd import Array
 from refimpl.checkpoint import Transaction
 from refimpl.plotting import drawn
+from refimpl.train.data import Shards
 from refimpl.train.run import load_job, records
+from refimpl.train.run.sampling import FILE as SAMPLES
 
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "learning.md"
@@ -31,17 +34,18 @@ LATE = 0.2
 """The part of a run, at its end, over which its load is averaged."""
 
 
-class Finished:
-    """A run that is done: its result and its records."""
+class Noted:
+    """What `refimpl train` noted of a run."""
 
     def __init__(self, folder: Path) -> None:
-        self.result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         self.records = list(records(folder))
         self.job = load_job(folder / "recipe.toml")
+        self.seconds: float = json.loads((folder / "cpu.json").read_text())
+        self.complete: bool = self.records[-1]["step"] == len(self.job)
 
     def curve(self, name: str) -> Array:
-        """What the records say under a name, by step."""
-        return np.array([r[name] for r in self.records])
+        """What the records say under a name, where they do."""
+        return np.array([r[name] for r in self.records if name in r])
 
     @property
     def layers(self) -> list[str]:
@@ -62,15 +66,22 @@ def smooth(y: Array, n: int) -> Array:
     return np.array([part.mean() for part in np.array_split(y, max(1, len(y) // n))])
 
 
-def finished(folder: Path) -> dict[str, Finished]:
+def finished(folder: Path) -> dict[str, Noted]:
     """The runs that are done, by name."""
-    return {f.parent.name: Finished(f.parent) for f in sorted(folder.glob("*/result.json"))}
+    found = {f.parent.name: Noted(f.parent) for f in sorted(folder.glob("*/cpu.json"))}
+    return {name: run for name, run in found.items() if run.complete}
+
+
+def text_bytes(name: str) -> int:
+    """UTF-8 bytes of the text of `NAME.jsonl.gz`."""
+    lines = gzip.decompress((HERE / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
+    return sum([len(json.loads(line)["text"].encode()) for line in lines])
 
 
 # ---- Figures
 
 
-def draw_main(figure: Any, run: Finished, measured: Mapping[str, Any]) -> None:
+def draw_main(figure: Any, run: Noted) -> None:
     """Loss, load of the experts and how far their biases have moved, over tokens."""
     loss, load, bias = figure.subplots(1, 3)
     tokens = smooth(run.curve("tokens") / 1e6, 20)
@@ -78,9 +89,8 @@ def draw_main(figure: Any, run: Finished, measured: Mapping[str, Any]) -> None:
     loss.axhline(math.log(vocab), color="gray", linewidth=0.8, label=f"ln {vocab}")
     loss.plot(tokens, smooth(run.curve("loss/main"), 20), label="next token")
     loss.plot(tokens, smooth(run.curve("loss/mtp1"), 20), label="the one after (MTP)")
-    at = {r["step"]: r["tokens"] / 1e6 for r in run.records} | {0: 0.0}
-    held = measured["held_out"]
-    loss.plot([at[int(s)] for s in held], [x["main"] for x in held.values()], "k.", label="next token, held-out novel")
+    held = [(r["tokens"] / 1e6, r["eval/main"]) for r in run.records if "eval/main" in r]
+    loss.plot(*zip(*held, strict=True), "k.", label="next token, held-out novel")
     for place in run.layers:
         load.plot(tokens, smooth(run.curve(f"load/{place}/peak"), 20), label=f"layer {place[1:]}")
         bias.plot(tokens, smooth(run.curve(f"bias/{place}/spread"), 20), label=f"layer {place[1:]}")
@@ -92,9 +102,9 @@ def draw_main(figure: Any, run: Finished, measured: Mapping[str, Any]) -> None:
         axes.grid(alpha=0.3)
 
 
-def draw_variants(figure: Any, by_variant: Mapping[str, Sequence[Finished]]) -> None:
+def draw_variants(figure: Any, by_variant: Mapping[str, Sequence[Noted]]) -> None:
     """Loss and load of every variant: the mean of its seeds, and the range."""
-    panels: list[tuple[Any, str, Callable[[Finished], Array]]] = []
+    panels: list[tuple[Any, str, Callable[[Noted], Array]]] = []
     loss, load = figure.subplots(1, 2)
     panels.append((loss, "loss of the next token, nats", lambda run: run.curve("loss/main")))
     panels.append((load, "busiest expert / mean, mean of the layers", lambda run: run.load()))
@@ -117,39 +127,35 @@ def row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main_table(run: Finished, measured: Mapping[str, Any]) -> list[str]:
+def main_table(run: Noted) -> list[str]:
     """What the main run was and came to."""
-    c, r, held = run.job.config, run.result, measured["held_out"]
-    last = held[max(held, key=int)]
-    per_byte = last["main"] * measured["tokens"] / measured["bytes"] / math.log(2)
+    c, main, last = run.job.config, run.curve("loss/main"), run.records[-1]
+    rows = Shards(run.job.evaluation.shards)
+    bits = last["eval/main"] / math.log(2) * sum([s.tokens for s in rows.shards]) / text_bytes("held_out")
+    even = [f"{run.late(run.curve(f'load/{at}/peak')):.2f} (layer {at[1:]})" for at in run.layers]
+    idle = sum([any(r[f"load/{at}/dead"] for at in run.layers) for r in run.records])
     facts = {
-        "steps, tokens": f"{r['steps']:,}, {r['tokens']:,}",
-        "CPU time, one thread": f"{r['cpu_seconds'] / 60:.1f} minutes",
-        "loss of the next token, first and last 20 steps": f"{run.curve('loss/main')[:20].mean():.2f}, "
-        f"{run.curve('loss/main')[-20:].mean():.2f} nats (ln {c.vocab_size} = {math.log(c.vocab_size):.2f})",
-        "the same on the held-out novel, at the end": f"{last['main']:.2f} nats a token, {per_byte:.2f} bits a byte",
-        "loss of the MTP module there": f"{last['mtp1']:.2f} nats a token",
-        "busiest expert / mean, last fifth of the run": ", ".join(
-            [f"{run.late(run.curve(f'load/{at}/peak')):.2f} (layer {at[1:]})" for at in run.layers]
-        ),
-        "steps in which an expert got no token": sum(
-            [any(rec[f"load/{at}/dead"] for at in run.layers) for rec in run.records]
-        ),
+        "steps, tokens": f"{last['step']:,}, {last['tokens']:,}",
+        "CPU time, one thread, other jobs on the machine": f"{run.seconds / 60:.1f} minutes",
+        "loss of the next token, first and last 20 steps": f"{main[:20].mean():.2f}, {main[-20:].mean():.2f} nats",
+        "if all tokens were as likely": f"ln {c.vocab_size} = {math.log(c.vocab_size):.2f}",
+        "on the held-out novel, at the end": f"{last['eval/main']:.2f} nats a token, {bits:.2f} bits a byte",
+        "the MTP module's there": f"{last['eval/mtp1']:.2f} nats a token",
+        "busiest expert / mean, last fifth of the run": ", ".join(even),
+        "steps in which an expert got no token": f"{idle} of {len(main)}",
     }
     return [row("", ""), row("---", "---"), *[row(k, v) for k, v in facts.items()]]
 
 
-def samples_text(measured: Mapping[str, Any]) -> list[str]:
-    """Text at the start, in the middle and at the end, as quotations."""
+def samples_text(folder: Path) -> list[str]:
+    """Text at the start, in the middle and at the end."""
+    texts = list(records(folder, SAMPLES))
+    steps = sorted({s["step"] for s in texts})
     lines = []
-    for step, found in measured["samples"].items():
-        lines += [f"After step {step}:", ""]
-        for s in found:
-            how = "greedy" if s["temperature"] == 0 else f"T = {s['temperature']}"
-            text = " ".join((s["prompt"] + "‖" + s["text"]).split())
-            lines += ["```text", *wrapped(f"[{how}] {text}"), "```"]
-        lines.append("")
-    return lines[:-1]
+    for step in (steps[0], steps[len(steps) // 2], steps[-1]):
+        said = [" ".join(f"{s['prompt']} ‖ {s['text']}".split()) for s in texts if s["step"] == step]
+        lines += ["", f"After step {step}:", "", "```text", *[line for text in said for line in wrapped(text)], "```"]
+    return lines[1:]
 
 
 def wrapped(text: str, width: int = 132) -> list[str]:
@@ -157,7 +163,7 @@ def wrapped(text: str, width: int = 132) -> list[str]:
     return re.findall(rf"\S.{{0,{width - 2}}}(?=\s|$)|\S{{1,{width}}}", text)
 
 
-def variants_table(by_variant: Mapping[str, Sequence[Finished]]) -> list[str]:
+def variants_table(by_variant: Mapping[str, Sequence[Noted]]) -> list[str]:
     """Means, standard deviations, and differences from the first variant with their 95 % intervals."""
     base = next(iter(by_variant.values()))
     lines = [
@@ -171,34 +177,35 @@ def variants_table(by_variant: Mapping[str, Sequence[Finished]]) -> list[str]:
             n = min(len(runs), len(base))
             pairs = ((loss, _held_out, 3), (load, _load, 2))
             against = [verdict(x[:n], [f(run) for run in base[:n]], digits) for x, f, digits in pairs]
-        cpu = f"{fmean([run.result['cpu_seconds'] for run in runs]):.0f}"
+        cpu = f"{fmean([run.seconds for run in runs]):.0f}"
         what = f"**{name}**: {VARIANTS[name].what}"
         lines.append(row(what, len(runs), spread(loss), against[0], spread(load, 2), against[1], cpu))
     return lines
 
 
-def _held_out(run: Finished) -> float:
-    return float(run.result["held_out"]["main"])
+def _held_out(run: Noted) -> float:
+    return float(run.records[-1]["eval/main"])
 
 
-def _load(run: Finished) -> float:
+def _load(run: Noted) -> float:
     return run.late(run.load())
 
 
-def drafts_table(measured: Mapping[str, Any]) -> list[str]:
+def drafts_table(found: Mapping[str, Any]) -> list[str]:
     """What speculation came to."""
     lines = [row("T", "drafts", "stood, by depth", "tokens a run", "time per token, plain = 1"), row(*["---"] * 5)]
-    for r in measured["drafting"]:
+    for r in found["drafting"]:
         stood = ", ".join([f"{100 * s:.0f} %" for s in r["stood"]])
         kind = f"{r['depth']}{', recycled' if r['depth'] > 1 else ''}"
         lines.append(row(r["temperature"], kind, stood, f"{r['tokens_per_step']:.2f}", f"{r['time']:.2f}"))
-    a = measured["agreement"]
-    said = (
-        f"On the held-out text itself: model and module have the same most likely token at {100 * a['same']:.0f} % of the places, "
-        f"their distributions share {100 * a['overlap']:.0f} %, and the model's most likely token is the right one at "
-        f"{100 * a['right']:.0f} %."
-    )
-    return [*lines, "", *wrapped(said)]
+    lines += [
+        "",
+        row("step", "the model's first choice is right", "is the module's too", "sum min(p, q)"),
+        row(*["---"] * 4),
+    ]
+    for step, a in found["agreement"].items():
+        lines.append(row(step, *[f"{100 * a[name]:.0f} %" for name in ("right", "same", "overlap")]))
+    return lines
 
 
 # ---- The page
@@ -224,14 +231,11 @@ def main() -> None:
     runs, parts, figures = finished(folder), dict[str, Sequence[str]](), dict[str, bytes]()
     by_variant = {v: [runs[f"{v}-{s}"] for s in SEEDS if f"{v}-{s}" in runs] for v in VARIANTS}
     by_variant = {name: found for name, found in by_variant.items() if found}
-    if (folder / "main" / "measured.json").exists():
-        run, measured = runs["main"], json.loads((folder / "main" / "measured.json").read_text())
-        parts |= {
-            "main": main_table(run, measured),
-            "samples": samples_text(measured),
-            "drafts": drafts_table(measured),
-        }
-        figures["learning.svg"] = drawn(lambda f: draw_main(f, run, measured), size=(12, 4), salt="learning")
+    if "main" in runs:
+        parts |= {"main": main_table(runs["main"]), "samples": samples_text(folder / "main")}
+        figures["learning.svg"] = drawn(lambda f: draw_main(f, runs["main"]), size=(12, 4), salt="learning")
+    if (folder / "main" / "drafts.json").exists():
+        parts["drafts"] = drafts_table(json.loads((folder / "main" / "drafts.json").read_text()))
     if by_variant:
         parts["variants"] = variants_table(by_variant)
         figures["learning_variants.svg"] = drawn(lambda f: draw_variants(f, by_variant), size=(11, 4), salt="variants")
