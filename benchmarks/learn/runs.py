@@ -17,7 +17,7 @@ from refimpl.train.recipe.reading import JOB
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "novels.toml"
-SHORT = 102_400
+SHORT = 81_920
 """Tokens of a short run."""
 SEEDS = (0, 1, 2)
 

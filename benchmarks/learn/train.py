@@ -1,11 +1,11 @@
 """Train the runs of docs/learning.md, or go on with them where they were stopped; a finished one is left as it is.
 
     python benchmarks/learn/train.py main                # 25 minutes of one core at most
-    python benchmarks/learn/train.py v3-0 fp8-0          # short runs, one to three minutes each
+    python benchmarks/learn/train.py v3-0 fp8-0          # short runs, about a minute each
     python benchmarks/learn/train.py all                 # every run of the page
 
 Each is `refimpl train` with its recipe (`runs.py`), which is written to RUN/recipe.toml; CPU seconds are in RUN/cpu.json. Ctrl-C
-saves; the same command goes on. Needs the extra `data`; set OPENBLAS_NUM_THREADS=1, or cores that others use wait for each other.
+saves; the same command goes on. Needs the extra `text`; set OPENBLAS_NUM_THREADS=1, or cores that others use wait for each other.
 """
 
 from __future__ import annotations
