@@ -52,6 +52,12 @@ def trains(comm, shape, schedule, recipe=RECIPE, config=CONFIG, batches=BATCHES)
     return rank.groups.place, rank.named, reports
 
 
+def trains_on_rows(comm, shape, schedule, rows):
+    """One step on a mesh, on padded rows with documents -> where I am, my weights, the report."""
+    rank, report = pt.step(pt.start(comm, CONFIG, WEIGHTS, RECIPE, shape, schedule), **rows)
+    return rank.groups.place, rank.named, [report]
+
+
 def whole(results):
     """All ranks' weights as one model; copies must be the same bits, slices of tensor parallelism are put together."""
     found = defaultdict(dict)
@@ -134,6 +140,40 @@ def test_training_on_a_mesh_is_training_on_one_rank(one_rank, shape, name, micro
     Three steps with MTP and balance loss; 16 ranks: DualPipe x data x expert parallel, and with tensor parallelism.
     """
     same_training(spmd(shape.size, trains, shape, build(name, shape.pp, micro_batches), seed=3), *one_rank)
+
+
+def padded(sequences):
+    """Rows that end in padding, each somewhere else, of two documents whose first tokens are no labels."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, CONFIG.vocab_size, (sequences, LENGTH))
+    ends, cuts = rng.integers(2, LENGTH + 1, (sequences, 1)), rng.integers(1, LENGTH, (sequences, 1))
+    at = np.arange(LENGTH)[None].repeat(sequences, axis=0)
+    labels = np.where((at < ends) & (at != cuts) & (at > 0), tokens, -100)
+    documents = np.where(at >= ends, -1, (at >= cuts) * 1)
+    return {"tokens": tokens, "labels": labels, "valid": (at < ends) * 1, "documents": documents}
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "micro_batches"),
+    [(Mesh(dp=2), "gpipe", 2)]
+    + [pytest.param(*p, marks=pytest.mark.slow) for p in [(Mesh(2, ep=2), "dualpipe", 4), (Mesh(2, tp=2), "zb1p", 2)]],
+    ids=str,
+)
+def test_padded_rows_count_by_what_they_hold(shape, name, micro_batches):
+    """Catches micro-batches averaged whatever they hold, shares of my rank's labels alone, padding or documents lost on the way, a
+    part of the loss summed over copies. Oracle: `train.step` on the whole batch, whose gradients are float32: 6e-8 each, less
+    in their norm.
+    """
+    rows = padded(16)
+    weights = {n: w.astype(RECIPE.plan.dtype) for n, w in WEIGHTS.items()}
+    state, report = train.step(CONFIG, train.State(weights), recipe=RECIPE, **rows)
+    schedule = build(name, shape.pp, micro_batches)
+    results = spmd(shape.size, trains_on_rows, shape, schedule, rows)
+    same_training(results, state.weights, [report], sharp=1e-8)
+    for _, _, (mine,) in results:
+        assert set(mine.parts) == set(report.parts) == {"main", "mtp1", "balance"}
+        for part, loss in report.parts.items():
+            np.testing.assert_allclose(mine.parts[part], loss, rtol=SHARP, err_msg=part)
 
 
 def test_a_pipeline_alone_changes_no_bit():

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from refimpl.autograd import SpecError
 from refimpl.cli import live
@@ -38,7 +37,9 @@ def test_bias_by_hand():
     assert meters.bias(np.float32([3, -3, 3, -3])) == {"drift": 3.0, "spread": 6.0}
 
 
-@pytest.mark.parametrize("c", [DEEPSEEK_V3, TINY.replace(num_nextn_predict_layers=2)], ids=["V3", "tiny"])
+@pytest.mark.parametrize(
+    "c", [DEEPSEEK_V3.replace(num_hidden_layers=5), TINY.replace(num_nextn_predict_layers=2)], ids=["V3", "tiny"]
+)
 @pytest.mark.parametrize("mtp", [False, True])
 def test_flop_of_a_token(c, mtp):
     """Catches experts counted that a token does not visit, an embedding that multiplies nothing, MTP without its head.
@@ -59,11 +60,6 @@ def test_flop_of_a_token(c, mtp):
 
 
 # ---- Records
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return runs.shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def test_a_record_says_what_the_step_saw(run, shards):
     assert first["norm"] == report.norm and first["peak_bytes"] > 1 << 24
 
 
-def test_held_out_text_and_samples_come_when_they_are_due(run, shards, tmp_path):
+def test_held_out_text_and_samples_come_when_they_are_due(run, whole, shards, tmp_path):
     """Catches an evaluation that learns, that averages batches with unequal labels, or that is off by a step; samples likewise.
 
     Oracle: one pass over all six rows at once, by the weights of a run that ends there without evaluating. Rounded to
@@ -113,9 +109,8 @@ def test_held_out_text_and_samples_come_when_they_are_due(run, shards, tmp_path)
     rows = list(records(run))
     assert [r["step"] for r in rows if "eval/main" in r] == [3, 6]
     assert [(s["step"], s["prompt"]) for s in records(run, "samples.jsonl")] == [(n, "1 times") for n in (0, 4, 6)]
-    plain = train(runs.job(shards), tmp_path / "plain")
     job = runs.job(shards)
-    engine = Serial(job, State(dict(plain.weights)))
+    engine = Serial(job, State(dict(whole[0].weights)))
     held = runs.shards(tmp_path / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
     reader = Reader(Shards(held))
     batch, _ = reader.take(reader.start(), 6)
@@ -152,18 +147,29 @@ def test_a_journal_goes_on_where_it_is_told(tmp_path):
 # ---- For people
 
 
-def test_a_line_and_a_table(run):
-    """Catches a table that leaves out a layer, a part of the loss or the held-out loss."""
+class Screen(io.StringIO):
+    """Where a person watches."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_line_and_a_table(run, monkeypatch):
+    """Catches a table that leaves out a layer, a part of the loss or the held-out loss, and one that is drawn into a pipe."""
     last = list(records(run))[-1]
     assert live.line(last, 6).startswith(f"step 6/6  loss {last['loss']:.4f}  held out {last['eval/main']:.4f}  norm ")
-    out = io.StringIO()
-    Console(file=out, width=120).print(live.table(last, 6))
-    text = out.getvalue()
+    screen, pipe = Screen(), io.StringIO()
+    for out, alone in ((screen, True), (pipe, True)):
+        monkeypatch.setattr("sys.stdout", out)
+        with live.told(1, 6, alone=alone) as tell:
+            tell(last)
+    text = screen.getvalue()
     assert all(
         name in text for name in ("step 6 of 6, only, 288 tokens", "loss/mtp1", "loss/balance", "eval/main", "tokens/s")
     )
     row = next(line for line in text.splitlines() if " L1 " in line)
     assert f"{last['load/L1/peak']:.2f}" in row and f"{last['bias/L1/drift']:.4f}" in row
+    assert pipe.getvalue() == live.line(last, 6) + "\n"
     assert [live.size(n) for n in (5, 3 << 10, 5 << 19, 1 << 30)] == ["5 B", "3 KiB", "2.5 MiB", "1 GiB"]
 
 

@@ -55,6 +55,7 @@ class Serial:
 
     def __init__(self, job: Job, state: State, ema: Mapping[str, Array] | None = None) -> None:
         self._job, self._state = job, state
+        self._policies: dict[Any, memory.Policy | None] = {}
         decay = job.run.ema
         self._ema = None if decay is None else Ema(ema or state.weights, decay)
 
@@ -62,8 +63,8 @@ class Serial:
     def start(cls, job: Job, saved: Saved | None) -> Serial:
         """From a checkpoint, or from new weights. SpecError for a checkpoint of another config."""
         if saved is None:
-            return cls(job, State(init(job.model(0), seed=job.seed, std=job.run.optimizer.init_std)))
-        found = serial.resume(saved, job.model(saved.step))
+            return cls(job, State(init(job.model_after(0), seed=job.seed, std=job.run.optimizer.init_std)))
+        found = serial.resume(saved, job.model_after(saved.step))
         return cls(job, found.state, found.ema)
 
     @property
@@ -73,7 +74,10 @@ class Serial:
 
     def step(self, c: Config, s: Setting, recipe: Recipe, batch: Batch) -> Report:
         """`memory.step`, watched for what is no number."""
-        take = partial(memory.step, micro_batches=self._job.micro_batches(s.batch), policy=self._job.policy(c, s))
+        key = c, s.batch, s.sequence, bool(recipe.mtp_weight)
+        if key not in self._policies:
+            self._policies[key] = self._job.policy(c, s)
+        take = partial(memory.step, micro_batches=self._job.micro_batches(s.batch), policy=self._policies[key])
         self._state, report = guarded_step(c, self._state, recipe=recipe, take=take, **batch.inputs())
         if self._ema is not None:
             self._ema.add(self._state.weights)

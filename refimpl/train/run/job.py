@@ -89,9 +89,20 @@ class Job:
         """Steps that it takes."""
         return len(self.run) if self.steps is None else min(self.steps, len(self.run))
 
-    def model(self, steps: int) -> Config:
-        """The model after so many steps (that of the last one taken): phases may change it (R 4.3)."""
-        return self.run.config(max(steps - 1, 0), self.config)
+    @property
+    def mtp(self) -> set[bool]:
+        """Whether MTP modules are trained in some part of the run, and whether they are not."""
+        pieces = [piece for p in self.run.phases for piece in p.schedules["mtp_weight"].pieces]
+        return {bool(weight) for piece in pieces for weight in (piece.start, piece.end)}
+
+    def model(self, step: int) -> Config:
+        """The model in a step, from 0: phases may change it (R 4.3). Without MTP modules if they are never trained."""
+        c = self.run.config(step, self.config)
+        return c if self.mtp != {False} else c.replace(num_nextn_predict_layers=0)
+
+    def model_after(self, steps: int) -> Config:
+        """The model that a checkpoint after so many steps holds: that of the last one."""
+        return self.model(max(steps - 1, 0))
 
     def identity(self, steps: int) -> dict[str, Any]:
         """What decided the bits of a run of so many steps, beside config and data, as JSON; a checkpoint keeps it. Of phases

@@ -40,9 +40,13 @@ class Journal:
             raise SpecError(f"{self.path}: {error.strerror}, at step {record['step']}") from error
         require(written == len(line), f"{self.path}: no room for the line of step {record['step']}")
 
-    def close(self) -> None:
-        """Flush to the disk."""
+    def sync(self) -> None:
+        """Onto the disk: a checkpoint that survives a power cut has the records before it."""
         os.fsync(self._f.fileno())
+
+    def close(self) -> None:
+        """The last sync."""
+        self.sync()
         self._f.close()
 
 

@@ -21,7 +21,7 @@ from refimpl.autograd import Array
 from refimpl.autograd.errors import require, where
 from refimpl.layers.config import Config
 from refimpl.parallel_emulation.comm import Comm, spmd
-from refimpl.train.checkpoints import Keeper, Saved, facts
+from refimpl.train.checkpoints import Keeper, Saved, Snapshot, facts
 from refimpl.train.guard import NotFinite
 from refimpl.train.training import Recipe
 
@@ -140,10 +140,10 @@ class Loop:
                 kept = f"kept: {self.keeper.path(self.engine.done)}" if self.engine.done else "it was the first step"
                 raise NotFinite(f"{error}\n  {kept}") from None
         self._save(cursors)
-        return End(self.engine.done, self.engine.done == len(self.job), self.engine.weights())
+        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights())
 
     def _now(self, step: int) -> tuple[Config, Recipe]:
-        return self.job.run.config(step, self.job.config), self.job.run.recipe(step)
+        return self.job.model(step), self.job.run.recipe(step)
 
     def _step(self, cursors: Cursors, stop: Callable[[], bool]) -> tuple[Cursors, bool]:
         """One step with everything due after it -> the cursors after it, whether to stop."""
@@ -161,7 +161,7 @@ class Loop:
             self.monitor.add(c, s, seen(s, report, heard) | held, seconds)
         self._sample(c, recipe)
         if report.step % self.job.checkpoints.every == 0:
-            self.keeper.begin(self.engine.snapshot(self._facts(cursors)))
+            self.keeper.begin(self._snapshot(cursors))
         return cursors, any(part["stop"] for part in heard)
 
     def _sample(self, c: Config, recipe: Recipe) -> None:
@@ -172,10 +172,12 @@ class Loop:
         """The state as it is, unless that is saved."""
         self.keeper.finish()
         if self.engine.done > max(self.keeper.steps(), default=0):
-            self.keeper.save(self.engine.snapshot(self._facts(cursors)))
+            self.keeper.save(self._snapshot(cursors))
 
-    def _facts(self, cursors: Cursors) -> dict[str, Any]:
-        cursor = {of: c.to_dict() for of, c in cursors.items()}
-        return facts(
-            self.job.model(self.engine.done), cursor=cursor, counters={"job": self.job.identity(self.engine.done)}
-        )
+    def _snapshot(self, cursors: Cursors) -> Snapshot:
+        """My part of all that a run needs to go on; the records before it are on the disk."""
+        if self.monitor is not None:
+            self.monitor.sync()
+        job, done = self.job, self.engine.done
+        cursor, counters = {of: c.to_dict() for of, c in cursors.items()}, {"job": job.identity(done)}
+        return self.engine.snapshot(facts(job.model_after(done), cursor=cursor, counters=counters))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 
@@ -54,6 +53,10 @@ def gemm_rate(size: int = 768, tries: int = 5) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had at any time (resident set)."""
+    """The most memory that this process has had at any time (resident set); 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(most) if sys.platform == "darwin" else int(most) * 1024

@@ -70,6 +70,12 @@ class Monitor:
             self._board.add(whole)
         self._tell(whole)
 
+    def sync(self) -> None:
+        """What was written onto the disk."""
+        for journal in (self._journal, self._samples):
+            if journal is not None:
+                journal.sync()
+
     def sampled(self, samples: Sequence[Record]) -> None:
         """Texts that the model made."""
         for sample in samples:
@@ -90,8 +96,10 @@ def seen(s: Setting, report: Report, heard: Sequence[Mapping[str, Any]]) -> dict
     found: dict[str, Any] = {"step": report.step, "phase": s.phase.name, "tokens": s.tokens + s.batch * s.sequence}
     found |= {"batch": s.batch, "sequence": s.sequence} | dict(s.values)
     found |= {"loss": report.loss, "norm": report.norm} | {f"loss/{name}": x for name, x in report.parts.items()}
-    for kind, meter in (("load", meters.load), ("bias", meters.bias)):
-        of = {place: x for part in heard for place, x in part[kind].items()}
-        for place in sorted(of, key=lambda name: int(name[1:])):
-            found |= {f"{kind}/{place}/{name}": x for name, x in meter(np.array(of[place])).items()}
+    load, bias = (
+        {place: np.array(x) for part in heard for place, x in part[kind].items()} for kind in ("load", "bias")
+    )
+    for place in sorted(load, key=lambda name: int(name[1:])):  # biases of MTP's routers stay where they are
+        found |= {f"load/{place}/{name}": x for name, x in meters.load(load[place]).items()}
+        found |= {f"bias/{place}/{name}": x for name, x in meters.bias(bias[place]).items()} if place in bias else {}
     return found | links([part["links"] for part in heard])

@@ -45,9 +45,10 @@ class OnMesh:
         _check(job)
         shape = shape_of(job, world.size)
         done = saved.step if saved else 0
-        c, s = job.model(done), job.run.at(max(done - 1, 0))
+        c, s = job.model_after(done), job.run.at(max(done - 1, 0))
         recipe, schedule = job.run.recipe(s.step), _schedule(job, s.batch, shape)
-        for batch in sorted({same.batch for p in job.run.phases for same in p.steps.runs}):
+        batches = {same.batch for p in job.run.phases for same in p.steps.runs}
+        for batch in sorted(batches | ({job.evaluation.batch} if job.evaluation else set())):
             _schedule(job, batch, shape)
         if saved is None:
             new = init(c, seed=job.seed, std=job.run.optimizer.init_std)
@@ -104,8 +105,7 @@ def _check(job: Job) -> None:
     """What one rank can do and several cannot."""
     require(job.samples is None, "samples are made on one rank; leave out [samples], or train without ranks")
     require(job.memory == "keep", f"memory {job.memory!r}: recomputation is for one rank; on a mesh everything is kept")
-    weights = {bool(job.run.at(step).values["mtp_weight"]) for step in range(len(job))}
     require(
-        len(weights) == 1,
+        len(job.mtp) == 1,
         "mtp_weight is 0 in a part of the run only; on a mesh MTP modules are trained always or never",
     )

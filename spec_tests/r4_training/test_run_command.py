@@ -1,0 +1,121 @@
+"""`refimpl train` and `refimpl plot`: from a recipe file to metrics, interrupted and resumed, on ranks, drawn."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import signal
+
+import pytest
+
+from refimpl.cli import live, main
+from refimpl.cli.dispatch import BAD_INPUT, INTERRUPTED
+from refimpl.spec_tests.cases import runs
+from refimpl.train.recipe import to_toml
+from refimpl.train.run import records
+from refimpl.train.run.monitor import VARIES
+
+
+@pytest.fixture(scope="module")
+def recipe(shards, tmp_path_factory):
+    """A recipe file that says what `runs.job` says."""
+    folder = tmp_path_factory.mktemp("recipe")
+    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if isinstance(x, int) and not isinstance(x, bool)}
+    model = "".join([f"{k} = {x}\n" for k, x in keys.items()])
+    tables = (
+        f'[model]\npreset = "tiny"\n{model}[data]\nshards = "{shards}"\n[log]\npeak = 1e9\n[checkpoints]\nevery = 2\n'
+    )
+    (folder / "job.toml").write_text(f"{to_toml(runs.recipe())}\n{tables}[train]\nseed = 3\n")
+    return folder / "job.toml"
+
+
+def same(folder):
+    return [{name: x for name, x in r.items() if name not in VARIES} for r in records(folder)]
+
+
+def test_a_file_and_a_command_are_the_job(recipe, whole, tmp_path, capfd):
+    """Catches a table of the file that the command drops, a run that says nothing where nobody watches, lines that are no steps."""
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    assert same(tmp_path / "run") == same(whole[1])
+    lines = [line.split("  ")[:2] for line in capfd.readouterr().out.splitlines()]
+    assert lines == [[f"step {r['step']}/6", f"loss {r['loss']:.4f}"] for r in records(whole[1])]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch, capfd):
+    """Catches an interrupt in the middle of a step, steps since the last checkpoint lost, a command that does not go on, and a
+    handler that stays when the command is over.
+    """
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = live.line
+
+    def interrupted(r, steps):
+        if r["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return before(r, steps)
+
+    monkeypatch.setattr(live, "line", interrupted)
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == INTERRUPTED
+    said = capfd.readouterr()
+    assert said.out.count("\n") == 3 and "ending after this step" in said.err
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    command = re.search(r"stopped after step 3, saved; go on with: refimpl (.*)\n", said.err)[1]
+    assert main(shlex.split(command)) == 0
+    assert same(tmp_path / "run") == same(whole[1])
+
+
+def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
+    """Catches a run that nobody can end."""
+
+    def twice(r, steps):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(live, "line", twice)
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == INTERRUPTED
+    assert "nothing was left half-written" in capfd.readouterr().err and len(same(tmp_path / "run")) == 1
+
+
+def test_what_went_wrong_says_how_to_go_on(recipe, whole, tmp_path, capfd):
+    """Catches a run begun over another, bad input that ends as a bug, and advice to resume where nothing was begun."""
+    folder = shutil.copytree(whole[1], tmp_path / "run")
+    assert main(["train", str(recipe), "-o", str(folder)]) == BAD_INPUT
+    said = capfd.readouterr().err
+    assert "holds a run of 6 steps; --resume goes on with it" in said and "mended" not in said
+    for bad in (folder / "checkpoints").glob("step-*"):
+        shard = next(bad.glob("rank-*"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["train", str(recipe), "-o", str(folder), "--resume"]) == BAD_INPUT
+    said = capfd.readouterr().err
+    assert (
+        "is whole" in said and f"when that is mended, go on with: refimpl train {recipe} -o {folder} --resume" in said
+    )
+    for args in (["--ranks", "0"], ["--steps", "0"], ["--ranks", "3"]):
+        assert main(["train", str(recipe), "-o", str(tmp_path / "no"), *args]) == BAD_INPUT
+
+
+@pytest.mark.slow
+def test_on_ranks_of_the_simulator(recipe, whole, tmp_path):
+    """Catches --ranks that is not used: links are counted, and the losses are those of one rank up to the order of sums and the
+    roundings to bfloat16 that it moves.
+    """
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run"), "--ranks", "2", "--steps", "3"]) == 0
+    for mine, theirs in zip(same(tmp_path / "run"), same(whole[1]), strict=False):
+        assert mine["links/bytes"] > 0 and mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+
+
+def test_a_process_of_mpiexec_is_a_rank(recipe, tmp_path, monkeypatch, capfd):
+    """Catches processes under mpiexec that each train a whole model into one folder, when mpi4py is missing too."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run"), "--ranks", "2"]) == BAD_INPUT
+    assert "under mpiexec the processes are the ranks" in capfd.readouterr().err
+
+
+def test_plot(whole, tmp_path, capfd):
+    """Catches a figure of another format than its name says, and a file that is begun and left."""
+    assert main(["plot", str(whole[1]), "-o", str(tmp_path / "run.pdf")]) == BAD_INPUT
+    assert "ends in .svg or .png" in capfd.readouterr().err
+    assert main(["plot", str(tmp_path), "-o", str(tmp_path / "run.svg")]) == BAD_INPUT
+    assert "holds no metrics.jsonl" in capfd.readouterr().err and not list(tmp_path.iterdir())
+    if importlib.util.find_spec("matplotlib"):
+        assert main(["plot", str(whole[1]), "-o", str(tmp_path / "run.svg"), "--metric", "load/*/dead"]) == 0
+        assert "<svg" in (tmp_path / "run.svg").read_text() and capfd.readouterr().out.endswith("run.svg\n")

@@ -1,0 +1,264 @@
+"""A training run on ranks: the run that one rank takes, elastic at every checkpoint, the same bits under MPI."""
+
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl.autograd import SpecError, ops
+from refimpl.layers.stage import STAGES
+from refimpl.parallel_emulation.comm import Log, counted, spmd
+from refimpl.parallel_emulation.comm.launcher import mpiexec_command
+from refimpl.parallel_emulation.cost.cluster import Cluster
+from refimpl.spec_tests.cases import runs
+from refimpl.train.checkpoints import Keeper
+from refimpl.train.guard import NotFinite
+from refimpl.train.recipe import read, to_toml
+from refimpl.train.run import Evaluation, Samples, records, simulated, train
+from refimpl.train.run.monitor import VARIES
+from refimpl.train.run.ranks import links
+
+CLOSE = 3e-4
+"""Of a loss after a few steps. float32 sums in another order, 1e-7 of a gradient, but AdamW divides a gradient by its own size: an
+element that is nearly 0 beside that rounding moves by up to lr = 3e-3 either way.
+"""
+
+
+def job(folder, **changes):
+    """Four steps in float32 on rows that end in padding, held-out text after the third and the last."""
+    shards = runs.shards(folder / "data", packing="best-fit")
+    held = runs.shards(folder / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
+    plain = runs.job(shards, run=read(runs.recipe("float32")), evaluation=Evaluation(held, 3, 4, 4), steps=4)
+    return replace(plain, **changes)
+
+
+def saved(folder):
+    """Every tensor of the newest checkpoint by kind and name."""
+    found = Keeper(folder / "checkpoints").newest().saved
+    kinds = ("master", "adam.m", "adam.v", "ema")
+    return {f"{kind}/{n}": np.array(x) for kind in kinds for n, x in found.tensors(kind).items()}
+
+
+def same(folder):
+    return [{name: x for name, x in r.items() if name not in VARIES} for r in records(folder)]
+
+
+def equal(a, b):
+    """The same checkpoint and the same records, bit for bit."""
+    x, y = saved(a), saved(b)
+    assert x.keys() == y.keys()
+    for name, data in x.items():
+        np.testing.assert_array_equal(data, y[name], err_msg=name)
+    assert same(a) == same(b)
+
+
+def alike(a, b):
+    """The same run up to the order of sums: the same rows, loads nearly."""
+    for mine, theirs in zip(same(a), same(b), strict=True):
+        assert mine["tokens"] == theirs["tokens"] and mine["lr"] == theirs["lr"]
+        assert (mine.keys() - theirs.keys()) <= {"links/bytes", "links/messages", "links/h800_s"}
+        for name in theirs:
+            if name.startswith(("loss", "eval", "norm")):
+                assert mine[name] == pytest.approx(theirs[name], rel=CLOSE, abs=CLOSE), (mine["step"], name)
+
+
+def stop_after(n):
+    """Asked once a step by each rank of a run: only rank 0 hears of it, at step n."""
+    asked = itertools.count(1)
+    return lambda: next(asked) == n
+
+
+def test_two_ranks_take_the_run_of_one(tmp_path):
+    """Catches ranks that read other rows, an average or a bias that is not divided, a stop that only one rank follows, and a
+    checkpoint that two ranks write and one, or two, cannot go on from.
+    """
+    one, two = job(tmp_path), job(tmp_path, mesh="ep=2")
+    train(one, tmp_path / "one")
+    simulated(two, tmp_path / "two", 2)
+    alike(tmp_path / "two", tmp_path / "one")
+    ends = simulated(two, tmp_path / "stopped", 2, stop=stop_after(5))
+    assert [(e.step, e.complete) for e in ends] == [(3, False)] * 2
+    shutil.copytree(tmp_path / "stopped", tmp_path / "fewer")
+    simulated(two, tmp_path / "stopped", 2, resume=True)
+    equal(tmp_path / "stopped", tmp_path / "two")
+    train(one, tmp_path / "fewer", resume=True)
+    alike(tmp_path / "fewer", tmp_path / "one")
+    assert {n: x.shape for n, x in saved(tmp_path / "fewer").items()} == {
+        n: x.shape for n, x in saved(tmp_path / "one").items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "ranks", "schedule", "micro_batch"),
+    [("pp=2,ep=2", 4, "1f1b", 1), ("tp=2", 2, "gpipe", 2), ("pp=2", 2, "dualpipe", 1), ("dp=2,ep=2", 4, "gpipe", 1)],
+)
+def test_every_mesh_takes_the_run_of_one(tmp_path, mesh, ranks, schedule, micro_batch):
+    """Catches an axis along which the average, the parts of the loss or the held-out loss are counted twice; a resumed run."""
+    train(job(tmp_path), tmp_path / "one")
+    many = job(tmp_path, mesh=mesh, schedule=schedule, micro_batch=micro_batch)
+    simulated(many, tmp_path / "many", ranks)
+    alike(tmp_path / "many", tmp_path / "one")
+    simulated(many, tmp_path / "again", ranks, stop=stop_after(2 * ranks))
+    simulated(many, tmp_path / "again", ranks, resume=True)
+    equal(tmp_path / "again", tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_a_phase_changes_the_model_on_ranks_too(tmp_path):
+    """Catches YaRN that a mesh never switches on (R 4.3), or that a resumed run switches on a phase early. Oracle: one rank."""
+    d = runs.recipe("float32")
+    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 12}
+    d["phase"].append(dict(d["phase"][0], name="longer", steps=3, sequence=24, config={"rope_scaling": yarn}))
+    for key in ("gamma", "mtp_weight"):
+        d["phase"][1][key] = 0.1
+    short, long = runs.shards(tmp_path / "short"), runs.shards(tmp_path / "long", length=24)
+    both = replace(runs.job(short, run=read(d)), shards={"only": short, "longer": long})
+    train(both, tmp_path / "one")
+    plain = dict(d, phase=[d["phase"][0], {k: x for k, x in d["phase"][1].items() if k != "config"}])
+    train(replace(both, run=read(plain)), tmp_path / "plain")
+    assert list(records(tmp_path / "one"))[6]["loss"] != list(records(tmp_path / "plain"))[6]["loss"]
+    many = replace(both, mesh="ep=2")
+    simulated(many, tmp_path / "two", 2)
+    alike(tmp_path / "two", tmp_path / "one")
+    for stop in (6, 7):
+        folder = tmp_path / f"stop{stop}"
+        simulated(many, folder, 2, stop=stop_after(2 * stop))
+        simulated(many, folder, 2, resume=True)
+        equal(folder, tmp_path / "two")
+
+
+def test_no_number_on_ranks(tmp_path, monkeypatch):
+    """Catches a rank that goes on alone after a loss that is no number, and a good state that is not kept."""
+    two, before, done = job(tmp_path, mesh="ep=2", evaluation=None), STAGES["mla.kv_b"].fn, []
+
+    def spoiled(*args, **static):
+        y = before(*args, **static)
+        return ops.add(y, np.float32(np.nan)) if len(done) == 3 else y
+
+    monkeypatch.setitem(STAGES["mla.kv_b"].__dict__, "fn", spoiled)
+    with pytest.raises(NotFinite, match=r"(?s)step 4: loss nan.*kept: .*step-00000003"):
+        simulated(two, tmp_path / "run", 2, tell=done.append)
+    assert Keeper(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+def _sometimes():
+    d = runs.recipe("float32")
+    d["phase"][0]["mtp_weight"] = [{"value": 0.3, "share": 0.5}, {"value": 0.0}]
+    return d
+
+
+@pytest.mark.slow
+def test_mtp_modules_that_are_never_trained_are_left_out(tmp_path):
+    """Catches a checkpoint that one rank writes with them and ranks without them: neither could go on from the other's."""
+    d = runs.recipe("float32")
+    d["phase"][0]["mtp_weight"] = 0
+    plain = job(tmp_path, run=read(d))
+    end = train(plain, tmp_path / "one")
+    assert not [n for n in end.weights if ".layers.2." in n] and "loss/mtp1" not in next(records(tmp_path / "one"))
+    train(plain, tmp_path / "run", stop=stop_after(2))
+    simulated(replace(plain, mesh="ep=2"), tmp_path / "run", 2, resume=True, stop=stop_after(1))
+    train(plain, tmp_path / "run", resume=True)
+    alike(tmp_path / "run", tmp_path / "one")
+
+
+def test_what_ranks_cannot_do_is_refused(tmp_path):
+    """Catches a batch that does not divide, a mesh of another size, a policy or samples that would be dropped without a word."""
+    plain = job(tmp_path, evaluation=None)
+    cases = [
+        (replace(plain, mesh="pp=2,ep=2"), r"the mesh pp 2 x dp 1 x ep 2 x tp 1 takes 4 ranks, the run has 3"),
+        (plain, r"4 sequences for 3 data-parallel ranks in micro-batches of 2"),
+        (replace(plain, memory="report"), r"memory 'report': recomputation is for one rank"),
+        (
+            replace(plain, mesh="ep=3", steps=2, evaluation=Evaluation(plain.shards["only"], 9, 4, 4)),
+            r"4 sequences for 3 data",
+        ),
+        (replace(plain, samples=Samples(("a",))), r"samples are made on one rank"),
+        (replace(plain, mesh="pp=3"), r"2 layers do not divide among 3 stages"),
+        (replace(plain, run=read(_sometimes()), mesh="pp=3"), r"mtp_weight is 0 in a part of the run only"),
+    ]
+    for bad, says in cases:
+        with pytest.raises(SpecError, match=says):
+            simulated(bad, tmp_path / "run", 3)
+
+
+# ---- What goes over the links
+
+
+def talk(comm):
+    """Every kind of call, also in a group, and to oneself."""
+    comm, tally = counted(comm)
+    x = np.arange(6, dtype=np.float32)
+    comm.allgather(x, "a")
+    comm.broadcast(x if comm.rank == 1 else None, 1, "b")
+    comm.alltoallv(np.ones((6, 2)), [comm.rank, 3, 3 - comm.rank], "c")
+    half = comm.split(comm.rank > 0, label="d")
+    half.allgather(x[: comm.rank + 1] if half.size == 1 else x, "e")
+    comm.exchange([(comm.rank, x), ((comm.rank + 1) % 3, x[:2])], [comm.rank, (comm.rank - 1) % 3], "f")
+    comm.barrier("g")
+    first = tally.taken()
+    return first, tally.taken()
+
+
+def test_bytes_are_counted_as_a_log_counts_them():
+    """Catches bytes to oneself, a broadcast counted where it is received, a group's ranks taken for the run's, counts that go on
+    adding. Oracle: the simulator's log.
+    """
+    log = Log()
+    found = spmd(3, talk, log=log)
+    np.testing.assert_array_equal([first["sent"] for first, _ in found], log.matrix(3))
+    assert [first["messages"] for first, _ in found] == [sum(len(r.sent) for r in log.select(rank=i)) for i in range(3)]
+    assert all(then == {"sent": [0, 0, 0], "messages": 0, "seconds": 0.0} for _, then in found)
+
+
+def test_links_by_hand():
+    """Catches a mean instead of the busiest rank, messages of all ranks in its latency. Ranks 0 and 8 are in different nodes."""
+    sent = np.zeros((9, 9), int)
+    sent[0, 8], sent[0, 1], sent[3, 2] = 44_000, 153, 1530
+    taken = [{"sent": row.tolist(), "messages": int((row > 0).sum()), "seconds": i / 8} for i, row in enumerate(sent)]
+    c = Cluster()
+    want = max(c.ib.latency * 2 + 1e-6, c.nvlink.latency * 2 + 1e-8)
+    assert links(taken) == {
+        "links/bytes": 45_683,
+        "links/messages": 3,
+        "links/h800_s": pytest.approx(want),
+        "links/waited_s": 1.0,
+    }
+    assert links([{}]) == {}
+
+
+# ---- MPI
+
+FOUND = importlib.util.find_spec("mpi4py") is not None and (
+    (Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
+def test_under_mpi_the_run_has_the_bits_of_the_simulator(tmp_path):
+    """Catches a run that only works where ranks share memory: `refimpl train` under mpiexec, stopped and resumed, against the
+    simulator's run in one go.
+    """
+    d = to_toml(runs.recipe("float32"))
+    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if x is not None and not isinstance(x, dict)}
+    model = "".join(f"{k} = {str(x).lower() if isinstance(x, bool) else repr(x)}\n" for k, x in keys.items())
+    (tmp_path / "job.toml").write_text(
+        f'{d}\n[model]\npreset = "tiny"\n{model}[data]\nshards = "data/shards"\n[train]\nmesh = "ep=2"\n'
+        "[checkpoints]\nevery = 2\n[log]\npeak = 1e9\n"
+    )
+    runs.shards(tmp_path / "data")
+    command = [sys.executable, "-m", "refimpl", "train", str(tmp_path / "job.toml")]
+    root = Path(__file__).parents[2]
+    subprocess.run([*command, "-o", str(tmp_path / "sim"), "--ranks", "2"], check=True, cwd=root)
+    start = [*mpiexec_command(2), sys.executable, "-m", "mpi4py", *command[1:], "-o", str(tmp_path / "mpi")]
+    told = subprocess.run([*start, "--steps", "3"], check=True, cwd=root, capture_output=True, text=True, timeout=240)
+    subprocess.run([*start, "--resume"], check=True, cwd=root, timeout=240)
+    assert told.stdout.count("step 3/3") == 1
+    equal(tmp_path / "mpi", tmp_path / "sim")
