@@ -3,7 +3,23 @@
 if __name__ != "refimpl.layers":
     raise ImportError(f"this folder is the package refimpl.layers, not {__name__}; see pyproject.toml")
 
-from . import block, common, config, loss, mla, moe, mtp, neighbours, numerics, precision, presets, rope, router, stage
+from . import (
+    block,
+    common,
+    config,
+    loss,
+    mla,
+    moe,
+    mtp,
+    neighbours,
+    numerics,
+    precision,
+    presets,
+    rope,
+    router,
+    stage,
+    variants,
+)
 from .config import Config, Dialect
 from .presets import PRESETS
 from .stage import STAGES, Recorder, Stage, observing
@@ -30,4 +46,5 @@ __all__ = [
     "rope",
     "router",
     "stage",
+    "variants",
 ]

@@ -239,9 +239,15 @@ def latents(m: Attention, x: Any, table: Any) -> tuple[Any, Any, Any]:
     if c.q_lora_rank is not None:
         query = q_a(x, m.q_a_proj.weight, m.q_a_proj.bias)
         query = q_a_norm(query, m.q_a_layernorm.weight, eps=c.latent_norm_eps)
+    return query, *entries(m, x, table)
+
+
+def entries(m: Attention, x: Any, table: Any) -> KV:
+    """What the cache holds of tokens.  x (B, S, D), table (2, B, S, Dr/2) -> c_kv (B, S, C), rotated key (B, S, Dr)."""
+    c = m.config
     kv = kv_a(x, m.kv_a_proj_with_mqa.weight, m.kv_a_proj_with_mqa.bias)
     latent = c_kv(kv, m.kv_a_layernorm.weight, eps=c.latent_norm_eps)
-    return query, latent, k_rope(kv, table, interleaved=c.rope_interleave)
+    return latent, k_rope(kv, table, interleaved=c.rope_interleave)
 
 
 def heads(m: Attention, query: Any, latent: Any, kr: Any, table: Any, mask: Any, attend: Attend = "auto") -> Any:

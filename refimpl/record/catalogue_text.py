@@ -29,9 +29,9 @@ GROUPS = {
     "moe": "Experts",
     "mtp": "Multi-token prediction (`fwd/mtp1/...`: there `mtp.` is left out)",
     "loss": "Losses",
-    "int8": "Described in articles, not in V3",
+    "variant": "Described in articles, not in V3 ([variants.md](variants.md))",
 }
-_HOME = {"attn_out": "mla", "shared": "moe"}
+_HOME = {"attn_out": "mla", "shared": "moe", "int8": "variant"}
 """Taps, or first words of taps, that belong to another group than their own first word."""
 
 
@@ -87,7 +87,7 @@ _MARKS = re.compile(r"(<!-- generated: (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DO
 
 def rewritten(page: str) -> str:
     """The page with what stands between its marks made anew. SpecError for a mark that is not known."""
-    tables = {"compared": _compared, "taps": _taps, "elsewhere": _elsewhere}
+    tables = {"compared": _compared, "taps": _taps, "elsewhere": _elsewhere, "variants": _variants}
 
     def fill(found: re.Match[str]) -> str:
         require(found[2] in tables, f"no table {found[2]!r}; there are {', '.join(tables)}")
@@ -128,6 +128,13 @@ def _elsewhere() -> Iterator[str]:
             yield _row(f"`{tap}`", *names)
     yield ""
     yield from (f"- **{f.name}**: {f.version}. {f.note}" for f in known)
+
+
+def _variants() -> Iterator[str]:
+    yield from ("| stage | computes | axes | source |", "|---|---|---|---|")
+    for e in everything():
+        if _group(e) == "variant":
+            yield _row(f"`{e.stage.name}`", e.equation, _axes(e), e.stage.eq)
 
 
 def _compared() -> Iterator[str]:

@@ -36,7 +36,7 @@ from .mesh_model import Local, checkpoint_names, divide
 from .optimizer import AdamState, AdamW, adamw
 from .pipeline_parts import Stage
 from .shares import shares
-from .training import Recipe, Report, init
+from .training import Recipe, Report, check_unscaled, init
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def start(world: Comm, c: Config, weights: Mapping[str, Array], recipe: Recipe, 
 
     SpecError where run, mesh, schedule and model do not fit each other.
     """
+    check_unscaled(recipe)
     ranks = schedule.layout.n_ranks
     require(ranks == mesh.pp, f"{schedule.name} is for {ranks} pipeline ranks, the mesh is {mesh}")
     extra = tuple([f"model.layers.{c.num_hidden_layers + k}." for k in range(c.num_nextn_predict_layers)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, Gradients, Parameter, backward, data_of
 from refimpl.layers.config import Config
 from refimpl.layers.module import is_buffer
@@ -29,7 +30,9 @@ def constant(step: int) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`schedule`: factor of `opt.lr` by step, from 0; gamma moves the bias; mtp_weight is lambda, aux_weight alpha (R 4.2)."""
+    """`schedule`: factor of `opt.lr` by step, from 0; gamma moves the bias; mtp_weight is lambda, aux_weight alpha (R 4.2).
+    `loss_scale`, which V3 has not: the scale that a run under `loss_scale.step` begins with.
+    """
 
     plan: Plan = BF16
     opt: AdamW = field(default_factory=AdamW)
@@ -38,6 +41,7 @@ class Recipe:
     gamma: float = 1e-3
     mtp_weight: float = 0.0
     aux_weight: float = 0.0
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,24 @@ def step(
     """Train on one batch, tokens (B, S): each predicts the next, or what `labels` has there (-100: nothing). `valid` is 0 for
     padding, attention stays inside `documents` (all as the model's inputs). -> the new state, what was seen.
     """
+    loss, grads, load, seen = gradients(c, state, tokens, recipe, labels=labels, valid=valid, documents=documents)
+    return update(c, state, loss, grads, load, recipe, seen)
+
+
+def gradients(
+    c: Config,
+    state: State,
+    tokens: Array,
+    recipe: Recipe,
+    *,
+    labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
+    scale: float = 1.0,
+) -> tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]:
+    """What a step updates by: the loss, the gradients of `scale` times the loss, tokens per expert by layer, the loss's parts.
+    Inputs as `step`.
+    """
     held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
     model = ForCausalLM.from_weights(c, held).with_gradients()
     inputs = model.inputs(tokens, labels=tokens if labels is None else labels, valid=valid, documents=documents)
@@ -92,7 +114,7 @@ def step(
         out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
     loss, load, seen = out.loss, loads(c, out.routing), parts(out.losses)
     del out  # logits and hidden states: backward needs none of them
-    return update(c, state, float(data_of(loss)), named(model, backward(loss)), load, recipe, seen)
+    return float(data_of(loss)), named(model, backward(loss, np.full_like(data_of(loss), scale))), load, seen
 
 
 def parts(losses: Mapping[str, Any]) -> dict[str, float]:
@@ -139,8 +161,16 @@ def update(
     return replace(state, weights=weights), Report(state.adam.t, loss, norm, load, parts)
 
 
+def check_unscaled(recipe: Recipe) -> None:
+    """SpecError where a recipe asks for a loss scale: without it, small FP16 gradients are zero and nobody is told."""
+    require(recipe.loss_scale is None, "this recipe trains under a loss scale: step by refimpl.train.loss_scale.step")
+
+
 def descend(state: State, grads: dict[str, Array], recipe: Recipe) -> tuple[State, float]:
-    """Clip, AdamW on the masters that have a gradient -> the new state, the gradient's norm before clipping."""
+    """Clip, AdamW on the masters that have a gradient -> the new state, the gradient's norm before clipping. SpecError where the
+    recipe asks for a loss scale, which only `loss_scale.step` keeps.
+    """
+    check_unscaled(recipe)
     grads, norm = clip(grads, max_norm=recipe.max_norm)
     opt = replace(recipe.opt, lr=recipe.opt.lr * recipe.schedule(state.adam.t))
     trained, adam = adamw({n: state.weights[n] for n in grads}, grads, state.adam, opt)

@@ -22,6 +22,7 @@ from refimpl.train import AdamW, Recipe, State, init, memory, step
 from refimpl.train import parallel as pt
 from refimpl.train.memory import Frugal, Policy, Probe, Segment, budget, held, measured, peak
 from refimpl.train.memory.predict import Part, peak_of
+from refimpl.train.training import parts
 
 CONFIG = TINY.replace(num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=2)
 WEIGHTS = init(CONFIG, std=0.1)
@@ -71,7 +72,8 @@ def test_micro_batches_are_the_large_batch(n, labels, mean):
     grads = backward(out.loss)
     model = tracked(c, how, masters(how))
     batches = [model.inputs(t, labels=y) for t, y in zip(np.split(TOKENS, n), np.split(labels, n), strict=True)]
-    loss, got, load, _ = memory.accumulate(model, batches, how)
+    loss, got, load, seen = memory.accumulate(model, batches, how)
+    assert seen == pytest.approx(parts(out.losses), rel=1e-12)
     np.testing.assert_allclose(loss, out.loss.data, rtol=1e-13)
     for at, r in out.routing.items():
         np.testing.assert_array_equal(load[at], np.bincount(r.ids.reshape(-1), minlength=c.n_routed_experts))

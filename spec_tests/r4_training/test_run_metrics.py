@@ -27,6 +27,7 @@ def test_load_by_hand():
     """Catches a mean over experts that have tokens, an entropy in bits, a dead expert counted as log 0."""
     assert meters.load(np.array([2, 2, 2, 2])) == {"peak": 1.0, "entropy": 1.0, "dead": 0}
     assert meters.load(np.array([8, 0, 0, 0])) == {"peak": 4.0, "entropy": 0.0, "dead": 3}
+    assert meters.load(np.array([1, 7]))["dead"] == 0
     half = meters.load(np.array([3, 3, 0, 0]))
     assert half["peak"] == 2.0 and half["dead"] == 2 and half["entropy"] == pytest.approx(0.5, abs=1e-15)
     assert meters.load(np.zeros(4, np.int64)) == {"peak": 0.0, "entropy": 0.0, "dead": 4}
@@ -67,7 +68,7 @@ def run(shards, tmp_path_factory):
     """A run with everything but TensorBoard -> its folder."""
     folder = tmp_path_factory.mktemp("run")
     held = runs.shards(folder / "held", text="2 times 2 is 4.\n" * 9, packing="best-fit")
-    job = runs.job(shards, evaluation=Evaluation(held, 3, 6, 2), samples=Samples(("1 times",), 4, 3))
+    job = runs.job(shards, evaluation=Evaluation(held, 4, 6, 2), samples=Samples(("1 times",), 4, 3))
     train(job, folder / "run")
     return folder / "run"
 
@@ -107,7 +108,7 @@ def test_held_out_text_and_samples_come_when_they_are_due(run, whole, shards, tm
     bfloat16 alike, so only the order of float32 sums differs.
     """
     rows = list(records(run))
-    assert [r["step"] for r in rows if "eval/main" in r] == [3, 6]
+    assert [r["step"] for r in rows if "eval/main" in r] == [4, 6]
     assert [(s["step"], s["prompt"]) for s in records(run, "samples.jsonl")] == [(n, "1 times") for n in (0, 4, 6)]
     job = runs.job(shards)
     engine = Serial(job, State(dict(whole[0].weights)))
@@ -159,6 +160,7 @@ def test_a_line_and_a_table(run, monkeypatch):
     last = list(records(run))[-1]
     assert live.line(last, 6).startswith(f"step 6/6  loss {last['loss']:.4f}  held out {last['eval/main']:.4f}  norm ")
     screen, pipe = Screen(), io.StringIO()
+    monkeypatch.setenv("COLUMNS", "100")
     for out, alone in ((screen, True), (pipe, True)):
         monkeypatch.setattr("sys.stdout", out)
         with live.told(1, 6, alone=alone) as tell:
@@ -178,7 +180,7 @@ def test_curves_are_the_records(run):
     found = curves(run, ["eval/*", "loss"], "step")
     rows = list(records(run))
     assert found["loss"] == ([1, 2, 3, 4, 5, 6], [r["loss"] for r in rows])
-    assert found["eval/main"] == ([3, 6], [rows[2]["eval/main"], rows[5]["eval/main"]]) and "eval/mtp1" in found
+    assert found["eval/main"] == ([4, 6], [rows[3]["eval/main"], rows[5]["eval/main"]]) and "eval/mtp1" in found
     assert set(found) == {"loss", "eval/main", "eval/mtp1"}
 
 

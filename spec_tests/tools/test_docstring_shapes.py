@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from refimpl.autograd.tensor import data_of
 from refimpl.layers import STAGES, Config, Dialect, observing, router
-from refimpl.layers.stage import tap_name
+from refimpl.layers.stage import phase, tap_name
 from refimpl.model import ForCausalLM
+from refimpl.spec_tests.cases import variants
 from refimpl.spec_tests.oracles.shapes import ShapeError, check_call, describe, value
 from refimpl.spec_tests.strategies.models import make_weights
 from refimpl.spec_tests.strategies.primitives import CASES, primitives
@@ -109,6 +110,9 @@ def record():
         x = rng.standard_normal((BATCH, LENGTH, CONFIG.hidden_size))
         STAGES["int8.fake_quant"](x, STAGES["int8.scale"](x))
         STAGES["int8.mixed_linear"](x, rng.standard_normal((WIDTH["int8"], CONFIG.hidden_size)))
+        with phase(f"dec{LENGTH}"):  # so that S and T differ
+            for name, call in variants.calls(rng, **LETTERS, S=CHUNK, T=CHUNK + LENGTH).items():
+                STAGES[name](*call.args, **call.static)
     return calls
 
 

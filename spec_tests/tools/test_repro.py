@@ -25,6 +25,7 @@ from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Patch, observing
 from refimpl.model import ForCausalLM, effective
 from refimpl.record import new_case, trace_case
+from refimpl.spec_tests.cases import variants
 
 from .test_diff_partial import TINY, case, only, recording
 
@@ -38,7 +39,9 @@ NO_TAP = {
         for n in ("c_kv", "k_rope", "positions", "documents", "valid")
     },
     "mtp.documents": "a case holds no packed documents",
-    **dict.fromkeys(["int8.fake_quant", "int8.scale", "int8.mixed_linear"], "neighbours that no model calls"),
+    **dict.fromkeys(
+        [n for n in STAGES if n.startswith(("int8.", "variant."))], "described in articles: no model calls them"
+    ),
 }
 """Stages that are no tap of a judged forward run, and why; their plain NumPy is tested all the same."""
 
@@ -78,7 +81,8 @@ def calls_of(mtp):
     x, w = rng.normal(size=(2, 3, 6)) * 4, rng.normal(size=(5, 6))
     seen["int8.mixed_linear"] = [([x, w], {"threshold": 6.0})]
     seen["int8.scale"], seen["int8.fake_quant"] = [([x], {})], [([x, np.abs(x).max(-1, keepdims=True) / 99], {})]
-    return seen
+    described = variants.calls(rng, B=2, S=3, T=5, D=4, E=6, K=2, V=7)
+    return seen | {name: [call] for name, call in described.items()}
 
 
 def test_every_stage_is_written_in_plain_numpy_and_computes_the_same(mtp):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from refimpl.autograd.errors import require
 from refimpl.layers.config import Config
 from refimpl.layers.precision import plan
+from refimpl.train.half import HALF
 from refimpl.train.optimizer import AdamW
 from refimpl.train.training import Recipe
 
@@ -109,11 +110,12 @@ class Run:
         return (self.at(step) for step in range(first, len(self)))
 
     def recipe(self, step: int) -> Recipe:
-        """Step `step` in the form that `train.step` takes. SpecError where the precision is one that has only a name here."""
+        """Step `step` in the form that `train.step` takes, or with a `loss_scale` (FP16) `train.loss_scale.step`."""
         o, v = self.optimizer, self.at(step).values
         adam = AdamW(v["lr"], o.betas, o.eps, o.weight_decay, o.moments, o.decays)
         gamma, mtp, aux = v["gamma"], v["mtp_weight"], v["aux_weight"]
-        return Recipe(plan(o.precision), adam, max_norm=o.clip, gamma=gamma, mtp_weight=mtp, aux_weight=aux)
+        p = HALF if o.precision == HALF.name else plan(o.precision)
+        return Recipe(p, adam, max_norm=o.clip, gamma=gamma, mtp_weight=mtp, aux_weight=aux, loss_scale=o.loss_scale)
 
     def config(self, step: int, base: Config) -> Config:
         """The model's config in a step: R 4.3 switches YaRN on by the phase."""

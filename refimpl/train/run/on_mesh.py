@@ -73,7 +73,7 @@ class OnMesh:
 
     def evaluate(self, c: Config, recipe: Recipe, batch: Batch) -> dict[str, float]:
         """The passes of a step without the step."""
-        return parallel.evaluate(self._at(c, len(batch.tokens), replace(recipe, aux_weight=0.0)), **batch.inputs())
+        return parallel.evaluate(self._at(c, len(batch.tokens), recipe), **batch.inputs())
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
         """My part, for a checkpoint."""
