@@ -26,7 +26,7 @@ from refimpl.train.checkpoints import Keeper, Saved
 from refimpl.train.data import Shards
 from refimpl.train.run import load_job
 
-PROMPT, TOKENS, REQUESTS = 64, 64, 24
+PROMPT, TOKENS, REQUESTS = 64, 64, 8
 DRAFTS = (Speculation(1), Speculation(2, recycle=True))
 
 

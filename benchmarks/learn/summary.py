@@ -88,7 +88,7 @@ def draw_main(figure: Any, run: Noted) -> None:
     vocab = run.job.config.vocab_size
     loss.axhline(math.log(vocab), color="gray", linewidth=0.8, label=f"ln {vocab}")
     loss.plot(tokens, smooth(run.curve("loss/main"), 20), label="next token")
-    loss.plot(tokens, smooth(run.curve("loss/mtp1"), 20), label="the one after (MTP)")
+    loss.plot(tokens, smooth(run.curve("loss/mtp1"), 20), label="MTP module, / length")
     held = [(r["tokens"] / 1e6, r["eval/main"]) for r in run.records if "eval/main" in r]
     loss.plot(*zip(*held, strict=True), "k.", label="next token, held-out novel")
     for place in run.layers:
@@ -112,7 +112,7 @@ def draw_variants(figure: Any, by_variant: Mapping[str, Sequence[Noted]]) -> Non
         for name, runs in by_variant.items():
             tokens = smooth(runs[0].curve("tokens") / 1e3, 10)
             ys = np.array([smooth(curve(run), 10) for run in runs])
-            (line,) = axes.plot(tokens, ys.mean(0), label=f"{name}, {len(runs)} seeds")
+            (line,) = axes.plot(tokens, ys.mean(0), label=f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}")
             axes.fill_between(tokens, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel="K tokens")
         axes.legend(fontsize=8)
@@ -140,7 +140,7 @@ def main_table(run: Noted) -> list[str]:
         "loss of the next token, first and last 20 steps": f"{main[:20].mean():.2f}, {main[-20:].mean():.2f} nats",
         "if all tokens were as likely": f"ln {c.vocab_size} = {math.log(c.vocab_size):.2f}",
         "on the held-out novel, at the end": f"{last['eval/main']:.2f} nats a token, {bits:.2f} bits a byte",
-        "the MTP module's there": f"{last['eval/mtp1']:.2f} nats a token",
+        "the MTP module's there, over the length (R eq 24)": f"{last['eval/mtp1']:.2f} nats a token",
         "busiest expert / mean, last fifth of the run": ", ".join(even),
         "steps in which an expert got no token": f"{idle} of {len(main)}",
     }
