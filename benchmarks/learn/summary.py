@@ -153,9 +153,14 @@ def samples_text(folder: Path) -> list[str]:
     steps = sorted({s["step"] for s in texts})
     lines = []
     for step in (steps[0], steps[len(steps) // 2], steps[-1]):
-        said = [" ".join(f"{s['prompt']} ‖ {s['text']}".split()) for s in texts if s["step"] == step]
+        said = [printable(f"{s['prompt']} ‖ {s['text']}") for s in texts if s["step"] == step]
         lines += ["", f"After step {step}:", "", "```text", *[line for text in said for line in wrapped(text)], "```"]
     return lines[1:]
+
+
+def printable(text: str) -> str:
+    """A text on one line, its control characters replaced."""
+    return "".join([ch if ch.isprintable() else "�" for ch in " ".join(text.split())])
 
 
 def wrapped(text: str, width: int = 132) -> list[str]:
@@ -174,9 +179,12 @@ def variants_table(by_variant: Mapping[str, Sequence[Noted]]) -> list[str]:
         loss, load = ([f(run) for run in runs] for f in (_held_out, _load))
         against = ["", ""]
         if runs is not base:
-            n = min(len(runs), len(base))
-            pairs = ((loss, _held_out, 3), (load, _load, 2))
-            against = [verdict(x[:n], [f(run) for run in base[:n]], digits) for x, f, digits in pairs]
+            same = {run.job.seed: run for run in base}
+            pairs = [(run, same[run.job.seed]) for run in runs if run.job.seed in same]
+            against = [
+                verdict([f(run) for run, _ in pairs], [f(other) for _, other in pairs], digits)
+                for f, digits in ((_held_out, 3), (_load, 2))
+            ]
         cpu = f"{fmean([run.seconds for run in runs]):.0f}"
         what = f"**{name}**: {VARIANTS[name].what}"
         lines.append(row(what, len(runs), spread(loss), against[0], spread(load, 2), against[1], cpu))
