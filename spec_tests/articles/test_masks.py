@@ -98,10 +98,12 @@ def test_a_window_under_mla_reaches_back_layer_by_layer(attend):
     def changed(place):
         other = tokens.copy()
         other[0, place] = (other[0, place] + 1) % SMALL.vocab_size
-        return not np.array_equal(last(other), last(tokens))
+        return np.abs(last(other) - last(tokens)).max()
 
-    felt = [changed(place) for place in range(14)]
-    assert felt == [False] * (13 - reach) + [True] * (reach + 1)
+    # an expert that got another number of rows adds them up in another order: roundings, which no reach of a window is
+    felt = np.array([changed(place) for place in range(14)])
+    unfelt, least = felt[: 13 - reach].max(), felt[13 - reach :].min()
+    assert least > 1000 * max(unfelt, np.finfo(last(tokens).dtype).eps)
 
 
 def test_a_cache_of_the_window_is_enough():
