@@ -17,7 +17,16 @@ TASKS = [
 
 def recipe(weighting=None, tasks=TASKS, **phase):
     """Two steps, one step, three steps; `phase`: what the last phase has otherwise."""
-    first = {"name": "pre-training", "steps": 2, "sequence": 12, "batch": 4, "lr": 3e-3, "mtp_weight": 0.3, "gamma": 0.01}
+    first = {
+        "name": "pre-training",
+        "steps": 2,
+        "sequence": 12,
+        "batch": 4,
+        "lr": 3e-3,
+        "mtp_weight": 0.3,
+        "gamma": 0.01,
+    }
+    first |= {"config": {"rope_scaling": {"type": "default"}}}
     longer = {"name": "longer", "steps": 1, "sequence": LENGTH, "batch": 2, "lr": 1e-3, "mtp_weight": 0.1}
     last = {"name": "tasks", "steps": 3, "sequence": LENGTH, "batch": 6, "lr": 3e-3, "mtp_weight": 0.1, "masked": True}
     last |= {"task": tasks, "weighting": weighting or {"by": "uncertainty"}} | phase

@@ -40,8 +40,9 @@ class Own:
             if phase.weighting.by == "uncertainty":
                 shapes[log_variance(t.name)] = (1,)
         new = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in self.weights}
+        weights = dict(sorted({**self.weights, **new}.items()))  # a norm is a sum in this order, resumed or not
         history = self.history if self.phase == phase.name else History()
-        return replace(self, weights={**self.weights, **new}, history=history, phase=phase.name)
+        return replace(self, weights=weights, history=history, phase=phase.name)
 
     def kept(self, s: Snapshot) -> Snapshot:
         """A snapshot with all of it."""

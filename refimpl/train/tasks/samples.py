@@ -79,7 +79,7 @@ def _read(d: Any, task: Task) -> tuple[str, str | float]:
     else:
         fits = isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < float("inf")
         require(fits, f"value is {given!r}; a task of {task.loss} learns a finite number")
-    return str(prompt), given if isinstance(given, str) else float(given)  # type: ignore[arg-type]
+    return str(prompt), given if isinstance(given, str) else float(given)
 
 
 class Rows:
@@ -100,6 +100,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def placed(self, row: int) -> list[tuple[Sample, int]]:
+        """The samples of a row, each with the place of its first token."""
+        return self._rows[row]
 
     @property
     def fingerprint(self) -> str:

@@ -80,7 +80,7 @@ class Objective:
 
     phase: Phase
     batch: TaskBatch
-    leaves: Mapping[str, Parameter]
+    leaves: Mapping[str, Any]
     given: Mapping[str, float] | None
     mtp_weight: float
     size: int
