@@ -64,7 +64,7 @@ def test_a_step_goes_down_the_weighted_sum_of_the_means(by):
     batch, held = cases.batch(of)
     own = drawn(of, c)
     each = losses_by_hand(c, state, of, own, held)
-    _, _, seen = step(c, state, own, batch, HOW, of, micro_batches=3)
+    _, _, seen = step(c, state, own, batch, HOW, of, micro_batches=6)
     assert max(len(samples) for samples in held) > 1
     s = [float(own.weights[names.log_variance(t.name)][0]) if by == "uncertainty" else 0.0 for t in of.tasks]
     fixed = [1.5, 0.25, 1.0]
@@ -178,7 +178,7 @@ def test_micro_batches_and_memory_change_no_gradient(policy):
     assert kept == loss
     for name, g in {**grads, **mine}.items():
         np.testing.assert_array_equal({**found, **theirs}[name], g, err_msg=name)
-    parts, found, theirs = objective_gradients(c, state, own, batch, of, micro_batches=3)
+    parts, found, theirs = objective_gradients(c, state, own, batch, of, micro_batches=6)
     np.testing.assert_allclose(parts, loss, rtol=1e-12)  # float64 sums in another order
     for name, g in {**grads, **mine}.items():
         # float32 masters' gradients are handed over in float32
@@ -186,20 +186,26 @@ def test_micro_batches_and_memory_change_no_gradient(policy):
 
 
 def test_own_parameters_are_trained_by_adamw_without_decay():
-    """Catches a norm clipped twice or over the model's gradients only, decay of variances, a bias correction by the run's step."""
+    """Catches a norm clipped twice or over the model's gradients only, decay of variances, a bias correction by the run's
+    step, a balancing bias that stays.
+    """
     of, (c, state) = cases.phase("uncertainty"), cases.state()
     (batch, _), own = cases.batch(of), drawn(of, c)
     state = replace(state, adam=replace(state.adam, t=1000))
     how = replace(HOW, max_norm=0.5)
     _, grads, mine = objective_gradients(c, state, own, batch, of, how)
     norm = math.sqrt(sum(float((np.float64(g) ** 2).sum()) for g in {**grads, **mine}.values()))
-    _, after, seen = step(c, state, own, batch, how, of)
+    new, after, seen = step(c, state, own, batch, how, of)
     np.testing.assert_allclose(seen.norm, norm, rtol=1e-6)
     assert norm > 0.5 and mine.keys() == own.weights.keys()
     for name, g in mine.items():
         g = g * (0.5 / norm)
         want = own.weights[name] - how.opt.lr * g / (np.abs(g) + how.opt.eps)  # m^ = g, v^ = g^2 in its first step
         np.testing.assert_allclose(after.weights[name], want, rtol=1e-5, err_msg=name)
+    for name, g in grads.items():  # m = 0.1 g, clipped once; float32
+        np.testing.assert_allclose(new.adam.m[name], 0.1 * g * (0.5 / norm), rtol=1e-5, atol=1e-9, err_msg=name)
+    moved = [n for n, w in state.weights.items() if "correction_bias" in n and (new.weights[n] != w).any()]
+    assert moved and new.adam.t == 1001
 
 
 @given(st.integers(1, 400), st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
