@@ -1,5 +1,6 @@
 """Several tasks at once, as articles describe and V3 does not do: losses, weights between them, samples that stay apart."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -208,10 +209,14 @@ def test_own_parameters_are_trained_by_adamw_without_decay():
     assert moved and new.adam.t == 1001
 
 
-@given(st.integers(1, 400), st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+@given(st.integers(1, 9), st.lists(st.floats(0.01, 100), min_size=1, max_size=3))
 def test_rows_are_divided_as_the_shares_say(batch, shares):
-    """Catches rows lost to rounding, and a task that gets a row more or less than its share."""
-    counts = divided(batch, shares)
+    """Catches rows lost to rounding, and a row that is left given to the wrong task. Oracle: of all ways, none is nearer."""
+    counts, n = divided(batch, shares), len(shares)
+
+    def off(way):
+        return math.fsum(abs(k - batch * share / math.fsum(shares)) for k, share in zip(way, shares, strict=True))
+
+    every = [way for way in itertools.product(range(batch + 1), repeat=n) if sum(way) == batch]
     assert sum(counts) == batch
-    for n, share in zip(counts, shares, strict=True):
-        assert abs(n - batch * share / sum(shares)) < 1 + 1e-9
+    assert off(counts) <= min(map(off, every)) + 1e-9

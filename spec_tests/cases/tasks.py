@@ -36,8 +36,8 @@ def batch(of, seed=0, rows=2):
     parts, held = [], []
     for number, t in enumerate(of.tasks):
         packed = Rows(some_samples(t.loss == "regression", seed + number), LENGTH, t.masked, 0, t.name)
-        reader = TaskReader(packed, seed, None)
-        part, _ = reader.take(reader.start(), rows, task=number)
+        reader = TaskReader(packed, number, seed, None)
+        part, _ = reader.take(reader.start(), rows)
         parts.append(part)
         held += [[sample for sample, _ in packed.placed(int(row))] for row in reader.samples(0, rows)]
     return joined(parts), held

@@ -13,7 +13,7 @@ from refimpl.autograd.errors import SpecError, require, where
 from refimpl.train.data import Batch, Cursor, Reader, Shards, load_tokenizer
 from refimpl.train.data.tokenizer import PAD
 from refimpl.train.recipe import Phase, Setting, divided
-from refimpl.train.tasks import Rows, TaskBatch, TaskReader, joined, samples
+from refimpl.train.tasks import Rows, TaskReader, joined, samples
 
 from .job import Job
 
@@ -68,17 +68,13 @@ class Feed:
 
     def take(self, s: Setting, cursors: Cursors) -> tuple[Batch, Cursors]:
         """A step's batch, whole, and where the run is after it."""
-        found: list[TaskBatch] = []
-        for number, (reader, n) in enumerate(self._parts(s)):
+        found: list[Batch] = []
+        for reader, n in self._parts(s):
             of = reader.corpus.fingerprint
-            cursor = cursors.get(of) or reader.start()
-            if isinstance(reader, Reader):
-                batch, after = reader.take(cursor, n)
-                return batch, {**cursors, of: after}
-            part, after = reader.take(cursor, n, task=number)
+            batch, after = reader.take(cursors.get(of) or reader.start(), n)
             cursors = {**cursors, of: after}
-            found.append(part)
-        return joined(found), cursors
+            found.append(batch)
+        return joined(found) if s.phase.tasks else found[0], cursors
 
     def restored(self, saved: Mapping[str, Any], last: Phase | None) -> Cursors:
         """The cursors of a checkpoint whose last step was in phase `last` (None: no step yet). SpecError for those of other shards,
@@ -108,8 +104,8 @@ def task_readers(job: Job, p: Phase, made: str | None) -> list[TaskReader]:
         size, most = tokenizer.vocab_size, job.config.vocab_size
         require(size <= most, f"the tokenizer has {size} ids; the model has only {most}")
         readers = []
-        for t in p.tasks:
+        for number, t in enumerate(p.tasks):
             path = job.tasks[t.name]
             rows = Rows(samples(path, t, tokenizer), p.sequence, t.masked, tokenizer.ids[PAD], str(path))
-            readers.append(TaskReader(rows, job.seed, job.epochs))
+            readers.append(TaskReader(rows, number, job.seed, job.epochs))
         return readers

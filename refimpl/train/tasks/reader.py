@@ -28,9 +28,10 @@ class TaskBatch(Batch):
 
 @dataclass(frozen=True)
 class TaskReader(Ordered):
-    """The rows of one task in the order of `seed`, another one in every epoch."""
+    """The rows of task number `task` in the order of `seed`, another one in every epoch."""
 
     rows: Rows
+    task: int
     seed: int = 0
     epochs: int | None = 1
 
@@ -39,12 +40,12 @@ class TaskReader(Ordered):
         """The rows."""
         return self.rows
 
-    def take(self, cursor: Cursor, n: int, *, task: int) -> tuple[TaskBatch, Cursor]:
-        """The next n rows, those of task number `task`, and the cursor after them."""
+    def take(self, cursor: Cursor, n: int) -> tuple[TaskBatch, Cursor]:
+        """The next n rows, and the cursor after them."""
         which, after = self.following(cursor, n)
-        return TaskBatch(task=np.full(len(which), task), **self.rows.filled(which)), after
+        return TaskBatch(task=np.full(len(which), self.task), **self.rows.filled(which)), after
 
 
-def joined(parts: Sequence[TaskBatch]) -> TaskBatch:
-    """Batches one below the other."""
+def joined(parts: Sequence[Batch]) -> TaskBatch:
+    """Batches of tasks one below the other."""
     return TaskBatch(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Rows:
         """The samples of a row, each with the place of its first token."""
         return self._rows[row]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The same for the same samples in the same rows only."""
         sums = sha256(json.dumps([self.length, self.masked]).encode())
