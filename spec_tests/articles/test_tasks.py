@@ -209,6 +209,15 @@ def test_own_parameters_are_trained_by_adamw_without_decay():
     assert moved and new.adam.t == 1001
 
 
+def test_sums_have_one_order():
+    """Catches a norm summed in the order of a checkpoint's file: a resumed run would differ in the last bit, now and then."""
+    of, (c, _) = cases.phase("uncertainty"), cases.state()
+    own = drawn(of, c)
+    turned = replace(own, weights=dict(reversed(own.weights.items())))
+    assert list(turned.weights) != list(own.weights)
+    assert list(turned.within(of, c.hidden_size).weights) == list(own.within(of, c.hidden_size).weights)
+
+
 @given(st.integers(1, 9), st.lists(st.floats(0.01, 100), min_size=1, max_size=3))
 def test_rows_are_divided_as_the_shares_say(batch, shares):
     """Catches rows lost to rounding, and a row that is left given to the wrong task. Oracle: of all ways, none is nearer."""
