@@ -15,9 +15,10 @@ _TEXT = """Print a training run: every stretch of it with its tokens, steps, bat
                                                     a small run with the same curves, to edit and to train
   refimpl recipe mine.toml                          checked, with what is wrong in it
 
-Recipes that come with the package: deepseek-v3; deepseek-v3-context (its two stages of context extension alone); article-cosine,
-article-linear-scaling, article-fp16 (described in articles, not in V3). Scaling keeps the share of every piece of a schedule in
-tokens and in steps, and the ratios of values.
+Recipes that come with the package: deepseek-v3; deepseek-v3-context (its two stages of context extension alone), deepseek-v3-sft
+(fine-tuning, R 5.1); article-cosine, article-linear-scaling, article-fp16, article-stages (pre-training, longer context, several
+tasks), described in articles, not in V3. Scaling keeps the share of every piece of a schedule in tokens and in steps, and the
+ratios of values.
 
 exit code: 0; 3 bad input"""
 

@@ -57,6 +57,7 @@ def check(report: Report) -> None:
     """NotFinite unless loss and gradient norm are numbers; on a mesh they are the same on every rank, and so is this."""
     if not (math.isfinite(report.loss) and math.isfinite(report.norm)):
         what = f"step {report.step}: loss {report.loss}, gradient norm {report.norm}"
+        what += "".join([f", {name} {x}" for name, x in report.parts.items() if not math.isfinite(x)])
         raise NotFinite(f"{what}; the state before it is unchanged")
 
 
@@ -78,7 +79,8 @@ def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe, **rows: Ar
                 bad = [n for n, w in leaves if not np.isfinite(grads[w]).all()]
                 if bad and not watch.found:
                     watch.found = f"backward: the gradient of {bad[0]}"
-    return f"first seen in {watch.found}" if watch.found else "every single gradient is finite: their norm overflows"
+    finite = "every stage and single gradient is finite: their norm overflows, or the loss of a task"
+    return f"first seen in {watch.found}" if watch.found else finite
 
 
 class Watch:

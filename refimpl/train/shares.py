@@ -50,8 +50,11 @@ def shared(total: Any, losses: Mapping[str, Any], share: Share, mtp_weight: floa
     """What a micro-batch adds to the loss of the whole batch (): its `total`, or where the parts' shares differ its `losses`, each
     by its own.
     """
-    if len(set(share.values())) == 1:
-        return total * share["main"]
+    return total * share["main"] if len(set(share.values())) == 1 else terms(losses, share, mtp_weight)
+
+
+def terms(losses: Mapping[str, Any], share: Share, mtp_weight: float) -> Any:
+    """The sum of `losses`, each by its own share; None without any."""
     heads = [name for name in losses if name.startswith("loss.mtp")]
     loss = None
     for name, part in losses.items():

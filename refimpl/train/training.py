@@ -56,7 +56,7 @@ class State:
 @dataclass(frozen=True)
 class Report:
     """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer, and what the loss
-    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it.
+    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it. `weights`: of tasks (`train.tasks`).
     """
 
     step: int
@@ -64,6 +64,7 @@ class Report:
     norm: float
     load: dict[str, Array]
     parts: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:

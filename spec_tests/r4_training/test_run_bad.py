@@ -118,7 +118,7 @@ peak = "2G"
             r"unknown key 'checkpoint' in the recipe; did you mean checkpoints\?",
         ),
         ("[model]", "[[model]]", r"model is \[.*\]; expected a table"),
-        ('precision = "bf16"', 'precision = "fp16"\nloss_scale = 8.0', r"precision 'fp16'; known: float64"),
+        ('precision = "bf16"', 'precision = "fp16"\nloss_scale = 8.0', r"trains under a loss scale"),
         ("steps = 2", "steps = 9", r"9 steps from step 0 on; the phase has 6"),
         ("{ value = 0.1 }", "{ value = 0.1, tokens = 5 }", r"mtp_weight does not add up: 144 \+ 5 = 149 tokens"),
     ],
@@ -162,7 +162,7 @@ def test_shards_that_do_not_fit_are_refused(shards, tmp_path):
         ),
         (
             replace(job, shards={"only": other}, samples=Samples(("a",))),
-            r"samples of shards by tokenizer sha256:another: name",
+            r"samples need a tokenizer, the shards' is sha256:another: name",
         ),
         (replace(job, shards={}), r"shards for the phases \[\]; the recipe has \['only'\]"),
         (replace(job, memory="5"), r"memory is '5'; keep"),

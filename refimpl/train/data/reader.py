@@ -6,10 +6,11 @@ are the same, only divided otherwise, and over all ranks every sample comes once
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,23 +65,39 @@ class Batch:
         return {name: a for name, a in vars(self).items() if a is not None}
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Rows of shards in the order of `seed`, another one in every epoch; None for epochs without end."""
+class Corpus(Protocol):
+    """What there is an order of: rows, what tells them from others, and where they come from, for a message."""
 
-    shards: Shards
-    seed: int = 0
-    epochs: int | None = 1
-    masked: bool = False
+    @property
+    def source(self) -> str:
+        """File or folder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same rows only."""
+
+    def __len__(self) -> int: ...
+
+
+class Ordered(ABC):
+    """The rows of a corpus in the order of `seed`, another one in every epoch; None for epochs without end."""
+
+    seed: int
+    epochs: int | None
+
+    @property
+    @abstractmethod
+    def corpus(self) -> Corpus:
+        """The rows."""
 
     def start(self) -> Cursor:
         """The cursor of a run that begins."""
-        return Cursor(0, self.seed, self.shards.fingerprint)
+        return Cursor(0, self.seed, self.corpus.fingerprint)
 
     def check(self, cursor: Cursor) -> None:
         """SpecError for the cursor of other data, of another order, or past the end."""
         theirs = f"the cursor is of shards {cursor.data}"
-        require(cursor.data == self.shards.fingerprint, f"{theirs}, these are {self.shards.fingerprint}")
+        require(cursor.data == self.corpus.fingerprint, f"{theirs}, these are {self.corpus.fingerprint}")
         require(cursor.seed == self.seed, f"the cursor is of the order of seed {cursor.seed}, not {self.seed}")
         end = self.end
         past = end is not None and cursor.samples > end
@@ -89,12 +106,10 @@ class Reader:
     @property
     def end(self) -> int | None:
         """Samples of all epochs."""
-        return None if self.epochs is None else len(self.shards) * self.epochs
+        return None if self.epochs is None else len(self.corpus) * self.epochs
 
-    def take(self, cursor: Cursor, batch: int, *, rank: int = 0, ranks: int = 1) -> tuple[Batch, Cursor]:
-        """My share of the next `batch` samples, and the cursor after all of them. Ranks take neighbouring shares whose sizes differ
-        by one at most; together they are the batch. The last batch of the run may be short. SpecError at the end.
-        """
+    def following(self, cursor: Cursor, batch: int, *, rank: int = 0, ranks: int = 1) -> tuple[Array, Cursor]:
+        """My share (n,) of the rows of the next `batch` samples, and the cursor after all of them. SpecError at the end."""
         require(batch >= 1 and 0 <= rank < ranks, f"batch {batch}, rank {rank} of {ranks}")
         self.check(cursor)
         if self.end is not None:
@@ -102,11 +117,11 @@ class Reader:
         if batch == 0:
             raise SpecError(f"the data is at its end: all {self.end} samples are consumed")
         first, last = cursor.samples + batch * rank // ranks, cursor.samples + batch * (rank + 1) // ranks
-        return self._read(self.samples(first, last)), replace(cursor, samples=cursor.samples + batch)
+        return self.samples(first, last), replace(cursor, samples=cursor.samples + batch)
 
     def samples(self, first: int, last: int) -> Array:
         """Which rows (last - first,) come at positions first to last - 1 of the run; nothing is read."""
-        n = len(self.shards)
+        n = len(self.corpus)
         parts = []
         while first < last:
             epoch, at = divmod(first, n)
@@ -115,6 +130,28 @@ class Reader:
             parts.append(found)
             first += len(found)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Reader(Ordered):
+    """Rows of shards as batches."""
+
+    shards: Shards
+    seed: int = 0
+    epochs: int | None = 1
+    masked: bool = False
+
+    @property
+    def corpus(self) -> Shards:
+        """The shards."""
+        return self.shards
+
+    def take(self, cursor: Cursor, batch: int, *, rank: int = 0, ranks: int = 1) -> tuple[Batch, Cursor]:
+        """My share of the next `batch` samples, and the cursor after all of them. Ranks take neighbouring shares whose sizes differ
+        by one at most; together they are the batch. The last batch of the run may be short. SpecError at the end.
+        """
+        rows, after = self.following(cursor, batch, rank=rank, ranks=ranks)
+        return self._read(rows), after
 
     def _read(self, rows: Array) -> Batch:
         if not (self.shards.padded or self.masked):

@@ -87,6 +87,11 @@ class Shards:
         rows = [[s.name, s.rows, s.pieces, *s.crc] for s in self.shards]
         return "sha256:" + sha256(json.dumps([self.length, self.tokenizer, rows]).encode()).hexdigest()
 
+    @property
+    def source(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
     def tokens(self, shard: int) -> Array:
         """The rows of a shard (rows, S), mapped."""
         return self._mapped(shard, 0)

@@ -8,7 +8,7 @@ that share a scale in Wgrad.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,16 @@ import numpy as np
 from refimpl.autograd import Array, Gradients, backward, data_of, require
 from refimpl.layers.config import Config
 from refimpl.layers.stage import observing
-from refimpl.model import ForCausalLM, Inputs
-from refimpl.train.shares import shared, shares
+from refimpl.model import ForCausalLM, Inputs, Output
+from refimpl.train.shares import Share, shared, shares
 from refimpl.train.training import Recipe, Report, State, loads, named, parts, update
 
 from .policies import Frugal, Policy
+
+Objective = Callable[[int, Output, Share], Any]
+"""Number of a micro-batch, what the model gave, its shares -> what it adds to the loss of the whole batch ()."""
+Found = tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]
+"""Loss, gradients by checkpoint name, tokens per expert by layer, parts of the loss: as `training.gradients`."""
 
 
 def step(
@@ -41,6 +46,37 @@ def step(
     `labels` (B, S): by default the tokens; IGNORE (-100) does not count. `valid`, `documents` as there. SpecError unless B
     divides.
     """
+    loss, grads, load, seen = gradients(
+        c,
+        state,
+        tokens,
+        recipe,
+        micro_batches=micro_batches,
+        labels=labels,
+        valid=valid,
+        documents=documents,
+        policy=policy,
+    )
+    return update(c, state, loss, grads, load, recipe, seen, in_place=in_place)
+
+
+def gradients(
+    c: Config,
+    state: State,
+    tokens: Array,
+    recipe: Recipe,
+    *,
+    micro_batches: int = 1,
+    labels: Array | None = None,
+    valid: Array | None = None,
+    documents: Array | None = None,
+    policy: Policy | None = None,
+    objective: Objective | None = None,
+    into: Gradients | None = None,
+) -> Found:
+    """What a step updates by, as `training.gradients`; `objective`: another loss than V3's, whose own leaves' gradients are added
+    to `into`.
+    """
     require(
         micro_batches >= 1 and len(tokens) % micro_batches == 0,
         f"{len(tokens)} sequences do not divide among {micro_batches} micro-batches",
@@ -55,8 +91,8 @@ def step(
         model.inputs(tokens[i], **{name: x[i] for name, x in rows.items() if x is not None})
         for i in np.split(np.arange(len(tokens)), micro_batches)
     ]
-    loss, grads, load, seen = accumulate(model, batches, recipe)
-    return update(c, state, loss, named(model, grads), load, recipe, seen, in_place=in_place)
+    loss, grads, load, seen = accumulate(model, batches, recipe, objective, into)
+    return loss, named(model, grads), load, seen
 
 
 def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
@@ -64,7 +100,11 @@ def _given(model: ForCausalLM) -> list[tuple[str, Any]]:
 
 
 def accumulate(
-    model: ForCausalLM, batches: Sequence[Inputs], recipe: Recipe
+    model: ForCausalLM,
+    batches: Sequence[Inputs],
+    recipe: Recipe,
+    objective: Objective | None = None,
+    into: Gradients | None = None,
 ) -> tuple[float, Gradients, dict[str, Array], dict[str, float]]:
     """Loss of all micro-batches together, its gradients by leaf, tokens per expert by layer, its parts. SpecError without
     labels.
@@ -72,11 +112,11 @@ def accumulate(
     require(batches, "no micro-batch")
     labels = [b.labels for b in batches if b.labels is not None]
     require(len(labels) == len(batches), "accumulation needs labels: model.inputs(tokens, labels=...)")
-    total, grads, load, seen = 0.0, Gradients(), dict[str, Array](), dict[str, float]()
-    for inputs, share in zip(batches, shares(model.config, labels, model.n_mtp), strict=True):
+    total, grads, load, seen = 0.0, Gradients() if into is None else into, dict[str, Array](), dict[str, float]()
+    for i, (inputs, share) in enumerate(zip(batches, shares(model.config, labels, model.n_mtp), strict=True)):
         with observing(recipe.plan):
             out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
-        loss = shared(out.loss, out.losses, share, recipe.mtp_weight)
+        loss = shared(out.loss, out.losses, share, recipe.mtp_weight) if objective is None else objective(i, out, share)
         for name, part in parts(out.losses).items():
             seen[name] = seen.get(name, 0.0) + part * share[name]
         for at, counted in loads(model.config, out.routing).items():

@@ -7,6 +7,7 @@ from .scaling import scaled, to_toml
 from .schedule import Piece, Schedule
 from .steps import Steps
 from .table import render, rows, to_json
+from .tasks import Task, Weighting, divided
 
 __all__ = [
     "Optimizer",
@@ -16,7 +17,10 @@ __all__ = [
     "Schedule",
     "Setting",
     "Steps",
+    "Task",
+    "Weighting",
     "amount",
+    "divided",
     "document",
     "load",
     "read",

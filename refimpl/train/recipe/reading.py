@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from refimpl.layers.config import Config
 from refimpl.layers.presets import DEEPSEEK_V3
 
 from .amounts import amount, shown
+from .reading_tasks import read_tasks, read_weighting
 from .run import SCHEDULES, Optimizer, Phase, Run
 from .schedule import SHAPES, Piece, Schedule
 from .steps import Steps, steps_of
+from .values import known_keys, number, tables, text, whole
 
 _RUN = ("name", "origin", "unpublished", "ema", "optimizer", "phase")
 JOB = ("model", "data", "train", "checkpoints", "evaluation", "samples", "log")
@@ -31,6 +32,8 @@ _PHASE = (
     "lr_per_batch",
     "masked",
     "config",
+    "task",
+    "weighting",
     *SCHEDULES,
 )
 _PIECE = ("value", "from", "to", "shape", "tokens", "steps", "share", "until")
@@ -68,7 +71,7 @@ def read(d: Mapping[str, Any]) -> Run:
     """A run from the keys and values of a recipe file."""
     known_keys(d, (*_RUN, *JOB), "the recipe")
     phases = d.get("phase", [])
-    require(_tables(phases) and phases, "a recipe has at least one [[phase]]")
+    require(tables(phases) and phases, "a recipe has at least one [[phase]]")
     o = d.get("optimizer", {})
     require(isinstance(o, Mapping), f"optimizer is {o!r}; expected a table")
     with where("in [optimizer]"):
@@ -77,10 +80,10 @@ def read(d: Mapping[str, Any]) -> Run:
     require(isinstance(notes, list) and all(isinstance(n, str) for n in notes), "unpublished is a list of texts")
     ema = d.get("ema")
     require(
-        ema is None or (_number(ema) and 0 <= ema < 1), f"ema is {ema!r}; the decay of an average is in 0..1, without 1"
+        ema is None or (number(ema) and 0 <= ema < 1), f"ema is {ema!r}; the decay of an average is in 0..1, without 1"
     )
     read_phases = tuple([_phase(p, i) for i, p in enumerate(phases, 1)])
-    return Run(_text(d, "name"), _text(d, "origin"), read_phases, optimizer, tuple(notes), ema)
+    return Run(text(d, "name"), text(d, "origin"), read_phases, optimizer, tuple(notes), ema)
 
 
 # ---- The parts
@@ -90,12 +93,12 @@ def _optimizer(d: Mapping[str, Any]) -> Optimizer:
     known_keys(d, _OPTIMIZER, "the optimizer")
     for key in ("eps", "weight_decay", "clip", "init_std", "loss_scale"):
         require(
-            key not in d or (_number(d[key]) and d[key] >= 0),
+            key not in d or (number(d[key]) and d[key] >= 0),
             f"{key} is {d.get(key)!r}; expected a number of at least 0",
         )
     betas = tuple(d.get("betas", (0.9, 0.95)))
     require(
-        len(betas) == 2 and all(_number(b) and 0 <= b < 1 for b in betas), f"betas is {d.get('betas')!r}; two of 0..1"
+        len(betas) == 2 and all(number(b) and 0 <= b < 1 for b in betas), f"betas is {d.get('betas')!r}; two of 0..1"
     )
     choices = {"moments": ("fp32", "bf16"), "decays": ("all", "matrices"), "precision": PRECISIONS}
     for key, known in choices.items():
@@ -113,9 +116,9 @@ def _phase(d: Mapping[str, Any], number: int) -> Phase:
         known_keys(d, _PHASE, "a phase")
         for key in ("sequence", "batch", "lr"):
             require(key in d, f"{key} is missing")
-        sequence, multiple = _whole(d, "sequence", 0), _whole(d, "batch_multiple", 1)
+        sequence, multiple = whole(d, "sequence", 0), whole(d, "batch_multiple", 1)
         require(("tokens" in d) != ("steps" in d), "a phase has a length: either tokens or steps")
-        tokens = int(amount(d["tokens"])) if "tokens" in d else _whole(d, "steps", 0) * sequence * _constant(d["batch"])
+        tokens = int(amount(d["tokens"])) if "tokens" in d else whole(d, "steps", 0) * sequence * _constant(d["batch"])
         require(tokens > 0, "a phase without tokens")
         batch = _schedule("batch", d["batch"], tokens, None)
         require(all(min(p.start, p.end) >= 1 for p in batch.pieces), "a batch has at least one sequence")
@@ -125,17 +128,21 @@ def _phase(d: Mapping[str, Any], number: int) -> Phase:
         require(isinstance(changes, Mapping), f"config is {changes!r}; expected a table of config.json keys")
         with where("in config"):
             Config.from_dict(DEEPSEEK_V3.to_dict() | changes)
-        per = _whole(d, "lr_per_batch", 1) if "lr_per_batch" in d else None
+        per = whole(d, "lr_per_batch", 1) if "lr_per_batch" in d else None
         masked = d.get("masked", False)
         require(isinstance(masked, bool), f"masked is {masked!r}; expected true or false")
-        return Phase(str(name), tokens, sequence, multiple, batch, steps, schedules, masked, changes, per)
+        tasks = read_tasks(d.get("task", []), masked, [same.batch for same in steps.runs])
+        weighting = read_weighting(d.get("weighting", {}), tasks)
+        return Phase(
+            str(name), tokens, sequence, multiple, batch, steps, schedules, masked, changes, per, tasks, weighting
+        )
 
 
 def _schedule(key: str, given: Any, tokens: int, steps: Steps | None) -> Schedule:
     """The pieces of one schedule, which must cover exactly the tokens of its phase."""
     pieces = [{"value": given}] if not isinstance(given, list) else given
     require(
-        _tables(pieces) and pieces, f"{key} is {given!r}; expected a number, or a list of pieces such as {{value = 1}}"
+        tables(pieces) and pieces, f"{key} is {given!r}; expected a number, or a list of pieces such as {{value = 1}}"
     )
     found: list[Piece] = []
     for i, d in enumerate(pieces, 1):
@@ -188,7 +195,7 @@ def _ends(d: Mapping[str, Any], before: float | None) -> tuple[float, float]:
         "a piece has either a value, or an end: to (and from, if it is not the one before)",
     )
     for key in ("value", "from", "to"):
-        require(key not in d or (_number(d[key]) and d[key] >= 0), f"{key} is {d.get(key)!r}; a number of at least 0")
+        require(key not in d or (number(d[key]) and d[key] >= 0), f"{key} is {d.get(key)!r}; a number of at least 0")
     if "value" in d:
         require("from" not in d, "from belongs to a piece with an end: to")
         return float(d["value"]), float(d["value"])
@@ -197,41 +204,6 @@ def _ends(d: Mapping[str, Any], before: float | None) -> tuple[float, float]:
     return float(start or 0), float(d["to"])
 
 
-# ---- Values
-
-
-def known_keys(d: Mapping[str, Any], keys: Sequence[str] | set[str], what: str) -> None:
-    """SpecError for a key that is none of `keys`, with the one that was probably meant."""
-    for key in d:
-        if key not in keys:
-            near = get_close_matches(key, list(keys), n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(keys))}"
-            raise SpecError(f"unknown key {key!r} in {what}; {hint}")
-
-
-def _tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _whole(d: Mapping[str, Any], key: str, default: int) -> int:
-    n = amount(d.get(key, default))
-    require(n.denominator == 1 and n >= 1, f"{key} is {d.get(key)!r}; expected a whole number of at least 1")
-    return int(n)
-
-
 def _constant(batch: Any) -> int:
-    require(
-        _number(batch) and batch == int(batch), "a phase whose length is given in steps has one number as its batch"
-    )
+    require(number(batch) and batch == int(batch), "a phase whose length is given in steps has one number as its batch")
     return int(batch)
-
-
-def _text(d: Mapping[str, Any], key: str) -> str:
-    value = d.get(key)
-    if not isinstance(value, str) or not value:
-        raise SpecError(f"{key} is {value!r}; expected a text")
-    return value

@@ -17,6 +17,7 @@ from refimpl.train.training import Recipe
 
 from .schedule import Schedule
 from .steps import Steps
+from .tasks import Task, Weighting
 
 SCHEDULES = ("lr", "gamma", "mtp_weight", "aux_weight")
 """What changes during a run besides the batch: learning rate, bias speed, lambda of MTP, alpha of the balance loss."""
@@ -26,7 +27,7 @@ SCHEDULES = ("lr", "gamma", "mtp_weight", "aux_weight")
 class Phase:
     """A part of the run with one sequence length: `config` holds what it changes in config.json, `masked` says whether attention
     stays inside a document (R 4.1: not in pre-training; R 5.1: in fine-tuning). If `lr_per_batch` is given, a step's
-    learning rate is lr batch / lr_per_batch.
+    learning rate is lr batch / lr_per_batch. With `tasks` it reads their samples instead of shards (`refimpl.train.tasks`).
     """
 
     name: str
@@ -39,6 +40,8 @@ class Phase:
     masked: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     lr_per_batch: int | None = None
+    tasks: tuple[Task, ...] = ()
+    weighting: Weighting = field(default_factory=Weighting)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,18 @@ def _phase(p: Phase, a: Fraction, b: Fraction, c: Fraction, rate: float) -> dict
         config["rope_scaling"] = dict(rope) | {
             "original_max_position_embeddings": max(1, round(rope["original_max_position_embeddings"] * c))
         }
-    return d | {"masked": p.masked} | ({"config": config} if config else {})
+    d |= {"masked": p.masked} | ({"config": config} if config else {})
+    return d | _tasks(p) if p.tasks else d
+
+
+def _tasks(p: Phase) -> dict[str, Any]:
+    """The tasks and how they are weighed, without what is the default."""
+    by = p.weighting.by
+    weighting = asdict(p.weighting) if by == "loss-ratio" else {"by": by}
+    tasks = [asdict(t) for t in p.tasks]
+    if by != "fixed":
+        tasks = [{k: v for k, v in t.items() if k != "weight"} for t in tasks]
+    return {"weighting": weighting, "task": tasks}
 
 
 def _pieces(s: Schedule, a: Fraction, steps: Fraction, factor: float, at_least: float = 0) -> Any:

@@ -62,10 +62,26 @@ def render(run: Run) -> str:
     if len(run.phases) > 1:
         body.append(["= all", "", shown(run.tokens), f"{len(run):,}"] + [""] * 6)
     lines = [["phase", "from", "tokens", "steps", "sequence", *COLUMNS.values()], *body]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = ["", "not published, taken here:", *[f"  {note}" for note in run.unpublished]] if run.unpublished else []
-    return "\n".join([f"{run.name}: {run.origin}", "", *table, "", *_optimizer(run), *notes])
+    tasks = [line for p in run.phases if p.tasks for line in _tasks(p)]
+    return "\n".join([f"{run.name}: {run.origin}", "", *aligned(lines), "", *tasks, *_optimizer(run), *notes])
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Lines of cells as text, in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _tasks(p: Phase) -> list[str]:
+    w = p.weighting
+    more = f", temperature {w.temperature:g}, windows of {w.window:,} steps" if w.by == "loss-ratio" else ""
+    lines = [["task", "loss", "weight", "share", "masked", "prefix"]]
+    for t in p.tasks:
+        weight = f"{t.weight:g}" if w.by == "fixed" else w.by
+        share = f"{t.share / sum([other.share for other in p.tasks]):.3g}"
+        lines.append([t.name, t.loss, weight, share, "yes" if t.masked else "no", repr(t.prefix) if t.prefix else ""])
+    return [f"tasks of {p.name}, weights {w.by}{more}", *[f"  {line}" for line in aligned(lines)], ""]
 
 
 def _optimizer(run: Run) -> list[str]:
@@ -96,6 +112,11 @@ def to_json(run: Run) -> str:
     optimizer = asdict(run.optimizer)
     more = {
         "rows": [asdict(r) for r in rows(run)],
+        "tasks": {
+            p.name: {"weighting": asdict(p.weighting), "tasks": [asdict(t) for t in p.tasks]}
+            for p in run.phases
+            if p.tasks
+        },
         "optimizer": optimizer,
         "ema": run.ema,
         "unpublished": run.unpublished,

@@ -19,6 +19,8 @@ from refimpl.train.data import Batch
 from refimpl.train.ema import Ema
 from refimpl.train.guard import guarded_step
 from refimpl.train.recipe import Setting
+from refimpl.train.tasks import Own, TaskBatch
+from refimpl.train.tasks import step as task_step
 from refimpl.train.training import Recipe, Report, State, init, parts
 
 from .job import Job
@@ -53,8 +55,8 @@ class Engine(Protocol):
 class Serial:
     """The whole model on one rank."""
 
-    def __init__(self, job: Job, state: State, ema: Mapping[str, Array] | None = None) -> None:
-        self._job, self._state = job, state
+    def __init__(self, job: Job, state: State, ema: Mapping[str, Array] | None = None, own: Own | None = None) -> None:
+        self._job, self._state, self._own = job, state, own or Own()
         self._policies: dict[Any, memory.Policy | None] = {}
         decay = job.run.ema
         self._ema = None if decay is None else Ema(ema or state.weights, decay)
@@ -65,7 +67,7 @@ class Serial:
         if saved is None:
             return cls(job, State(init(job.model_after(0), seed=job.seed, std=job.run.optimizer.init_std)))
         found = serial.resume(saved, job.model_after(saved.step))
-        return cls(job, found.state, found.ema)
+        return cls(job, found.state, found.ema, Own.found(saved))
 
     @property
     def done(self) -> int:
@@ -73,14 +75,24 @@ class Serial:
         return self._state.adam.t
 
     def step(self, c: Config, s: Setting, recipe: Recipe, batch: Batch) -> Report:
-        """`memory.step`, watched for what is no number."""
+        """`memory.step`, or that of several tasks, watched for what is no number."""
         key = c, s.batch, s.sequence, bool(recipe.mtp_weight)
         if key not in self._policies:
             self._policies[key] = self._job.policy(c, s)
-        take = partial(memory.step, micro_batches=self._job.micro_batches(s.batch), policy=self._policies[key])
+        how: dict[str, Any] = {"micro_batches": self._job.micro_batches(s.batch), "policy": self._policies[key]}
+        own = self._own
+
+        def tasks(c: Config, state: State, tokens: Array, recipe: Recipe, **_: Any) -> tuple[State, Report]:
+            nonlocal own
+            assert isinstance(batch, TaskBatch)
+            state, own, report = task_step(c, state, own, batch, recipe, s.phase, **how)
+            return state, report
+
+        take = tasks if isinstance(batch, TaskBatch) else partial(memory.step, **how)
         alone = self._ema is None  # the average is added up in a thread, from the arrays as they are after this step
         found = guarded_step(c, self._state, recipe=recipe, take=take, in_place=alone, **batch.inputs())
         self._state, report = found
+        self._own = own
         if self._ema is not None:
             self._ema.add(self._state.weights)
         return report
@@ -94,7 +106,8 @@ class Serial:
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
         """All of it."""
-        return serial.snapshot(self._state, facts, ema=None if self._ema is None else self._ema.value())
+        all_but = serial.snapshot(self._state, facts, ema=None if self._ema is None else self._ema.value())
+        return self._own.kept(all_but) if self._own.phase else all_but
 
     def biases(self) -> dict[str, Array]:
         """The balancing biases (E,) by place."""

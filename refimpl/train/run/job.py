@@ -12,8 +12,10 @@ from typing import Any
 from refimpl.autograd.errors import require, where
 from refimpl.layers.config import Config
 from refimpl.train.checkpoints import Retention
+from refimpl.train.data import Bytes
 from refimpl.train.memory import Policy, Probe, budget
 from refimpl.train.recipe import Run, Setting
+from refimpl.train.training import check_unscaled
 
 MEMORY = ("keep", "report", "again", "roots")
 """Memory policies by name; a number of bytes is a budget (`memory.budget`)."""
@@ -64,8 +66,9 @@ class Log:
 
 @dataclass(frozen=True)
 class Job:
-    """Train `config` by `run` on `shards`, a folder for each phase by its name; `steps` may end it early. `tokenizer`: "bytes", or
-    the tokenizer.json that the shards must have been made with. `epochs`: how often the data may be read, None as often as it
+    """Train `config` by `run` on `shards`, a folder for each phase by its name, or for a phase with tasks on `tasks`, a JSONL file
+    for each by its name; `steps` may end it early. `tokenizer`: "bytes", or the tokenizer.json that the shards must have been made
+    with. `epochs`: how often the data may be read, None as often as it
     takes. `micro_batch`: sequences that are on the tape at a time, None all. `memory`: see MEMORY.
     """
 
@@ -84,6 +87,7 @@ class Job:
     evaluation: Evaluation | None = None
     samples: Samples | None = None
     log: Log = field(default_factory=Log)
+    tasks: Mapping[str, Path] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Steps that it takes."""
@@ -103,6 +107,12 @@ class Job:
     def model_after(self, steps: int) -> Config:
         """The model that a checkpoint after so many steps holds: that of the last one."""
         return self.model(max(steps - 1, 0))
+
+    def known_tokenizer(self, made: str | None, what: str) -> str:
+        """The job's tokenizer as `load_tokenizer` takes it; `made`: that of its shards, by fingerprint. SpecError unless known."""
+        known = self.tokenizer or ("bytes" if made == Bytes.fingerprint else None)
+        require(known, f"{what} need a tokenizer, the shards' is {made}: name its file, [data] tokenizer = ...")
+        return str(known)
 
     def identity(self, steps: int) -> dict[str, Any]:
         """What decided the bits of a run of so many steps, beside config and data, as JSON; a checkpoint keeps it. Of phases
@@ -137,12 +147,14 @@ class Job:
             self.memory in MEMORY or isinstance(self.memory, int), f"memory is {self.memory!r}; {', '.join(MEMORY)}"
         )
         require(len(self) >= 1, f"steps is {self.steps}; at least 1")
-        names = [p.name for p in self.run.phases]
+        names = [p.name for p in self.run.phases if not p.tasks]
         odd = sorted(set(names) ^ set(self.shards))
         require(not odd, f"shards for the phases {sorted(self.shards)}; the recipe has {names}")
+        tasks = sorted({t.name for p in self.run.phases for t in p.tasks})
+        require(tasks == sorted(self.tasks), f"data for the tasks {sorted(self.tasks)}; the recipe has {tasks}")
         for p in self.run.phases:
             with where(f"in phase {p.name!r}"):
                 for same in p.steps.runs:
                     fits = same.batch % (self.micro_batch or 1) == 0
                     require(fits, f"batches of {same.batch} sequences are no micro-batches of {self.micro_batch}")
-        self.run.recipe(0)  # a precision that has only a name here
+        check_unscaled(self.run.recipe(0))  # also a precision that has only a name here

@@ -5,6 +5,7 @@
 | step, phase, tokens, batch, sequence | after which step it is, tokens consumed by then, of what size the step was |
 | lr, gamma, mtp_weight, aux_weight | what the schedules said |
 | loss, loss/main, loss/mtp1, ..., loss/balance | before the update; the parts before lambda, balance with alpha |
+| loss/task.NAME, weight/NAME | of a phase with tasks, in place of loss/main: each task's loss and the weight it had |
 | norm | of all gradients, before clipping |
 | load/L3/peak, entropy, dead; bias/L3/drift, spread | of every layer of experts (`meters.py`) |
 | eval/main, eval/mtp1, ... | on the held-out shards, after the update |
@@ -96,6 +97,7 @@ def seen(s: Setting, report: Report, heard: Sequence[Mapping[str, Any]]) -> dict
     found: dict[str, Any] = {"step": report.step, "phase": s.phase.name, "tokens": s.tokens + s.batch * s.sequence}
     found |= {"batch": s.batch, "sequence": s.sequence} | dict(s.values)
     found |= {"loss": report.loss, "norm": report.norm} | {f"loss/{name}": x for name, x in report.parts.items()}
+    found |= {f"weight/{name}": x for name, x in report.weights.items()}
     load, bias = (
         {place: np.array(x) for part in heard for place, x in part[kind].items()} for kind in ("load", "bias")
     )

@@ -105,6 +105,10 @@ def _check(job: Job) -> None:
     """What one rank can do and several cannot."""
     require(job.samples is None, "samples are made on one rank; leave out [samples], or train without ranks")
     require(job.memory == "keep", f"memory {job.memory!r}: recomputation is for one rank; on a mesh everything is kept")
+    reached = job.run.at(len(job) - 1).phase
+    tasks = [p.name for p in job.run.phases[: job.run.phases.index(reached) + 1] if p.tasks]
+    end = "end before it (--steps), and go on with --resume without ranks"
+    require(not tasks, f"phase {tasks}: several tasks are trained on one rank; {end}")
     require(
         len(job.mtp) == 1,
         "mtp_weight is 0 in a part of the run only; on a mesh MTP modules are trained always or never",

@@ -2,7 +2,7 @@
 
     [model]         preset = "tiny" or config = "config.json", and any key of config.json that differs
     [data]          shards = "folder", or { "name of a phase" = "folder", ... }: the run ends with the last one named; tokenizer,
-                    epochs
+                    epochs; tasks = { "name of a task" = "file.jsonl", ... } for phases with tasks
     [train]         seed, steps, micro_batch, memory, mesh, schedule
     [checkpoints]   every, last, milestone
     [evaluation]    shards, every, sequences, batch
@@ -14,7 +14,7 @@ Paths are relative to the file. All but model and data may be left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from refimpl.checkpoint import json_object
 from refimpl.layers.config import Config
 from refimpl.layers.presets import PRESETS
 from refimpl.parallel_emulation.axes.mesh import Mesh
-from refimpl.train.recipe import amount, document, read
-from refimpl.train.recipe.reading import JOB, known_keys
+from refimpl.train.recipe import Phase, amount, document, read
+from refimpl.train.recipe.reading import JOB
+from refimpl.train.recipe.values import known_keys
 
 from .job import MEMORY, Checkpoints, Evaluation, Job, Log, Samples
 
-_DATA = ("shards", "tokenizer", "epochs")
+_DATA = ("shards", "tasks", "tokenizer", "epochs")
 _TRAIN = ("seed", "steps", "micro_batch", "memory", "mesh", "schedule")
 
 
@@ -47,13 +48,14 @@ def read_job(d: Mapping[str, Any], folder: Path) -> Job:
         require(isinstance(table, Mapping), f"{name} is {table!r}; expected a table")
     run = read({key: d[key] for key in d if key not in JOB})
     parts: dict[str, Any] = {"config": _model(tables["model"], folder)}
-    parts |= _data(tables["data"], folder, [p.name for p in run.phases])
+    parts |= _data(tables["data"], folder, run.phases)
+    fed = _fed(run.phases, parts["shards"], parts["tasks"])
     parts |= _train(tables["train"])
     for name, kind in (("checkpoints", Checkpoints), ("evaluation", Evaluation), ("samples", Samples), ("log", Log)):
         if name in d:
             with where(f"in [{name}]"):
                 parts[name] = _table(kind, tables[name], folder)
-    job = Job(run=replace(run, phases=run.phases[: len(parts["shards"])]), **parts)
+    job = Job(run=replace(run, phases=run.phases[:fed]), **parts)
     job.check()
     return job
 
@@ -70,21 +72,32 @@ def _model(d: Mapping[str, Any], folder: Path) -> Config:
         return Config.from_dict(base | changes)
 
 
-def _data(d: Mapping[str, Any], folder: Path, phases: list[str]) -> dict[str, Any]:
+def _data(d: Mapping[str, Any], folder: Path, phases: Sequence[Phase]) -> dict[str, Any]:
+    """Where the data of the first phases lies, up to the last one that has some."""
     with where("in [data]"):
         known_keys(d, _DATA, "[data]")
-        require("shards" in d, 'shards is missing: a folder that "refimpl data build" made')
-        given = d["shards"] if isinstance(d["shards"], Mapping) else dict.fromkeys(phases, d["shards"])
-        first = phases[: len(given)]
-        require(
-            given and sorted(given) == sorted(first),
-            f"shards are for {list(given)}; the phases are {phases}, in this order",
-        )
+        plain = [p.name for p in phases if not p.tasks]
+        require("shards" in d or not plain, 'shards is missing: a folder that "refimpl data build" made')
+        shards, tasks = d.get("shards", {}), d.get("tasks", {})
+        given = shards if isinstance(shards, Mapping) else dict.fromkeys(plain, shards)
+        require(isinstance(tasks, Mapping), f"tasks is {tasks!r}; expected a table, the name of a task = its file")
+        first = phases[: _fed(phases, given, tasks)]
+        names, known = [p.name for p in first if not p.tasks], {t.name for p in first for t in p.tasks}
+        order = f"the phases are {[p.name for p in phases]}, in this order"
+        require(first and sorted(given) == sorted(names), f"shards are for {list(given)}; {order}")
+        require(set(tasks) == known, f"tasks has files for {sorted(tasks)}; these phases have {sorted(known)}")
         found: dict[str, Any] = {"shards": {name: folder / _text(given, name) for name in given}}
+        found["tasks"] = {name: folder / _text(tasks, name) for name in tasks}
         if "tokenizer" in d:
             name = _text(d, "tokenizer")
             found["tokenizer"] = name if name == "bytes" else str(folder / name)
         return found | ({"epochs": _whole(d, "epochs", 1)} if "epochs" in d else {})
+
+
+def _fed(phases: Sequence[Phase], shards: Collection[str], tasks: Collection[str]) -> int:
+    """How many phases from the first on have data."""
+    has = [any(t.name in tasks for t in p.tasks) if p.tasks else p.name in shards for p in phases]
+    return [*has, False].index(False)
 
 
 def _train(d: Mapping[str, Any]) -> dict[str, Any]:

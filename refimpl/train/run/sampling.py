@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from refimpl.autograd import Array
-from refimpl.autograd.errors import require
 from refimpl.infer import Request, Settings, generate
 from refimpl.layers.config import Config
 from refimpl.model import Impl
-from refimpl.train.data import Bytes, load_tokenizer
+from refimpl.train.data import load_tokenizer
 from refimpl.train.data.tokenizer import EOS
 from refimpl.train.training import Recipe
 
@@ -26,9 +25,7 @@ class Sampler:
         self._how = how = job.samples
         if how is None:
             return
-        known = job.tokenizer or ("bytes" if tokenizer == Bytes.fingerprint else None)
-        require(known, f"samples of shards by tokenizer {tokenizer}: name its file, [data] tokenizer = ...")
-        self._tokenizer = load_tokenizer(known or "")
+        self._tokenizer = load_tokenizer(job.known_tokenizer(tokenizer, "samples"))
         self._ids = [[int(i) for i in ids] for ids in self._tokenizer.encode(how.prompts)]
 
     def due(self, done: int, end: int) -> bool:
