@@ -18,6 +18,7 @@ from . import (
     cluster,
     data,
     diff,
+    eplb,
     explain,
     generate,
     impact,
@@ -38,7 +39,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, precision, schedule, cluster),
+    *(generate, batch, recipe, data, precision, schedule, cluster, eplb),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 
