@@ -18,8 +18,8 @@ def choose_residents(load: Array, phy2log: Array, ranks: int, active: int) -> Ar
     """Which slots run.  load (E,) tokens of each expert in this step, phy2log (R,) -> (R,) bool, at most `active` a rank.
 
     Heaviest expert first into the least loaded rank that holds it and has room, others making room where they can; then
-    further replicas as long as the busiest rank gets less. Experts without tokens do not run. SpecError where the experts that
-    are needed do not fit.
+    replicas of the busiest rank's experts elsewhere, as long as the busiest gets less. Experts without tokens do not run.
+    SpecError where the experts that are needed do not fit.
     """
     slots = len(phy2log)
     require(ranks >= 1 and slots % ranks == 0, f"{ranks} ranks do not divide {slots} slots")
@@ -67,22 +67,36 @@ class _Chosen:
         return False
 
     def spread(self) -> bool:
-        """One more replica that makes the busiest rank less busy; False if there is none."""
-        loads, running = self.loads(), np.bincount(self.rank, self.on)
+        """One more replica, or one elsewhere, that makes the busiest rank less busy; False if there is none."""
+        loads = self.loads()
         busiest = int(loads.argmax())
-        here = set(self.phy2log[self.on & (self.rank == busiest)].tolist())
-        best, found = (float(loads.max()), int((loads == loads.max()).sum())), None
-        for s in np.flatnonzero(~self.on):
-            if int(self.phy2log[s]) in here and running[self.rank[s]] < self.active and self.load[self.phy2log[s]] > 0:
-                self.on[s] = True
-                after = self.loads()
-                self.on[s] = False
-                now = (float(after.max()), int((after == after.max()).sum()))
-                if now < best:
-                    best, found = now, s
+        best, found = _heaviest(loads), None
+        for here in np.flatnonzero(self.on & (self.rank == busiest)):
+            for s in np.flatnonzero(~self.on & (self.phy2log == self.phy2log[here]) & (self.rank != busiest)):
+                for stays in (True, False):
+                    after = self._with(int(s), int(here), stays)
+                    if after is not None and _heaviest(after.loads()) < best:
+                        best, found = _heaviest(after.loads()), after.on
         if found is not None:
-            self.on[found] = True
+            self.on = found
         return found is not None
+
+    def _with(self, s: int, here: int, stays: bool) -> _Chosen | None:
+        """What would be if slot s ran as well as slot `here`, or in its place, others making room; None if they cannot."""
+        other = _Chosen(self.load, self.phy2log, self.rank, self.active)
+        other.on = self.on.copy()
+        other.on[here] = stays
+        r = int(self.rank[s])
+        if (other.on & (self.rank == r)).sum() >= self.active and not other._make_room(r, {r}):
+            return None
+        other.on[s] = True
+        return other
+
+
+def _heaviest(loads: Array) -> tuple[float, int]:
+    """The largest load, and how many ranks have it: less is better. Rounded, since equal sums may differ in their last bit."""
+    most = round(float(loads.max()), 9)
+    return most, int((loads > most - 1e-6).sum())
 
 
 def only(p: Placement, layer: int, on: Array) -> Placement:
