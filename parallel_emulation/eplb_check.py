@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
     rule: str
     layer: int
-    count: int
+    times: int
     text: str
 
 
@@ -104,7 +104,10 @@ def least_imbalance(weight: ArrayLike, num_replicas: int, num_gpus: int) -> NDAr
         return np.full(len(w), np.nan)
     _, _, count = replicate(w.astype(np.float32), num_replicas)
     share, total = (w / count).max(axis=1), w.sum(axis=1)
-    return np.maximum(1.0, np.divide(share * num_gpus, total, out=np.ones_like(total), where=total > 0))
+    bound: NDArray[np.float64] = np.maximum(
+        1.0, np.divide(share * num_gpus, total, out=np.ones_like(total), where=total > 0)
+    )
+    return bound
 
 
 def slots_of(maps: Maps, num_replicas: int | None = None) -> Ints:

@@ -136,13 +136,13 @@ def _report(path: Path, v: Verdict) -> str:
         lines.append("layer     these published     bound   (max / mean of the GPUs' loads)")
         rows = zip(v.reached, v.published, v.bound, strict=True)
         lines += [f"{n:<5}{a:>10.3f}{b:>10.3f}{c:>10.3f}" for n, (a, b, c) in enumerate(rows)]
-    verdict = "the maps can be used" if v.good else f"{sum(f.count for f in v.faults)} faults"
+    verdict = "the maps can be used" if v.good else f"{sum(f.times for f in v.faults)} faults"
     return "\n".join([*lines, f"{path}: {verdict}"])
 
 
 def _listed(kind: str, found: list[Finding]) -> list[str]:
     lines = [
-        f"{kind}: layer {f.layer}: {f.rule}: {f.text}" + (f", and {f.count - 1} more" if f.count > 1 else "")
+        f"{kind}: layer {f.layer}: {f.rule}: {f.text}" + (f", and {f.times - 1} more" if f.times > 1 else "")
         for f in found[:_LINES]
     ]
     return lines + ([f"{kind}: and {len(found) - _LINES} more (--json lists all)"] if len(found) > _LINES else [])

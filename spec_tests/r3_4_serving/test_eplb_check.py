@@ -110,7 +110,7 @@ def test_replicas_in_one_place_are_remarked_and_are_no_fault():
     loads = np.array([[8, 1, 1, 1, 1, 1]])
     verdict = judged(loads, {"phy2log": [[1, 2, 0, 0, 3, 4, 5, 0]]})
     assert verdict.good
-    assert [(f.rule, f.layer, f.count) for f in verdict.remarks] == [
+    assert [(f.rule, f.layer, f.times) for f in verdict.remarks] == [
         ("replicas on one GPU", 0, 1),
         ("replicas on one node", 0, 1),
     ]

@@ -176,6 +176,7 @@ def test_a_run_sends_the_prompts_once_and_nothing_else_between_the_units():
     served(how, log=log)
     numbers = sum(map(len, prompts())) * CONFIG.num_hidden_layers * (CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim)
     assert log.bytes(label="kv") == numbers * 8
+    assert all(log.bytes(rank=rank, label="kv") for rank in range(how.prefill)), "a group without work"
     between = log.matrix(how.ranks)
     assert between[:4, 4:].sum() == numbers * 8 + len(prompts()) * 8
     assert between[4:, :4].sum() == 0
@@ -232,11 +233,11 @@ def test_two_micro_batches_take_turns_on_the_network_and_change_nothing():
 def test_answers_end_with_eos_and_ranks_go_on_for_the_others():
     """Catches a token behind the end, and a rank that leaves while others still need its experts."""
     whole = one_rank(MODEL, prompts(), TOKENS)
-    eos = whole[0][0][1]
-    wanted = [a[: a.index(eos) + 1] if eos in a else a for a, _ in whole]
-    assert {len(a) for a in wanted} > {TOKENS}
-    found, _ = served(Deployment(tp=1, decode=4), eos=[eos])
-    assert [a for a, _ in found] == wanted
+    for eos in (whole[0][0][0], whole[0][0][1]):  # the first comes from the prefill unit
+        wanted = [a[: a.index(eos) + 1] if eos in a else a for a, _ in whole]
+        assert {len(a) for a in wanted} > {TOKENS}
+        found, _ = served(Deployment(tp=1, decode=4), eos=[eos])
+        assert [a for a, _ in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,10 @@ def test_what_cannot_be_served_is_refused(how, more, complaint):
 
 
 def test_deployments_that_cannot_be_are_refused():
-    """Catches a run with other ranks than were planned, and a format nobody knows."""
+    """Catches a run with other ranks than were planned, a format nobody knows, and a prompt of which tokens are missing."""
+    rows = [np.zeros((n, 17)) for n in (2, 2, 2, 2)]
+    with pytest.raises(SpecError, match=r"\[2, 2\] tokens of a prompt of 5 came from 2 ranks"):
+        kv.joined(rows, CONFIG, 5, 2, "own", np.float64)
     with pytest.raises(SpecError, match="tp 0"):
         Deployment(tp=0)
     with pytest.raises(SpecError, match="'own', 'bf16' or 'fp8'"):
