@@ -134,6 +134,20 @@ def test_a_rounded_transfer_rounds_the_prompts_latents_and_nothing_else(fmt, thr
     assert_same(found, one_rank(MODEL, prompts(), TOKENS, observers=around, through=through))
 
 
+@pytest.mark.slow
+def test_a_deployment_like_the_reports_gives_one_ranks_answers():
+    """R 3.4.1 in small: TP4 x DP8, experts with replicas over all 32 ranks; 20 decode ranks with one expert each. Greedy
+    tokens, and the bits of TP4's order. Catches groups that mix up their prompts, which fewer do not show.
+    """
+    how = Deployment(tp=4, dp=8, decode=20, prefill_slots=64, decode_slots=20, replan=2)
+    given = prompts(range(3, 19))
+    assert_close(served(how, given=given, per_round=8)[0], one_rank(MODEL, given, TOKENS))
+    if columns_alike(MODEL.model.layers[0].self_attn):
+        around = (Tiled(),)
+        found, _ = served(how, given=given, observers=around, per_round=8)
+        assert_same(found, one_rank(MODEL, given, TOKENS, observers=around, parts=4))
+
+
 # ---- The transfer on the wire
 
 
@@ -180,6 +194,13 @@ def test_a_run_sends_the_prompts_once_and_nothing_else_between_the_units():
     between = log.matrix(how.ranks)
     assert between[:4, 4:].sum() == numbers * 8 + len(prompts()) * 8
     assert between[4:, :4].sum() == 0
+
+
+def test_everybody_who_decodes_gets_a_token_in_every_step():
+    """Five answers on one rank take as many steps as one. Catches a sequence that is in neither micro-batch and waits."""
+    log, how = Log(), Deployment(tp=1, decode=1)
+    served(how, log=log, per_round=0)
+    assert log.calls(rank=how.prefill, label="left") == TOKENS - 1
 
 
 # ---- Two micro-batches
