@@ -65,13 +65,16 @@ def summary(weight: ArrayLike, plan: Placement, num_gpus: int) -> list[dict[str,
 
 
 def text(panels: Mapping[str, Floats], rows: int) -> str:
-    """Panels side by side, the `rows` heaviest experts down, GPUs across; above them each GPU's load against the heaviest."""
+    """Panels side by side, the `rows` heaviest experts down, GPUs across; above them each GPU's load against the busiest.
+
+    A cell is full if an expert alone gives its GPU a mean GPU's load.
+    """
     require(rows >= 1, f"{rows} rows to draw")
     parts = {name: _thinned(m) for name, m in panels.items()}
     first = next(iter(panels.values()))
     load = np.nansum(first, axis=1)
     shown = np.argsort(-load, kind="stable")[:rows]
-    heaviest = max(np.nanmax(m) for m in parts.values())
+    full = max(np.nansum(m, axis=0).mean() for m in parts.values())
     busiest = max(np.nansum(m, axis=0).max() for m in parts.values())
     per = -(-first.shape[1] // next(iter(parts.values())).shape[1])
     head = f"the {len(shown)} heaviest of {len(load)} experts; {first.shape[1]} GPUs across" + (
@@ -82,13 +85,13 @@ def text(panels: Mapping[str, Floats], rows: int) -> str:
     bars = ["".join(_pick(_BARS, x, busiest) for x in np.nansum(m, axis=0)) for m in parts.values()]
     lines.append(f"{'load of GPU':14}{gap.join(bars)}")
     for e in shown:
-        cells = ["".join(" " if np.isnan(x) else _pick(_SHADES, x, heaviest) for x in m[e]) for m in parts.values()]
+        cells = ["".join(" " if np.isnan(x) else _pick(_SHADES, x, full) for x in m[e]) for m in parts.values()]
         lines.append(f"expert {e:<7}{gap.join(cells)}".rstrip())
     return "\n".join(lines)
 
 
 def _pick(scale: str, x: float, most: float) -> str:
-    """The character of that height, the first for 0 only where there are more."""
+    """The character of that height; the last one from `most` on."""
     return scale[min(int(x / most * len(scale)), len(scale) - 1)] if most > 0 else scale[0]
 
 

@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     require(args.gpus >= 1, f"--gpus {args.gpus}; expected at least 1")
     require(args.slack is None or bool(args.check), "--slack is for --check")
     slots = args.slots or -(-loads.shape[1] // args.gpus) * args.gpus
+    if args.check:
+        return _check(args, loads)
     with where(f"in {args.loads}"):
-        if args.check:
-            return _check(args, loads)
         plan = rebalance_experts(loads, slots, args.groups, args.nodes, args.gpus)
     _plan(args, loads, plan)
     return 0
