@@ -19,6 +19,7 @@ from . import (
     conform,
     data,
     diff,
+    eplb,
     explain,
     generate,
     impact,
@@ -43,7 +44,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, conform, mutants, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, serve, recipe, data, train, plot, precision, schedule, cluster),
+    *(generate, batch, serve, recipe, data, train, plot, precision, schedule, cluster, eplb),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

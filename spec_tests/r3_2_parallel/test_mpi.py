@@ -19,10 +19,10 @@ import pytest
 from refimpl.autograd import SpecError
 from refimpl.parallel_emulation import __main__ as command_line
 from refimpl.parallel_emulation.comm import launcher, wire
-from refimpl.spec_tests.cases import layer_programs, rank_programs
+from refimpl.spec_tests.cases import layer_programs, rank_programs, serving_programs
 
 HERE = "refimpl.spec_tests.cases.rank_programs"
-PROGRAMS = (*rank_programs.PROGRAMS, *layer_programs.PROGRAMS)
+PROGRAMS = (*rank_programs.PROGRAMS, *layer_programs.PROGRAMS, *serving_programs.PROGRAMS)
 NAMES = [f"{program.__module__}:{program.__name__}" for program in PROGRAMS]
 FOUND = importlib.util.find_spec("mpi4py") is not None and (
     (Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")
@@ -46,6 +46,14 @@ def test_mpi_gives_the_bits_of_the_simulator(both, name):
     """Catches a dtype that MPI mangles, a sum left to MPI, a group in another order, calls that log other bytes."""
     n, mpi, simulator = both
     assert len(mpi[name]) == n and mpi[name] == simulator[name]
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_prefill_and_decode_apart_on_eight_processes():
+    """R 3.4's TP4 for prompts, four ranks that decode. Catches what fewer ranks do not show: groups within both units."""
+    name = f"{serving_programs.__name__}:apart"
+    assert launcher.launch(8, [name], timeout=180) == launcher.simulate(8, [name])
 
 
 @needs_mpi

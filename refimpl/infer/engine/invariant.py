@@ -74,9 +74,9 @@ class Tiled:
         return run(*args, **static)
 
     def _tiles(self, x: Array, run: Callable[[Array], Array]) -> list[Array]:
-        """run on every `rows` rows of x.  x (N, ...) -> parts of (N, ...)."""
+        """run on every `rows` rows of x, at least once.  x (N, ...) -> parts of (N, ...)."""
         found = []
-        for i in range(0, len(x), self.rows):
+        for i in range(0, max(len(x), 1), self.rows):
             tile = np.zeros((self.rows, *x.shape[1:]), x.dtype)
             part = x[i : i + self.rows]
             tile[: len(part)] = part
@@ -85,7 +85,8 @@ class Tiled:
 
     def _grouped(self, run: Callable[..., Any], rows: Array, ids: Array, *ws: Any) -> Array:
         found = []
-        for e, span in enumerate(expert_spans(ids, len(ws))):
+        spans = dict(enumerate(expert_spans(ids, len(ws))))
+        for e, span in {e: s for e, s in spans.items() if s.stop > s.start or not (len(rows) or e)}.items():
             own = np.full((1, self.rows, 1), e)
             found += self._tiles(rows[span], lambda t, own=own: run(t, own, *ws))  # type: ignore[misc]
         return np.concatenate(found)
