@@ -20,7 +20,7 @@ from refimpl.diff.names import Framework
 from .ranks import parallel_of
 from .refimpl_tap import Recording
 from .tapmap import untested
-from .watch import Watch
+from .watch import Watch, array
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def record_runs(
         positions=case.positions,
         valid=case.valid,
         producer={"name": map_.package or map_.name, "version": version},
-        weights={n: digest(w) for n, w in held.items()},
+        weights={n: digest(array(w)) for n, w in held.items()},
         layouts={**map_.layouts, **made.layouts},
         dims=first.axes | {t: d for t in taps if (d := made.dims.get(t) or made.dims.get(t.rpartition("/")[2]))},
         parallel=dict(parallel_of(made.module) if made.parallel is None else made.parallel),
