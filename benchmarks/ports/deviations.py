@@ -36,7 +36,9 @@ class Deviation:
     def note(self) -> str:
         """What the diff says where the error is within what is allowed."""
         leaning = [f for taps in self.errors.values() for f in taps.values() if f["lean"] > f["upright"]]
-        within = all(f["error"] is not None and f["error"] <= f["allowed"] for t in self.errors.values() for f in t.values())
+        within = all(
+            f["error"] is not None and f["error"] <= f["allowed"] for t in self.errors.values() for f in t.values()
+        )
         if not (within and leaning):
             return ""
         f = max(leaning, key=lambda f: f["lean"])
@@ -50,7 +52,7 @@ def deviations(rows: dict[str, dict[str, Any]]) -> list[Deviation]:
         blamed = dict(r.get("blamed", {}))
         for cause in r.get("causes", []):
             taps = {t: blamed[t] for t in cause["taps"] if t in blamed}
-            here = r["places"].get(cause["id"] or cause["title"], [])
+            here = r["places"].get(cause["title"], [])
             found.setdefault((cause["title"], ""), Deviation(cause["title"])).add(case, cause["id"], taps, here)
         named = {t for cause in r.get("causes", []) for t in cause["taps"]}
         for tap in blamed.keys() - named:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from deviations import Deviation, deviations
-from ports import CASES, PORTS, Port
+from ports import CASES, PLAIN, PORTS, Port
 
 from refimpl.record.regimes import REGIMES
 
@@ -19,21 +20,21 @@ _HEAD = """<!-- generated: `python benchmarks/ports/run.py`, from benchmarks/por
 Implementations of DeepSeek-V3 that anyone can install, unchanged, each run on a CPU on preset tiny and in every regime
 (`refimpl case --regimes`), recorded by `refimpl record` and judged by `refimpl diff`. An error is that of a stage fed with the
 implementation's own inputs, relative to the row's norm; what is allowed is measured on twins that round otherwise
-([docs/diff.md](diff.md)). The weights are random and large, so that mistakes show: how far logits move on a released model is another
-question. Adapters hand over dequantised weights. How each implementation is run and watched, and what stands in for a GPU's kernels:
-[docs/recording.md](recording.md). Again, or with other versions: [benchmarks/ports](../benchmarks/ports/README.md).
+([docs/diff.md](diff.md)). The weights are random and large, so that mistakes show: how far logits move on a released model is
+another question. Adapters hand over dequantised weights. How each implementation is run and watched, and what stands in for a GPU's
+kernels: [docs/recording.md](recording.md). Again, or with other versions: [benchmarks/ports](../benchmarks/ports/README.md).
 
-A number is a deviation and a letter a reason, both of the implementation's section; `in gauge` means conforming but for an
-arrangement that is named there.
+A number is a deviation and a letter a reason, both of the implementation's section. Bold: a stage gives other numbers than it
+should. Contested: conforming in a dialect that is named there, of which released code has had both ways.
 """
 _WORDS = {
     "CONFORMS": "conforms",
     "CONFORMS_IN_GAUGE": "in gauge",
     "CONTESTED": "contested",
-    "DIVERGES": "**diverges**",
+    "DIVERGES": "diverges",
     "INCONCLUSIVE": "inconclusive",
     "REFUSED": "not run",
-    "CRASHED": "**aborts**",
+    "CRASHED": "aborts",
 }
 
 
@@ -55,7 +56,10 @@ def _table(ports: list[Port], by_port: dict[str, dict[str, Row]]) -> Iterator[st
 
 
 def _cell(r: Row | None, marks: list[str]) -> str:
-    return " ".join([_WORDS[r["verdict"]], *marks]) if r else ""
+    if r is None:
+        return ""
+    word = _WORDS[r["verdict"]]
+    return " ".join([f"**{word}**" if r.get("blamed") else word, *marks])
 
 
 def _marks(port: Port, rows: dict[str, Row]) -> dict[str, list[str]]:
@@ -77,7 +81,7 @@ def _reasons(rows: dict[str, Row]) -> dict[str, list[str]]:
     """Why something was not run, or which gate did not pass -> cases."""
     found: dict[str, list[str]] = {}
     for case, r in rows.items():
-        for why in [r["why"]] if "why" in r else [*r["failed"], *(f"gauge {g}" for g in r["gauges"])]:
+        for why in [r["why"]] if "why" in r else [*r["failed"], *r["gauges"]]:
             found.setdefault(why, []).append(case)
     return found
 
@@ -86,18 +90,20 @@ def _reasons(rows: dict[str, Row]) -> dict[str, list[str]]:
 
 
 def _section(port: Port, rows: dict[str, Row]) -> Iterator[str]:
-    first = next(iter(rows.values()))
-    conform = [r for r in rows.values() if r["verdict"] == "CONFORMS"]
+    conform = sum(r["verdict"] == "CONFORMS" for r in rows.values())
     yield f"## {port.name}\n"
     yield f"{_versions(rows.values())}; `pip install 'deepseek-v3-refimpl[{port.extra}]'`."
-    yield f"{len(conform)} of {len(rows)} cases conform{_most(conform)}; {_seen(rows.values())}.\n"
+    yield f"{conform} of {len(rows)} cases conform{_far(rows)}; {_seen(rows.values())}.\n"
     for n, d in enumerate(deviations(rows), 1):
         yield from _deviation(n, d, port, rows)
     for letter, (why, cases) in zip(_LETTERS, _reasons(rows).items(), strict=False):
-        yield f"- **{letter}** {_ticked(cases)}: {why}"
+        yield _wrapped(f"- **{letter}** {_ticked(cases)}: {why}", "  ")
     if _reasons(rows):
         yield ""
-    assert first["port"] == port.name
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, 136, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _versions(rows: Iterable[Row]) -> str:
@@ -106,26 +112,30 @@ def _versions(rows: Iterable[Row]) -> str:
     return " and ".join(sorted(sets))
 
 
-def _most(conform: list[Row]) -> str:
-    """How far the logits of conforming runs are from float64, at most; decisions that may fall either way are left out."""
-    far = [r["logits"] for r in conform if r["logits"] is not None and not r["open"]]
-    return f", logits within {max(far):.1e} of ours" if far else ""
+def _far(rows: dict[str, Row]) -> str:
+    """How far the logits of the plain case are from ours in float64."""
+    far = rows.get(PLAIN, {}).get("logits")
+    return f", logits of `{PLAIN}` are {far:.1e} from ours" if far is not None else ""
 
 
 def _seen(rows: Iterable[Row]) -> str:
     some = [r for r in rows if "taps" in r]
     taps = [r["taps"] for r in some]
-    return f"{min(taps)} to {max(taps)} taps seen, at most {max(r['seconds'] for r in some):.0f} s a case" if some else "none ran"
+    return (
+        f"{min(taps)} to {max(taps)} taps seen, at most {max(r['seconds'] for r in some):.0f} s a case"
+        if some
+        else "none ran"
+    )
 
 
 def _deviation(n: int, d: Deviation, port: Port, rows: dict[str, Row]) -> Iterator[str]:
     case = next(c for c in rows if c in d.errors)
     error, allowed, tap = d.worst()
     ids = f" ({', '.join(f'`{i}`' for i in d.ids)})" if d.ids else ""
-    yield f"{n}. **{d.title}**{ids}, in {_ticked(d.errors)}: {', '.join(f'`{s}`' for s in d.stages)}."
-    yield f"   At most {_number(error)} at `{tap}`, where {allowed:.1e} is allowed{d.note()}."
-    if d.places:
-        yield f"   In the source: {', '.join(f'`{p}`' for p in d.places)}."
+    text = f"{n}. **{d.title}**{ids}, in {_ticked(d.errors)}: {', '.join(f'`{s}`' for s in d.stages)}."
+    text += f" At most {_number(error)} at `{tap}`, where {allowed:.1e} is allowed{d.note()}."
+    text += f" In the source: {'; '.join(d.places)}." if d.places else ""
+    yield _wrapped(text, "   ")
     yield "\n".join(["", "   ```sh", *(f"   refimpl {c}" for c in port.commands(case)), "   ```", ""])
 
 

@@ -9,15 +9,18 @@ from typing import Any
 
 from ports import PORTS
 
+from refimpl.diff.corpus import MUTANTS
+
 _FILE = Path(__file__).with_name("places.toml")
 
 
 def places(port: str, seen: list[str]) -> dict[str, list[str]]:
-    """Title of a known mistake, or stage -> `package/file.py:line`; nothing for what nobody has looked up."""
+    """Title of a known mistake, or stage -> `package/file.py:line` in words; nothing for what nobody has looked up."""
     found: dict[str, list[str]] = {}
     for entry in tomllib.loads(_FILE.read_text(encoding="utf-8"))["place"]:
         if entry["port"] == port and entry["at"] in seen:
-            found.setdefault(entry["at"], []).extend(_there(entry))
+            read = f", which reads as `{entry['row']}`: {MUTANTS[entry['row']].title}" if "row" in entry else ""
+            found.setdefault(entry["at"], []).extend(place + read for place in _there(entry))
     return found
 
 
@@ -25,7 +28,7 @@ def _there(entry: dict[str, Any]) -> list[str]:
     if "module" in entry:
         return _lines(entry["module"], entry["text"], entry.get("after", ""))
     (name, version), *_ = PORTS[entry["port"]].versions().items()
-    return [f"{entry['file']}:{entry['line']} of {name}'s sdist"] if version == entry["version"] else []
+    return [f"`{entry['file']}:{entry['line']}` of {name} {version}'s sdist"] if version == entry["version"] else []
 
 
 def _lines(module: str, text: str, after: str) -> list[str]:
@@ -37,4 +40,4 @@ def _lines(module: str, text: str, after: str) -> list[str]:
     start = next((n for n, line in enumerate(lines) if after in line), len(lines))
     hits = [n for n, line in enumerate(lines, 1) if text in line and n > start]
     file = "/".join((*module.split(".")[:-1], path.name))
-    return [f"{file}:{n}" for n in (hits[:1] if after else hits)]
+    return [f"`{file}:{', '.join(map(str, hits[:1] if after else hits))}`"] if hits else []

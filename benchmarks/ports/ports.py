@@ -14,7 +14,7 @@ CASES = (PLAIN, *REGIMES)
 
 @dataclass(frozen=True)
 class Port:
-    """name; `words`, those of `refimpl record` before the case; the extra that brings it; the distributions whose versions count."""
+    """name; `words`, those of `refimpl record` before the case; the extra that brings it; distributions whose versions count."""
 
     name: str
     words: str

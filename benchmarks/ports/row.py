@@ -57,13 +57,15 @@ def _seen(report: dict[str, Any], port: Port) -> Row:
     return {
         "verdict": report["verdict"],
         "taps": len(report["findings"]),
-        "failed": [f"{g['name']}: {g['text']}" for g in report["gates"] if g["state"] != "ok" and g["name"] not in _SAID],
+        "failed": [
+            f"{g['name']}: {g['text']}" for g in report["gates"] if g["state"] != "ok" and g["name"] not in _SAID
+        ],
         "blamed": {f["tap"]: {k: f[k] for k in ("error", "allowed", "lean", "upright")} for f in blamed},
         "open": sum(f["open"] for f in report["findings"]),
         "causes": [{k: c[k] for k in ("id", "title", "taps")} for c in report["causes"]],
         "logits": logits[0] if logits else None,
         "layouts": report["layouts"],
-        "gauges": [*report["gauges"], *(f"{k}: {v}" for k, v in report["contested"].items())],
+        "gauges": [*report["gauges"], *(f"dialect {k}={v}" for k, v in report["contested"].items())],
         "places": places(port.name, [*(c["title"] for c in report["causes"]), *(f["stage"] for f in blamed)]),
     }
 

@@ -51,7 +51,7 @@ def judged(port: Port, cases: list[str]) -> Iterator[Row]:
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
         require(code <= 0, f"{port.name}: {last}")
-        if code < 0:
+        if code < 0 and cases:
             yield base(port, cases[0]) | {"verdict": "CRASHED", "why": f"signal {-code}: {last}", "seconds": 0}
             cases = cases[1:]
         require(len(cases) < before, f"{port.name}: nothing came back")
