@@ -38,23 +38,22 @@ ROWS, PAGE = HERE / "rows.jsonl", HERE.parents[1] / "docs" / "ports.md"
 def judged(port: Port, cases: list[str]) -> Iterator[Row]:
     """Rows of these cases as they come; a case during which the process ended is a row of its own."""
     while cases:
-        before = len(cases)
         with tempfile.TemporaryFile("w+") as log:
             command = [sys.executable, __file__, "--worker", port.name, "--cases", ",".join(cases)]
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-            assert child.stdout is not None
-            for line in child.stdout:
-                found = json.loads(line)
-                yield found
-                cases = cases[cases.index(found["case"]) + 1 :]
-            code = child.wait()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    found = json.loads(line)
+                    yield found
+                    cases = cases[cases.index(found["case"]) + 1 :]
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
-        require(code <= 0, f"{port.name}: {last}")
-        if code < 0 and cases:
-            yield base(port, cases[0]) | {"verdict": "CRASHED", "why": f"signal {-code}: {last}", "seconds": 0}
-            cases = cases[1:]
-        require(len(cases) < before, f"{port.name}: nothing came back")
+        if not cases:
+            return
+        require(child.returncode < 0, f"{port.name}: {last}")  # else it is not the framework that ended
+        why = f"the process ended by signal {-child.returncode}: {last}"
+        yield base(port, cases[0]) | {"verdict": "CRASHED", "why": why, "seconds": 0}
+        cases = cases[1:]
 
 
 def worker(name: str, cases: list[str]) -> None:

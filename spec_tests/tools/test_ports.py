@@ -100,7 +100,7 @@ def test_a_process_that_aborts_is_a_row_and_the_next_cases_are_run(ours, port, t
         ("worse", ""),
         ("b", "CRASHED"),
     ]
-    assert found[1]["why"] == "signal 6: gone"
+    assert found[1]["why"] == "the process ended by signal 6: gone"
 
 
 def test_only_what_is_missing_is_run_and_every_row_is_kept_at_once(ours, port, tmp_path, monkeypatch):
