@@ -25,7 +25,8 @@ another question. Adapters hand over dequantised weights. How each implementatio
 kernels: [docs/recording.md](recording.md). Again, or with other versions: [benchmarks/ports](../benchmarks/ports/README.md).
 
 A number is a deviation and a letter a reason, both of the implementation's section. Bold: a stage gives other numbers than it
-should. Contested: conforming in a dialect that is named there, of which released code has had both ways.
+should. Contested: conforming in a dialect that is named there, of which released code has had both ways. Where
+the source does it was looked up once (`benchmarks/ports/places.toml`) and is asked of the version that ran.
 """
 _WORDS = {
     "CONFORMS": "conforms",
@@ -34,6 +35,7 @@ _WORDS = {
     "DIVERGES": "diverges",
     "INCONCLUSIVE": "inconclusive",
     "REFUSED": "not run",
+    "RAISES": "raises",
     "CRASHED": "aborts",
 }
 
@@ -41,7 +43,7 @@ _WORDS = {
 def rendered(rows: list[Row]) -> str:
     """The page."""
     ports = [p for p in PORTS.values() if any(r["port"] == p.name for r in rows)]
-    by_port = {p.name: {r["case"]: r for r in rows if r["port"] == p.name} for p in ports}
+    by_port = {p.name: {c: r for c in CASES for r in rows if (r["port"], r["case"]) == (p.name, c)} for p in ports}
     sections = ["\n".join(_section(p, by_port[p.name])) for p in ports]
     return "\n".join([_HEAD, *_table(ports, by_port), "", *sections])
 

@@ -33,7 +33,8 @@ def row(port: Port, case: str) -> Row:
     require(code == 0, f"refimpl {make}: {said}")
     code, _, said = _command(record)
     if code:
-        return found | {"verdict": "REFUSED", "why": said, "seconds": _since(start)}
+        theirs = " raises " in said.partition(":")[0]  # else the adapter says why not
+        return found | {"verdict": "RAISES" if theirs else "REFUSED", "why": said, "seconds": _since(start)}
     code, out, said = _command(f"{judge} --json")
     require(code != 3, f"refimpl {judge}: {said}")
     return found | _seen(json.loads(out), port) | {"notes": said.splitlines(), "seconds": _since(start)}

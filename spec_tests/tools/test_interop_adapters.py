@@ -3,13 +3,13 @@ three faults are placed and named; recording twice gives the same file. Regimes 
 """
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from refimpl.autograd.errors import SpecError
 from refimpl.cli import main
 from refimpl.diff import Case, render
 from refimpl.diff.judge import judge
@@ -196,8 +196,9 @@ def test_recording_twice_gives_the_same_file(name, tmp_path, capfd):
 
 BF16 = {"moe.routed"}
 OTHERWISE = {
-    ("mlx", "no-groups"): "raises TypeError.* deepseek_v3.py:",
+    ("mlx", "no-groups"): "raises TypeError.*deepseek_v3.py:",
     ("mlx", "mtp-2"): "INCONCLUSIVE",
+    ("mlx", "ragged-128"): {"attn_norm"},  # leans by 8.6e-8, allowed 7.9e-8: test_interop_mlx.py shows which rounding
     ("mlx", "bias-negative"): {"router.ids"},  # experts of dropped groups count as 0
     ("mlx", "extreme-logits"): {"router.weights"},  # 0 / 0
     ("mlx", "padding"): "padding",
@@ -214,7 +215,7 @@ OTHERWISE = {
     ("torchtitan", "full-rank-q"): {*EPS, *BF16} - {"mla.q_a_norm"},
     ("torchtitan", "mscale"): "one mscale",
     ("torchtitan", "mtp-2"): "MTP",
-    ("torchtitan", "ragged-128"): "raises RuntimeError.* rope.py:|rope.py:",
+    ("torchtitan", "ragged-128"): "raises RuntimeError.*rope.py:",
     ("torchtitan", "eps"): BF16,  # the case's eps is 1e-5 as well
     ("torchtitan", "padding"): "padding",
     ("torchtitan", "offset"): "positions of its own",
@@ -234,15 +235,15 @@ VERDICTS = ("INCONCLUSIVE", "CONTESTED")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "transformers"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_in_a_regime_it_is_told_what_it_deserves(name, regime):
+def test_in_a_regime_it_is_told_what_it_deserves(name, regime, tmp_path, capfd):
     """Catches a regime that blames a right implementation, an adapter that passes over a setting its framework has no words for,
     and a framework's exception that is called a bug of ours.
     """
     expected = OTHERWISE.get((name, regime), ADAPTERS[name].own)
     if isinstance(expected, str) and expected not in VERDICTS:
         ADAPTERS[name].available()
-        with pytest.raises(SpecError, match=expected):
-            ADAPTERS[name].trace(made(regime), None)
+        words = [*ADAPTERS[name].words.split(), str(made(regime).path), "-o", str(tmp_path / "t")]
+        assert main(["record", *words]) == 3 and re.search(expected, capfd.readouterr().err)
         return
     _, found = judged(name, made(regime))
     if isinstance(expected, str):

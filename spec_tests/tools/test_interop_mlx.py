@@ -49,6 +49,17 @@ def test_masked_groups_filled_with_zero_show_where_every_score_is_negative(tmp_p
     assert "R02" in str(found.causes)
 
 
+def test_its_sums_are_in_order():
+    """Catches the page of the ports in a lie: where mlx-lm's norms lean one way it is the order of a float32 sum that does."""
+    import mlx.core as mx
+
+    squares = np.random.default_rng(0).standard_normal((48, 160)).astype(np.float32) ** 2
+    with mlx.on_cpu():
+        theirs = np.array(mx.sum(mx.array(squares), axis=-1))
+    np.testing.assert_array_equal(theirs, np.cumsum(squares, axis=-1)[:, -1])
+    assert (theirs != squares.sum(axis=-1)).any()
+
+
 def test_recording_leaves_mlx_as_it_was(tmp_path, capsys, model, case):
     """Catches classes or functions left wrapped, ids that were cast, and weights that the model was not asked for."""
     from mlx_lm.models import deepseek_v3
