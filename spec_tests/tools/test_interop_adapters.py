@@ -128,7 +128,7 @@ class Adapter:
 
     def available(self):
         for name in self.needs:
-            pytest.importorskip(name, reason="comes with an extra; CI runs these tests with it")
+            pytest.importorskip(name, reason=f"{name} comes with an extra; CI runs these tests with it")
 
 
 ADAPTERS = {
@@ -239,9 +239,9 @@ def test_in_a_regime_it_is_told_what_it_deserves(name, regime, tmp_path, capfd):
     """Catches a regime that blames a right implementation, an adapter that passes over a setting its framework has no words for,
     and a framework's exception that is called a bug of ours.
     """
+    ADAPTERS[name].available()
     expected = OTHERWISE.get((name, regime), ADAPTERS[name].own)
     if isinstance(expected, str) and expected not in VERDICTS:
-        ADAPTERS[name].available()
         words = [*ADAPTERS[name].words.split(), str(made(regime).path), "-o", str(tmp_path / "t")]
         assert main(["record", *words]) == 3 and re.search(expected, capfd.readouterr().err)
         return
