@@ -62,7 +62,8 @@ def supported(c: Config) -> Config:
     """The config, if it is said here in Megatron's words."""
     require(c.q_lora_rank is not None, "q_lora_rank is null; Megatron is built here with a query latent")
     require(c.rope_scaling is not None, "rope_scaling is null; Megatron is built here with YaRN")
-    for name, only in {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 0}.items():
+    said = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "num_nextn_predict_layers": 0}
+    for name, only in said.items():
         value = getattr(c, name)
         require(value == only, f"{name} is {value!r}; Megatron is built here for {only!r}")
     return c

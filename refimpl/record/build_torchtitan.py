@@ -32,6 +32,11 @@ def build(case: Case) -> Candidate:
 def supported(c: Config) -> Config:
     """The config, if torchtitan's parts can say it."""
     require(c.rope_scaling is not None, "torchtitan's deepseek_v3 is built here with YaRN; rope_scaling is null")
+    r = c.rope_scaling
+    require(
+        r is not None and r.mscale == r.mscale_all_dim,
+        "mscale and mscale_all_dim differ; torchtitan has one mscale, and which it stands for is not said",
+    )
     require(c.topk_method == "noaux_tc", f"topk_method {c.topk_method!r}; torchtitan computes noaux_tc")
     require(c.num_nextn_predict_layers == 0, "MTP layers are not built here")
     return c

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from refimpl.diff.names import Framework
 from .ranks import parallel_of
 from .refimpl_tap import Recording
 from .tapmap import untested
-from .watch import Watch
+from .watch import Watch, array
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def record_runs(
     case: Case, map_: Framework, run: Run, watch: Callable[[], Watch], made: Candidate, *, storage: str
 ) -> Trace:
     """The trace of three runs, of which two are watched."""
-    plain = run(None)
+    version = version_of(map_.package)
+    with theirs(f"{map_.package or map_.name} {version}".strip()):
+        plain = run(None)  # not watched, so that what is raised is not ours
     (first, logits), (second, _) = [(w, run(w)) for w in (watch(), watch())]
     taps, again = first.taps(), second.taps()
-    version = version_of(map_.package)
     warning = untested(map_, version)
     held = case.weights() if made.weights is None else made.weights
     said = () if made.weights is not None else ("weights: those of the case's files, which the framework was given",)
@@ -73,7 +76,7 @@ def record_runs(
         positions=case.positions,
         valid=case.valid,
         producer={"name": map_.package or map_.name, "version": version},
-        weights={n: digest(w) for n, w in held.items()},
+        weights={n: digest(array(w)) for n, w in held.items()},
         layouts={**map_.layouts, **made.layouts},
         dims=first.axes | {t: d for t in taps if (d := made.dims.get(t) or made.dims.get(t.rpartition("/")[2]))},
         parallel=dict(parallel_of(made.module) if made.parallel is None else made.parallel),
@@ -83,6 +86,19 @@ def record_runs(
         notes="; ".join(notes),
     )
     return Trace(header, taps)
+
+
+@contextmanager
+def theirs(who: str) -> Iterator[None]:
+    """What a framework raises in its own run is said of it, with the line of its source: it is no bug of ours."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        file = Path(at.filename).as_posix().rpartition("site-packages/")[2]
+        raise SpecError(f"{who} raises {type(error).__name__}: {error} ({file}:{at.lineno})") from error
 
 
 def deliver(trace: Trace, out: str | Path) -> Recorded:
