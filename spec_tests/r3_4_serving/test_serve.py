@@ -134,7 +134,9 @@ BAD_CHAT = [
 
 
 @pytest.mark.parametrize(
-    ("read", "fields", "says", "param"), [(completion, *b) for b in BAD] + [(chat, *b) for b in BAD_CHAT], ids=str
+    ("read", "fields", "says", "param"),
+    [(completion, *b) for b in BAD] + [(chat, *b) for b in BAD_CHAT],
+    ids=lambda x: x.__name__ if callable(x) else str(x),
 )
 def test_bad_fields_are_refused_by_name(served, read, fields, says, param):
     """Catches a field taken for another, one that is ignored in silence, a traceback instead of a refusal."""
