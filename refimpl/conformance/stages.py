@@ -22,7 +22,7 @@ from refimpl.diff.lanes import Lane, Recorded
 from refimpl.diff.precision import precision_of
 from refimpl.diff.program import integers
 from refimpl.diff.replay import Step, replay
-from refimpl.diff.tolerance import MASKED
+from refimpl.diff.wide import MASKED
 from refimpl.layers.mla import Attend
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Call
