@@ -126,7 +126,7 @@ class _Run:
     case: Case
     trace: Trace
     precision: Precision
-    rounded: bool
+    rounded: Mapping[str, str]
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False

@@ -27,6 +27,7 @@ from .torch_arrays import libraries, one_thread, to_numpy
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("eager", *KERNELS)
 EXPERTS = SEEN_INSIDE
+_PADDING = "padding: a query that sees no key weighs all keys alike under eager attention, where it should see nothing; sdpa does"
 
 
 def record(
@@ -83,6 +84,8 @@ def trace_of(
     seen, again = (look_at(model, case.config, batch, taps) for _ in range(2))
     kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation().get('')} experts"
     said = [kinds, notes, *seen.notes, untested(read("transformers"), producer["version"])]
+    if case.valid and kinds.startswith("eager"):
+        said.append(_PADDING)
     labels = {"labels": [list(row) for row in batch.labels]} if batch.labels and case.valid else {}
     header = Header(
         config=case.raw_config,

@@ -19,7 +19,7 @@ from .hf_class import is_v2, model_class
 from .torch_arrays import libraries, to_numpy, to_torch
 
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_NOT_SETTINGS = ("dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
+_NOT_SETTINGS = ("model_type", "dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
 
 
 def load_model(

@@ -72,7 +72,9 @@ def _key(seen: Seen, c: Config) -> Any:
 
 
 def _k_rope_grad(seen: Seen, c: Config) -> Any:
-    return seen.args[1][:, :, -c.qk_rope_head_dim :].sum(1).transpose(1, 2)  # what every head sends back to the shared part
+    return (
+        seen.args[1][:, :, -c.qk_rope_head_dim :].sum(1).transpose(1, 2)
+    )  # what every head sends back to the shared part
 
 
 def _key_grad(seen: Seen, c: Config) -> Any:
@@ -243,9 +245,7 @@ def expected_taps(
 ) -> dict[str, Probe | None]:
     """Every tap that a run of this config can give -> its probe; None for what is seen of all experts together."""
     free = attention in KERNELS  # masks by itself where it can
-    found: dict[str, Probe | None] = {
-        f"{phase}/{p.tap}": replace(p, optional=free and p.tap == "mask") for p in _ENDS
-    }
+    found: dict[str, Probe | None] = {f"{phase}/{p.tap}": replace(p, optional=free and p.tap == "mask") for p in _ENDS}
     for i in range(c.num_hidden_layers):
         rows = _LAYER[:4] + _attention(attention, phase) + _LAYER[4:]
         rows += _FULL_RANK_Q if c.q_lora_rank is None else _LOW_RANK_Q
