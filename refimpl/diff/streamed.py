@@ -34,7 +34,10 @@ def narrowed(name: str, w: Array, storage: str) -> Array:
 
 
 class StageWeights:
-    """Checkpoint name and plan -> the weight as that plan holds it, `rounded` before that where the candidate holds it so. What the stages before have read is let go if it is much."""
+    """Checkpoint name and plan -> the weight as that plan holds it, `rounded` (name -> dtype) before, as the candidate has it.
+
+    What the stages before have read is let go if it is much.
+    """
 
     def __init__(self, checkpoint: Checkpoint, rounded: Mapping[str, str], *, experts: int = 1) -> None:
         self.checkpoint, self.rounded, self.experts = checkpoint, rounded, experts

@@ -74,4 +74,4 @@ def _tensors(x: Any) -> Iterable[Any]:
 def _mapped(x: Any) -> Any:
     if isinstance(x, tuple | list):
         return tuple([_mapped(part) for part in x])
-    return gradient(x) if hasattr(x, "is_floating_point") and x.is_floating_point() else x
+    return gradient(x) if hasattr(x, "retain_grad") and x.is_floating_point() else x

@@ -67,8 +67,8 @@ def load_model(
 
 
 def _fill(model: Any, state: Mapping[str, Any]) -> None:
-    """Give a model of the user's own what it holds under checkpoint names, such as experts one by one, and in their shape: the loader
-    fuses the experts of every model of this type.
+    """Give a model of the user's own what it holds under checkpoint names and in their shape, such as experts one by one: the
+    loader fuses those of every model of this type.
     """
     own = model.state_dict()
     fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}

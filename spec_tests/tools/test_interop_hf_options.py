@@ -15,6 +15,7 @@ from refimpl.autograd.errors import SpecError
 from refimpl.cli.dispatch import main
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
+from refimpl.layers import PRESETS
 from refimpl.record import hf, hf_load, new_case
 from refimpl.record.hf_bugs import BUGS, injected, with_forward, with_setting
 from refimpl.record.torch_arrays import one_thread
@@ -64,8 +65,8 @@ def verdict(case, path):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_unchanged_model_conforms_and_recording_twice_gives_the_same_file(name, tmp_path):
-    """Catches an option that is not passed on, a tap that a kernel hides and nobody notes, rows of experts in another order, a wrong
-    axis of a cached tap, a gradient of a view taken for that of the whole, and hooks that move a number.
+    """Catches an option that is not passed on, a tap that a kernel hides and nobody notes, rows of experts in another order, a
+    wrong axis of a cached tap, a gradient of a view taken for that of the whole, and hooks that move a number.
     """
     options, count = OPTIONS[name]
     paths = [hf.record(TINY, tmp_path / f"{i}.safetensors", **options) for i in range(2)]
@@ -169,10 +170,7 @@ def test_a_mistake_is_placed(name, tmp_path):
 V2_FAULTS = {
     "weights not scaled": (lambda m: with_forward(m, "mlp.gate", _unscaled), {"router.weights"}),
     "latent not normalised": (lambda m: injected(m, "A13"), {"mla.q_a_norm"}),
-    "one group more": (
-        lambda m: with_setting(m, "mlp.gate", "topk_group", lambda g: g.topk_group + 1),
-        {"router.groups"},
-    ),
+    "groups ignored": (lambda m: with_setting(m, "mlp.gate", "topk_method", lambda gate: "greedy"), {"router.ids"}),
 }
 
 
@@ -233,7 +231,7 @@ class MineForCausalLM(DeepseekV3ForCausalLM):
 
 
 def test_a_modelling_file_of_the_users_own_is_judged(tmp_path, capsys):
-    """Catches experts one by one that keep random weights because the loader fuses them, a right file refused, a wrong one passed."""
+    """Catches experts one by one that keep random weights because the loader fuses them; a right file refused, a wrong passed."""
     for factor, blamed in (("1", set()), ("2.5", {"moe.routed"})):
         file = tmp_path / "modeling_mine.py"
         file.write_text(OWN.replace("FACTOR", factor))
@@ -287,7 +285,7 @@ def test_another_version_is_warned_of_and_recorded(tmp_path, monkeypatch, capsys
 
 def test_gradients_of_a_padded_case_leave_out_what_padding_predicts(tmp_path):
     """Catches a loss that counts padding, or a token that only padding sees."""
-    new_case(tmp_path / "case", preset="tiny", regimes="padding", seed=1)
+    new_case(tmp_path / "case", PRESETS["tiny"], regimes="padding", seed=1)
     path = hf.record(tmp_path / "case", tmp_path / "t.safetensors", attention="sdpa", gradients=True)
     trace, case = Trace.read(path), Case.read(tmp_path / "case")
     for row, real, tokens in zip(trace.header.training["labels"], case.valid, case.tokens, strict=True):
