@@ -30,7 +30,7 @@ OPTIONS = {  # options -> how many taps are recorded of preset tiny
     "float16": ({"dtype": "float16"}, 93),
     "grouped-float16": ({"experts": "grouped_mm", "attention": "sdpa", "dtype": "float16"}, 86),
     "parts": ({"phases": PARTS}, 390),
-    "parts-sdpa-bfloat16": ({"phases": PARTS, "attention": "sdpa", "dtype": "bfloat16"}, 365),
+    "parts-sdpa-bfloat16": ({"phases": PARTS, "attention": "sdpa", "dtype": "bfloat16"}, 363),
     "gradients": ({"gradients": True}, 315),
     "gradients-sdpa-batched": ({"gradients": True, "attention": "sdpa", "experts": "batched_mm"}, 302),
     "gradients-grouped-bfloat16": ({"gradients": True, "experts": "grouped_mm", "dtype": "bfloat16"}, 315),
@@ -144,7 +144,7 @@ FAULTS = {  # options, where, what, stages of which the diff must blame some and
     "parts: old keys moved": ({"phases": PARTS}, ("kv_b_proj", _rolled), {"mla.kv_b"}),
     "parts: latent norm": ({"phases": PARTS}, "A13", {"mla.q_a_norm"}),
     "gradients: router": ({"gradients": True}, ("mlp.gate", _detached), {"bwd/router.weights"}),
-    "gradients: doubled": ({"gradients": True}, ("o_proj", _doubled), {"bwd/mla.ctx", "grad/o_proj.weight"}),
+    "gradients: doubled": ({"gradients": True}, ("o_proj", _doubled), {"bwd/attn_out"}),
     "gradients: shared": (
         {"gradients": True},
         ("mlp.shared_experts", lambda m, forward: lambda x: forward(x.detach())),
