@@ -83,9 +83,8 @@ def trace_of(
     plain = to_numpy(run_batch(model, batch)[0])
     seen, again = (look_at(model, case.config, batch, taps) for _ in range(2))
     kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation().get('')} experts"
-    said = [kinds, notes, *seen.notes, untested(read("transformers"), producer["version"])]
-    if case.valid and kinds.startswith("eager"):
-        said.append(_PADDING)
+    alike = _PADDING if case.valid and kinds.startswith("eager") else ""
+    said = [kinds, notes, *seen.notes, alike, untested(read("transformers"), producer["version"])]
     labels = {"labels": [list(row) for row in batch.labels]} if batch.labels and case.valid else {}
     header = Header(
         config=case.raw_config,

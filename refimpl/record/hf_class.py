@@ -32,7 +32,8 @@ def model_class(c: Config, named: str | None = None) -> Any:
     module = _module(named, place)
     name = name or _only(named, module)
     found = getattr(module, name, None)
-    require(inspect.isclass(found), f"--model {named}: {place} has no class {name}")
+    if not inspect.isclass(found):
+        raise SpecError(f"--model {named}: {place} has no class {name}")
     ok = issubclass(found, transformers.PreTrainedModel)
     way = "record torch --build takes any torch module"
     require(ok, f"--model {named}: {name} is none of transformers' models (PreTrainedModel); refimpl {way}")

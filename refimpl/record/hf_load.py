@@ -39,7 +39,6 @@ def load_model(
     "grouped_mm"; `attention`: "eager", "sdpa", "flex_attention". Raises SpecError for a config that transformers would misread,
     and for missing or extra tensors; what a model of the user's own does with them is its own affair.
     """
-    torch, transformers = libraries()
     c = config if isinstance(config, Config) else Config.from_dict(config)
     kind = model_class(c, model)
     if model is None:
@@ -48,22 +47,27 @@ def load_model(
     kinds = {"attn_implementation": attention, "experts_implementation": experts}
     ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
     state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
-    with _without_progress_bar(transformers):
-        loaded, report = kind.from_pretrained(
-            None,
-            config=kind.config_class(**settings, **kinds),
-            state_dict=state,
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-        )
-    wrong = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
-    require(
-        model is not None or not wrong,
-        f"transformers {transformers.__version__} did not take the weights as they are: {wrong}",
-    )
+    loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
+    require(model is not None or not wrong, f"transformers did not take the weights as they are: {wrong}")
     if wrong:
         _fill(loaded, state)
     return loaded
+
+
+def _loaded(
+    kind: Any, settings: Mapping[str, Any], state: Mapping[str, Any], dtype: str
+) -> tuple[Any, dict[str, list[str]]]:
+    """The model, by transformers' own loader, and the tensors that it complains of."""
+    torch, transformers = libraries()
+    with _without_progress_bar(transformers):
+        loaded, report = kind.from_pretrained(
+            None,
+            config=kind.config_class(**settings),
+            state_dict=dict(state),
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    return loaded, {problem: sorted(map(str, names)) for problem, names in report.items() if names}
 
 
 def _fill(model: Any, state: Mapping[str, Any]) -> None:
