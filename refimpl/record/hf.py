@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +58,8 @@ def record(
         require(value in known, f"{name} {value!r}; known: {', '.join(known)}")
     case, out = Case.read(case_dir), Path(out)
     _batch(case, phases, gradients)  # what cannot be run is refused before the model is loaded
-    with one_thread():
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries warn each other of
         net = load_model(case.raw_config, case.weights(), dtype, experts=experts, attention=attention, model=model)
         notes = "; ".join([*([f"model {model}"] if model else []), *([f"injected bug {patch}"] if patch else [])])
         with injected(net, patch):
