@@ -104,7 +104,7 @@ def record(folder: Path, out: Path) -> None:
     inputs = read_inputs(case.config, case.tokens)
     parts = Sizes.whole(1, len(case.tokens[0])).parts
     program, taps = program_of(case.config, inputs, n_mtp=0, parts=parts), {}
-    weights = StageWeights(case.checkpoint, False)
+    weights = StageWeights(case.checkpoint, {})
     noise = Noise(lambda tap: 0.0, lambda call: "fp32")
     for _ in replay(program, Recorded({}, named(inputs, parts), weights, FLOAT32, noise), taps.__setitem__):
         pass

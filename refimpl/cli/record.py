@@ -69,12 +69,32 @@ def _said(done: Recorded) -> int:
 
 def _add_hf(frameworks: Commands) -> None:
     p = _framework(frameworks, "hf", "Hugging Face transformers (extra 'interop')", _hf, needed=False)
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    p.add_argument(
+        "--attention",
+        default="eager",
+        choices=["eager", "sdpa", "flex_attention"],
+        help="attention kernel; eager shows scores and weights",
+    )
+    p.add_argument("--experts", default="eager", choices=["eager", "batched_mm", "grouped_mm"], help="expert kernel")
+    p.add_argument(
+        "--phases",
+        default="fwd",
+        help="in which parts to run it: fwd,dec20,dec21 is 20 tokens, then one on their cache, then the rest",
+    )
+    p.add_argument("--gradients", action="store_true", help="record the gradients of the next-token loss too")
+    p.add_argument(
+        "--model",
+        metavar="PKG.MOD:CLASS",
+        help="your own modelling file, also as a path, modeling_mine.py:Class; its code is run",
+    )
     p.add_argument("--bug", help="inject a known bug of the corpus, e.g. R01; 'list' prints them")
 
 
 def _hf(args: argparse.Namespace) -> int:
+    from refimpl.diff import Trace
     from refimpl.record import hf
+    from refimpl.record.candidate import Recorded
     from refimpl.record.hf_bugs import BUGS
 
     if args.bug == "list":
@@ -82,9 +102,18 @@ def _hf(args: argparse.Namespace) -> int:
         return 0
     if args.case is None or args.out is None:
         raise SpecError("record needs CASE and -o OUT")
-    path = hf.record(args.case, args.out, dtype=args.dtype, patch=args.bug)
-    print(path)
-    return 0
+    path = hf.record(
+        args.case,
+        args.out,
+        dtype=args.dtype,
+        patch=args.bug,
+        attention=args.attention,
+        experts=args.experts,
+        phases=args.phases.split(","),
+        gradients=args.gradients,
+        model=args.model,
+    )
+    return _said(Recorded(path, tuple(Trace.read(path).header.notes.split("; "))))
 
 
 def _add_torch(frameworks: Commands) -> None:

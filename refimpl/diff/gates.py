@@ -9,12 +9,12 @@ from typing import Literal
 from refimpl.autograd.errors import SpecError
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.precision import BF16
 from refimpl.layers.stage import Call
 from refimpl.model.phases import in_part
 
 from .case import Case
 from .pages import Pages
+from .streamed import narrowed
 from .trace import Header, Trace, digest
 
 
@@ -61,17 +61,17 @@ def _positions(run: Case | Header) -> list[list[int]]:
     return [[sum(row[: i + 1]) - 1 if one else 0 for i, one in enumerate(row)] for row in real]
 
 
-def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> tuple[Gate, bool]:
-    """Compare digests with the case's weights as they are, or rounded to bfloat16 if that is how the candidate holds
+def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> tuple[Gate, dict[str, str]]:
+    """Compare digests with the case's weights as they are, or rounded to bfloat16 or float16 if that is how the candidate holds
     them.
 
-    -> the gate, and whether the rounded weights are the ones that agree.
+    -> the gate, and name -> dtype of the weights that agree only when they are rounded to it.
     """
     if not header.weights:
         return Gate(
             "weights", "?", "the trace declares no weight digests: wrong weights would look like wrong maths"
-        ), False
-    rounded = False
+        ), {}
+    rounded: dict[str, str] = {}
     wrong, missing = [], [n for n in weights if n not in header.weights]
     pages = Pages(weights)
     for name in [n for n in weights if n in header.weights]:
@@ -79,8 +79,8 @@ def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> 
         pages.read(w.nbytes)
         if theirs == digest(w):
             continue
-        if storage == "bfloat16" and theirs == digest(BF16.weight(name, w.astype("float32"))):
-            rounded = True
+        if storage in ("bfloat16", "float16") and theirs == digest(narrowed(name, w, storage)):
+            rounded[name] = storage
         else:
             wrong.append(name)
     extra = [n for n in header.weights if n not in weights]
@@ -93,7 +93,7 @@ def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> 
         text = f"{len(missing)} tensors not loaded, {len(extra)} not in the case: {(missing + extra)[0]}"
         return Gate("weights", "FAIL", text, tuple(missing + extra)), rounded
     return Gate(
-        "weights", "ok", f"{n} of {n} tensors agree" + (" after rounding to bfloat16" if rounded else "")
+        "weights", "ok", f"{n} of {n} tensors agree" + (f" after rounding to {storage}" if rounded else "")
     ), rounded
 
 

@@ -34,6 +34,8 @@ from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
 from .trace import Trace
 
+Rounded = tuple[tuple[str, str], ...]
+"""Weights that agree only when rounded, each with the dtype."""
 _NOT_CONTESTED = ("masked_group_fill", "mtp_concat", "topk_denominator_eps")
 """Points of `Dialect` that released code has had both ways, but of which one way is a known bug today."""
 
@@ -121,7 +123,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
     recorded, admitted, header = comparison.recorded, comparison.admitted, run.trace.header
     parts = None
     if run.pool:
-        work = partial(_part, run.pool.opener, run.rounded, run.pictures, config, without)
+        work = partial(_part, run.pool.opener, tuple(sorted(run.rounded.items())), run.pictures, config, without)
         parts = spread(program, recorded, track, run.pool, work)
     if parts is None:
         comparison.run(program, track)
@@ -142,15 +144,15 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
 
 
 @lru_cache(maxsize=1)
-def _opened(opener: Opener, rounded: bool, pictures: bool) -> Run:
+def _opened(opener: Opener, rounded: Rounded, pictures: bool) -> Run:
     """What a worker keeps from one span to the next."""
     case, trace = opener()
     trace = decoded(trace)
-    return Run(case, trace, precision_of(trace.header, trace.taps), rounded, pictures=pictures)
+    return Run(case, trace, precision_of(trace.header, trace.taps), dict(rounded), pictures=pictures)
 
 
 def _part(
-    opener: Opener, rounded: bool, pictures: bool, config: Config, without: frozenset[str], span: Span
+    opener: Opener, rounded: Rounded, pictures: bool, config: Config, without: frozenset[str], span: Span
 ) -> SpanFound:
     """A worker's part of a judgement."""
     with np.errstate(all="ignore"):

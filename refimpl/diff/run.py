@@ -50,7 +50,7 @@ class Run:
     case: Case
     trace: Trace
     precision: Precision
-    rounded: bool
+    rounded: Mapping[str, str]
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False

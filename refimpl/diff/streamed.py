@@ -32,10 +32,20 @@ _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\
 """Matrices that a stage only multiplies by, or looks rows up in."""
 
 
-class StageWeights:
-    """Checkpoint name and plan -> the weight as that plan holds it. What the stages before have read is let go if it is much."""
+def narrowed(name: str, w: Array, storage: str) -> Array:
+    """A weight as a model that is kept in `storage`, bfloat16 or float16, holds it, in float32."""
+    if storage == "float16":
+        return w.astype(np.float16).astype(np.float32)
+    return effective({name: w}, BF16)[name]
 
-    def __init__(self, checkpoint: Checkpoint, rounded: bool) -> None:
+
+class StageWeights:
+    """Checkpoint name and plan -> the weight as that plan holds it, `rounded` (name -> dtype) before, as the candidate has it.
+
+    What the stages before have read is let go if it is much.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rounded: Mapping[str, str]) -> None:
         self.checkpoint, self.rounded = checkpoint, rounded
         self.held: dict[tuple[str, str], Array] = {}
         self.stage, self.size, self.pages = "", 0, Pages(checkpoint)
@@ -59,8 +69,9 @@ class StageWeights:
 
     def read(self, name: str, plan: Plan, start: int, stop: int) -> Array:
         """Rows of a weight as the plan holds them."""
-        w: Mapping[str, Array] = {name: self.checkpoint.rows(name, start, stop)}
-        found = effective(effective(w, BF16) if self.rounded else w, plan)[name]
+        w = self.checkpoint.rows(name, start, stop)
+        kept = self.rounded.get(name)
+        found = effective({name: narrowed(name, w, kept) if kept else w}, plan)[name]
         self.pages.read(found.nbytes)
         return found
 

@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3ForCausalLM for the tap map `transformers`."""
+"""transformers' DeepSeek for the tap map `transformers`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refimpl.diff import Case
 from .candidate import Candidate
 from .hf import positions_of
 from .hf_load import checkpoint_names, load_model
-from .hf_taps import run
+from .hf_run import Batch, run_batch
 
 
 def build(case: Case) -> Candidate:
@@ -17,6 +17,6 @@ def build(case: Case) -> Candidate:
     model, positions = load_model(case.raw_config, case.weights()), positions_of(case)
 
     def call(module: Any, tokens: list[list[int]]) -> Any:
-        return run(module, tokens, positions)
+        return run_batch(module, Batch(tokens, positions, case.valid))[0]
 
     return Candidate(model, call, weights=checkpoint_names(model, model.state_dict()))

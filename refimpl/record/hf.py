@@ -1,24 +1,34 @@
-"""transformers' DeepseekV3ForCausalLM as a candidate: run a case through it and write its trace."""
+"""transformers' DeepSeek as a candidate: run a case through it and write its trace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refimpl.autograd.errors import require
 from refimpl.diff import Case, Header, Trace, digest
+from refimpl.layers.loss import IGNORE
+from refimpl.model.phases import in_part
 
 from .candidate import self_check
 from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
-from .hf_probes import dims
-from .hf_taps import look, run
+from .hf_probes import KERNELS, SEEN_INSIDE, dims
+from .hf_run import Batch, run_batch
+from .hf_taps import look_at
 from .refimpl_tap import file_of, parallel
+from .tapmap import read, untested
 from .torch_arrays import libraries, one_thread, to_numpy
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("eager", *KERNELS)
+EXPERTS = SEEN_INSIDE
+_PADDING = "padding: a query that sees no key weighs all keys alike under eager attention, where it should see nothing; sdpa does"
 
 
 def record(
@@ -29,21 +39,31 @@ def record(
     patch: str | None = None,
     taps: str | Iterable[str] = "all",
     experts: str = "eager",
+    attention: str = "eager",
+    phases: Sequence[str] = ("fwd",),
+    gradients: bool = False,
+    model: str | None = None,
 ) -> Path:
     """Run a case through transformers and write the trace `out`; -> its path, which of several processes is one in a folder.
 
     taps: "all", or names and patterns, with or without the phase ("fwd/logits", "L*/router.*"). `patch` puts in a bug
-    of `hf_bugs.BUGS`. Nothing of it, nor any hook, outlives the call. A tap that was to be recorded and was not stays in
+    of `hf_bugs.BUGS`. `phases` cut the run: "fwd", "dec20", "dec21" is a prefill of 20 tokens, then one token, then the rest.
+    With `gradients`, those of the next-token loss by every tap and weight are recorded. `model` is a class of the user's own
+    (`hf_class.model_class`). Nothing of it, nor any hook, outlives the call. A tap that was to be recorded and was not stays in
     the header's `expected`, and its notes say so. Raises SpecError for an unknown bug and a case that transformers
     cannot run.
     """
-    require(dtype in DTYPES, f"dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    chosen = (("dtype", dtype, DTYPES), ("attention", attention, ATTENTION), ("experts", experts, EXPERTS))
+    for name, value, known in chosen:
+        require(value in known, f"{name} {value!r}; known: {', '.join(known)}")
     case, out = Case.read(case_dir), Path(out)
-    positions_of(case)
-    with one_thread():
-        model = load_model(case.raw_config, case.weights(), dtype, experts=experts)
-        with injected(model, patch):
-            trace = trace_of(model, case, dtype=dtype, taps=taps, notes=f"injected bug {patch}" if patch else "")
+    _batch(case, phases, gradients)  # what cannot be run is refused before the model is loaded
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries warn each other of
+        net = load_model(case.raw_config, case.weights(), dtype, experts=experts, attention=attention, model=model)
+        notes = "; ".join([*([f"model {model}"] if model else []), *([f"injected bug {patch}"] if patch else [])])
+        with injected(net, patch):
+            trace = trace_of(net, case, dtype=dtype, taps=taps, notes=notes, phases=phases, gradients=gradients)
     out = file_of(out, trace.header.parallel)
     out.parent.mkdir(exist_ok=True)
     trace.write(out)
@@ -51,36 +71,70 @@ def record(
 
 
 def trace_of(
-    model: Any, case: Case, *, dtype: str = "float32", taps: str | Iterable[str] = "all", notes: str = ""
+    model: Any,
+    case: Case,
+    *,
+    dtype: str = "float32",
+    taps: str | Iterable[str] = "all",
+    notes: str = "",
+    phases: Sequence[str] = ("fwd",),
+    gradients: bool = False,
 ) -> Trace:
     """The trace of a loaded model, whatever was done to it: three runs, of which two are watched."""
-    positions = positions_of(case)
-    plain = to_numpy(run(model, case.tokens, positions))
-    seen, again = (look(model, case.config, case.tokens, positions, taps) for _ in range(2))
-    kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation()['']} experts"
+    batch, producer = _batch(case, phases, gradients), _producer()
+    plain = to_numpy(run_batch(model, batch)[0])
+    seen, again = (look_at(model, case.config, batch, taps) for _ in range(2))
+    kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation().get('')} experts"
+    alike = _PADDING if case.valid and kinds.startswith("eager") else ""
+    said = [kinds, notes, *seen.notes, alike, untested(read("transformers"), producer["version"])]
+    labels = {"labels": [list(row) for row in batch.labels]} if batch.labels and case.valid else {}
     header = Header(
         config=case.raw_config,
         tokens=case.tokens,
-        positions=positions,
-        producer=_producer(),
+        positions=[list(row) for row in batch.positions],
+        valid=case.valid,
+        producer=producer,
         weights={n: digest(w) for n, w in checkpoint_names(model, model.state_dict()).items()},
-        layouts={"rope": "half", "mla": "expanded"},
-        dims={tap: dims(tap) for tap in seen.taps},
+        layouts={"rope": "interleaved" if model.config.model_type == "deepseek_v2" else "half", "mla": "expanded"},
+        dims={tap: dims(tap) for tap in seen.taps if in_part(tap)},
+        phases=[*phases, *(("bwd", "grad") if gradients else ())],
+        training=labels,
         expected=seen.expected,
         precision={"storage": dtype, "accumulate": "float32"},
         parallel=parallel(),
         self_check=self_check(plain, to_numpy(seen.logits), seen.taps, again.taps),
-        notes="; ".join([kinds, *([notes] if notes else []), *seen.notes]),
+        notes="; ".join(filter(None, said)),
     )
     return Trace(header, seen.taps)
 
 
+def _batch(case: Case, phases: Sequence[str], gradients: bool) -> Batch:
+    """What is run. SpecError for parts that the case has not."""
+    batch = Batch(case.tokens, positions_of(case), case.valid, tuple(phases), _labels(case) if gradients else None)
+    require(len(batch.parts) == len(phases), f"phases {', '.join(phases)}: fwd and decN, each once")
+    return batch
+
+
+def _labels(case: Case) -> list[list[int]]:
+    """The tokens (B, S); padding does not count, nor does a token that padding would have to predict."""
+    if case.valid is None:
+        return case.tokens
+    real = np.asarray(case.valid) != 0
+    before = np.pad(real, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    labels: list[list[int]] = np.where(real & before, np.asarray(case.tokens), IGNORE).tolist()
+    return labels
+
+
 def positions_of(case: Case) -> list[list[int]]:
-    """The case's positions. SpecError for what transformers' mask, which goes by place, would treat otherwise."""
-    require(case.valid is None, "the case has padding; what transformers attends to from a padded token is not defined")
+    """The case's positions, or else tokens counted from 0. SpecError for what transformers' mask, which goes by place, would treat
+    otherwise.
+    """
+    real = np.ones(np.shape(case.tokens), int) if case.valid is None else np.asarray(case.valid)
     if case.positions is None:
-        return [list(range(len(row))) for row in case.tokens]
-    rising = all(a < b for row in case.positions for a, b in pairwise(row))
+        counted: list[list[int]] = np.where(real, real.cumsum(axis=1) - 1, 0).tolist()
+        return counted
+    rows = ([p for p, one in zip(*pair, strict=True) if one] for pair in zip(case.positions, real, strict=True))
+    rising = all(a < b for row in rows for a, b in pairwise(row))
     require(rising, "positions that do not rise; transformers masks by place in the row, not by position")
     return case.positions
 

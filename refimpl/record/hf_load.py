@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3ForCausalLM holding a case's weights, and its weights back under checkpoint names."""
+"""transformers' DeepSeek holding a case's weights, and its weights back under checkpoint names."""
 
 from __future__ import annotations
 
@@ -15,53 +15,84 @@ from refimpl.checkpoint.names import layer_of
 from refimpl.layers.config import Config, Dialect
 from refimpl.model import ForCausalLM
 
+from .hf_class import is_v2, model_class
 from .torch_arrays import libraries, to_numpy, to_torch
 
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_NOT_SETTINGS = ("dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
+_NOT_SETTINGS = ("model_type", "dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
 
 
 def load_model(
-    config: Mapping[str, Any] | Config, weights: Mapping[str, Array], dtype: str = "float32", *, experts: str = "eager"
+    config: Mapping[str, Any] | Config,
+    weights: Mapping[str, Array],
+    dtype: str = "float32",
+    *,
+    experts: str = "eager",
+    attention: str = "eager",
+    model: str | None = None,
 ) -> Any:
-    """DeepseekV3ForCausalLM in eval mode, with eager attention, holding `weights` (checkpoint names) in `dtype`.
+    """The case's model in eval mode, holding `weights` (checkpoint names) in `dtype`: DeepseekV3ForCausalLM, DeepseekV2ForCausalLM
+    for a config of V2, or the user's own `model` (`hf_class.model_class`).
 
     transformers' own loader fuses the experts and keeps the selection bias and the rotary frequencies in float32
     (`.to(bfloat16)` afterwards would round them). MTP layers are left out. `experts`: "eager", "batched_mm",
-    "grouped_mm". Raises SpecError for a config that transformers would misread, and for missing or extra tensors.
+    "grouped_mm"; `attention`: "eager", "sdpa", "flex_attention". Raises SpecError for a config that transformers would misread,
+    and for missing or extra tensors; what a model of the user's own does with them is its own affair.
     """
-    torch, transformers = libraries()
-    c = _supported(config if isinstance(config, Config) else Config.from_dict(config))
+    c = config if isinstance(config, Config) else Config.from_dict(config)
+    kind = model_class(c, model)
+    if model is None:
+        _supported(c)
     settings = _settings(c.to_dict() if isinstance(config, Config) else config)
-    kinds = {"attn_implementation": "eager", "experts_implementation": experts}
+    kinds = {"attn_implementation": attention, "experts_implementation": experts}
     ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
     state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
+    loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
+    require(model is not None or not wrong, f"transformers did not take the weights as they are: {wrong}")
+    if wrong:
+        _fill(loaded, state)
+    return loaded
+
+
+def _loaded(
+    kind: Any, settings: Mapping[str, Any], state: Mapping[str, Any], dtype: str
+) -> tuple[Any, dict[str, list[str]]]:
+    """The model, by transformers' own loader, and the tensors that it complains of."""
+    torch, transformers = libraries()
     with _without_progress_bar(transformers):
-        model, report = transformers.DeepseekV3ForCausalLM.from_pretrained(
+        loaded, report = kind.from_pretrained(
             None,
-            config=transformers.DeepseekV3Config(**settings, **kinds),
-            state_dict=state,
+            config=kind.config_class(**settings),
+            state_dict=dict(state),
             dtype=getattr(torch, dtype),
             output_loading_info=True,
         )
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    require(not wrong, f"transformers {transformers.__version__} did not take the weights as they are: {wrong}")
-    return model
+    return loaded, {problem: sorted(map(str, names)) for problem, names in report.items() if names}
+
+
+def _fill(model: Any, state: Mapping[str, Any]) -> None:
+    """Give a model of the user's own what it holds under checkpoint names and in their shape, such as experts one by one: the
+    loader fuses those of every model of this type.
+    """
+    own = model.state_dict()
+    fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
+    model.load_state_dict(fits, strict=False)
 
 
 def _supported(c: Config) -> Config:
-    """The config, if transformers' modeling_deepseek_v3 computes what it says."""
-    moe = c.first_k_dense_replace < c.num_hidden_layers
-    asked = {
-        "scoring_func": (c.scoring_func, "sigmoid"),
-        "topk_method": (c.topk_method, "noaux_tc"),
-        "moe_layer_freq": (c.moe_layer_freq, 1),
-        "dialect": (c.dialect, Dialect()),
-    }
+    """The config, if transformers' modeling_deepseek_v3, or _v2, computes what it says."""
+    moe, v2 = c.first_k_dense_replace < c.num_hidden_layers, is_v2(c)
+    asked = {"moe_layer_freq": (c.moe_layer_freq, 1), "dialect": (c.dialect, Dialect())}
+    if v2:
+        asked |= {"norm_topk_prob": (c.norm_topk_prob, False), "rope_interleave": (c.rope_interleave, True)}
+    else:
+        asked |= {"scoring_func": (c.scoring_func, "sigmoid"), "topk_method": (c.topk_method, "noaux_tc")}
+    name_of = "V2" if v2 else "V3"
     for name, (value, only) in asked.items():
-        require(value == only, f"{name} is {value!r}; transformers' DeepSeek-V3 computes only {only!r}")
-    require(not moe or c.n_routed_experts // c.n_group >= 2, "transformers needs at least two experts per group")
-    require(not moe or c.n_shared_experts >= 1, "transformers' DeepSeek-V3 always has a shared expert")
+        require(value == only, f"{name} is {value!r}; transformers' DeepSeek-{name_of} computes only {only!r}")
+    two = v2 or not moe or c.n_routed_experts // c.n_group >= 2
+    require(two, "transformers needs at least two experts per group")
+    require(not moe or c.n_shared_experts >= 1, f"transformers' DeepSeek-{name_of} always has a shared expert")
     return c
 
 
@@ -98,7 +129,7 @@ def checkpoint_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Array]
         path, _, last = name.rpartition(".")
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        if not path.endswith(".experts"):
+        if not path.endswith(".experts") or last not in _FUSED:
             found[name] = to_numpy(tensor)
             continue
         for e, matrix in enumerate(to_numpy(tensor)):  # gate_up (2F, D): the gate's rows first

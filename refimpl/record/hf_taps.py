@@ -1,9 +1,9 @@
-"""Seeing inside transformers' DeepSeek-V3 without changing it: hooks on its modules, and torch's TorchFunctionMode for
+"""Seeing inside transformers' DeepSeek without changing it: hooks on its modules, and torch's TorchFunctionMode for
 the functions called within attention, router and experts.
 
 A tap holds the bits that the model held, its axes in our order, but for one thing: where transformers' eager mask adds
-the dtype's lowest number, the trace has -inf (the softmax gives 0 for both). Rotated channels stay in transformers'
-order, all first elements of the pairs before all second ones: layout rope=half.
+the dtype's lowest number, the trace has -inf (the softmax gives 0 for both), and a mask of truth values becomes 0 and -inf.
+Rotated channels stay in transformers' order, of V3 all first elements of the pairs before all second ones: layout rope=half.
 
 No model is refused, however wrong: what it does not show is left out and noted, and judging is the diff's business.
 """
@@ -11,20 +11,25 @@ No model is refused, however wrong: what it does not show is left out and noted,
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.stage import tap_matches
+from refimpl.model.phases import Part
 
+from .hf_experts import PRODUCTS, inside
+from .hf_gradients import Held, gradient, gradients, names, of_call, retain
+from .hf_hear import hearing_cache, hearing_flex, hearing_torch
 from .hf_probes import BUSY, EXPERTS, Probe, Seen, dims, expected_taps
+from .hf_run import Batch, Rows, run_batch
 from .torch_arrays import libraries, to_numpy
 
+Probes = dict[str, Probe | None]
+"""Tap -> where it is seen; None for what is seen of all experts together."""
 _NOT_THERE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What looking for a tensor raises where a call has another number of arguments, of results or of axes."""
 
@@ -40,70 +45,83 @@ class Sighting(NamedTuple):
     notes: list[str]
 
 
-def run(model: Any, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Any:
+def run(model: Any, tokens: Rows, positions: Rows) -> Any:
     """Logits (B, S, V), a torch tensor."""
-    torch, _ = libraries()
-    ids = torch.tensor(tokens)
-    ones = torch.ones_like(ids)  # without it, transformers takes a jump in the positions for a new document
-    places = torch.tensor(positions)
-    return model(input_ids=ids, attention_mask=ones, position_ids=places, use_cache=False).logits
+    return run_batch(model, Batch(tokens, positions))[0]
 
 
 def look(
-    model: Any,
-    config: Config,
-    tokens: Sequence[Sequence[int]],
-    positions: Sequence[Sequence[int]],
-    taps: str | Iterable[str] = "all",
+    model: Any, config: Config, tokens: Rows, positions: Rows, taps: str | Iterable[str] = "all", **more: Any
 ) -> Sighting:
-    """Run the model and keep the taps asked for ("all", or patterns) that it shows. SpecError for a pattern that fits no
-    tap.
+    """`look_at` of `Batch(tokens, positions, **more)`."""
+    return look_at(model, config, Batch(tokens, positions, **more), taps)
+
+
+def look_at(model: Any, config: Config, batch: Batch, taps: str | Iterable[str] = "all") -> Sighting:
+    """Run the model and keep the taps asked for ("all", or patterns) that it shows, and their gradients, if there are labels.
+
+    SpecError for a pattern that fits no tap.
     """
-    experts = model.get_experts_implementation()[""]
-    wanted = _wanted(expected_taps(config, experts), taps)
-    watch = _Watch(config, wanted, np.shape(tokens))
-    with watch.on(model):
-        logits = run(model, tokens, positions)
-    silent = [tap for tap in wanted if tap not in watch.taps]
+    torch, _ = libraries()
+    trained, known = batch.labels is not None, _known(model, config, batch)
+    wanted = _wanted([*known, *(names(model, known) if trained else ())], taps)
+    watches = {p.name: _Watch(config, _of(known, wanted, p, trained), batch, p) for p in batch.parts}
+    kernel = model.config._attn_implementation
+    with torch.set_grad_enabled(trained):
+        logits, loss = run_batch(model, batch, lambda part, cache: watches[part.name].on(model, cache, kernel))
+    found = {tap: x for w in watches.values() for tap, x in w.taps.items()}
+    if trained:
+        found |= gradients(model, loss, watches["fwd"].held, found)
+    notes = dict.fromkeys(note for w in watches.values() for note in w.notes)
+    expected = [tap for tap in wanted if tap in found or not getattr(known.get(tap), "optional", False)]
+    silent = [tap for tap in expected if tap not in found]
     if silent:
         some = ", ".join(silent[:5]) + (", ..." if len(silent) > 5 else "")
-        watch.notes[f"{len(silent)} of {len(wanted)} taps were not seen: {some}"] = None
-    return Sighting(logits, {tap: watch.taps[tap] for tap in wanted if tap in watch.taps}, list(wanted), [*watch.notes])
+        notes[f"{len(silent)} of {len(expected)} taps were not seen: {some}"] = None
+    return Sighting(logits, {tap: found[tap] for tap in expected if tap in found}, expected, [*notes])
+
+
+def _known(model: Any, config: Config, batch: Batch) -> Probes:
+    kinds = {"experts": model.get_experts_implementation().get(""), "attention": model.config._attn_implementation}
+    return {t: p for part in batch.parts for t, p in expected_taps(config, phase=part.name, **kinds).items()}
+
+
+def _of(known: Probes, wanted: Iterable[str], part: Part, trained: bool) -> Probes:
+    """A part's probes; where gradients are taken all of them, since a gradient may be wanted whose tap is not."""
+    chosen = known if trained else wanted
+    return {tap: known[tap] for tap in chosen if tap.startswith(f"{part.name}/")}
 
 
 def observe(
-    model: Any,
-    config: Config,
-    tokens: Sequence[Sequence[int]],
-    positions: Sequence[Sequence[int]],
-    taps: str | Iterable[str] = "all",
+    model: Any, config: Config, tokens: Rows, positions: Rows, taps: str | Iterable[str] = "all"
 ) -> tuple[Any, dict[str, Array]]:
     """The logits and the taps of `look`."""
     seen = look(model, config, tokens, positions, taps)
     return seen.logits, seen.taps
 
 
-def _wanted(known: dict[str, Probe | None], taps: str | Iterable[str]) -> dict[str, Probe | None]:
+def _wanted(known: list[str], taps: str | Iterable[str]) -> list[str]:
     if taps == "all":
         return known
     patterns = taps.split(",") if isinstance(taps, str) else list(taps)
     found = set()
     for p in patterns:
         hits = {t for t in known if tap_matches(t, p)}
-        require(hits, f"no tap fits {p!r}; there are {', '.join(list(known)[:40])}, ...")
+        require(hits, f"no tap fits {p!r}; there are {', '.join(known[:40])}, ...")
         found |= hits
-    return {t: p for t, p in known.items() if t in found}
+    return [t for t in known if t in found]
 
 
 class _Watch:
     """Keeps what the probes see while `on(model)` is open."""
 
-    def __init__(self, config: Config, wanted: dict[str, Probe | None], shape: tuple[int, ...]) -> None:
-        self.config, self.wanted = config, wanted
+    def __init__(self, config: Config, wanted: Probes, batch: Batch, part: Part) -> None:
+        self.config, self.wanted, self.phase = config, wanted, part.name
+        self.trained = batch.labels is not None
         self.taps: dict[str, Array] = {}
+        self.held: list[Held] = []  # of a run that is trained on
         self.notes: dict[str, None] = {}  # a set that keeps its order
-        b, s = shape
-        self.sizes = {"B": b, "S": s, "T": s, "H": config.num_attention_heads}
+        self.sizes = {"B": len(batch.tokens), "S": part.length, "T": part.stop, "H": config.num_attention_heads}
         self.more = {  # what a module gives may be of another size; what is no module's output must look like the tap
             "Dr": config.qk_rope_head_dim,
             "E": config.n_routed_experts,
@@ -117,13 +135,14 @@ class _Watch:
                 self.modules[p.module].append(tap)
             elif p is not None and p.function is not None:
                 self.functions[p.module, p.function, p.nth].append(tap)
-        self.inside = ""
+        self.inside, self.experts = "", ""
         self.count: Counter[str] = Counter()
-        self.products: list[Seen] = []
+        self.products: list[tuple[str, Seen]] = []
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[None]:
-        """Watch every call of the model; on leaving, no hook is left on it."""
+    def on(self, model: Any, cache: Any = None, kernel: str = "") -> Iterator[None]:
+        """Watch every call of the model and of its cache; on leaving, no hook is left on them."""
+        self.experts = model.get_experts_implementation().get("")
         modules, handles = dict(model.named_modules()), []
         busy = [f"model.layers.{i}.{m}" for i in range(self.config.num_hidden_layers) for m in BUSY]
         paths = {*self.modules, *(path for path, _, _ in self.functions), *(p for p in busy if p in modules)}
@@ -135,7 +154,8 @@ class _Watch:
                 if path in busy:
                     handles.append(modules[path].register_forward_pre_hook(self._enter(path)))
                 handles.append(modules[path].register_forward_hook(self._leave(path), with_kwargs=True))
-            with _functions(self._function):
+            see = self._function
+            with hearing_cache(cache, see), hearing_flex(kernel, see), hearing_torch(see):
                 yield
         finally:
             for handle in handles:
@@ -166,8 +186,8 @@ class _Watch:
             if probe is not None and (not probe.after or self.count[probe.after]):
                 self._keep(tap, seen)
         self.count[name] += 1
-        if name == "linear" and self.inside.endswith("mlp.experts"):
-            self.products.append(seen)
+        if self.inside.endswith("mlp.experts") and name in PRODUCTS.get(self.experts, ()):
+            self.products.append((name, seen))
 
     def _keep(self, tap: str, seen: Seen) -> None:
         probe = self.wanted[tap]
@@ -191,64 +211,26 @@ class _Watch:
             self.notes[f"{tap} has shape {x.shape}; expected {dims(tap)}"] = None
             if probe.function is None:
                 self.taps[tap] = x
+        if self.trained and tap in self.taps:
+            retain(seen)
+            pick = probe.grad or probe.pick
+            self.held.append(Held((tap,), lambda: [to_numpy(pick(of_call(seen), self.config))]))
 
     def _keep_experts(self, path: str, experts: Any, args: tuple[Any, ...]) -> None:
         """The inside of all experts, in our order of rows."""
-        at = f"fwd/L{path.split('.')[2]}"
+        taps = tuple([f"{self.phase}/L{path.split('.')[2]}/{tap}" for tap in EXPERTS])
+        ids, calls, kind = to_numpy(args[1]), self.products, self.experts
         try:
-            found = _inside(experts, to_numpy(args[1]), self.products)
+            found = inside(kind, experts, ids, calls, to_numpy)
         except _NOT_THERE as error:
             self.notes[f"{path}: {error}"] = None
             return
-        for tap, x in zip(EXPERTS, found, strict=True):
-            name = f"{at}/{tap}"
-            if name in self.taps:
-                self.notes[f"{name} was seen twice in one run: the first is kept"] = None
-            elif name in self.wanted:
-                self.taps[name] = x
-
-
-def _inside(experts: Any, ids: Array, products: list[Seen]) -> list[Array]:
-    """EXPERTS of transformers' eager loop, rows sorted by expert, token. An expert's two products are known by the part of
-    the fused weights that they multiply with; its rows are sorted by slot, token. ValueError if they are not those of `ids`.
-    """
-    first: dict[int, Seen] = {}
-    second: dict[int, Seen] = {}
-    for seen in products:
-        for found, stack in ((first, experts.gate_up_proj), (second, experts.down_proj)):
-            if (e := _place(stack, seen.args[1])) is not None:
-                found[e] = seen
-    rows = {e: len(seen.args[0]) for e, seen in first.items()}
-    chosen = {int(e): int(n) for e, n in zip(*np.unique(ids, return_counts=True), strict=True)}
-    if rows != chosen or set(second) != set(first) or len(products) != 2 * len(first):
-        raise ValueError("the rows that the experts multiply are not those of the experts that were chosen")
-    order = sorted(first)
-    x, act = (np.concatenate([to_numpy(half[e].args[0]) for e in order]) for half in (first, second))
-    both, down = (np.concatenate([to_numpy(half[e].out) for e in order]) for half in (first, second))
-    gate, up = np.split(both, 2, axis=-1)
-    token, slot = np.indices(ids.shape).reshape(2, -1)
-    theirs = np.lexsort((token, slot, ids.ravel()))
-    ours = np.lexsort((slot, token, ids.ravel()))
-    place = np.argsort(theirs)[ours]
-    return [a[place] for a in (x, gate, up, act, down)]
-
-
-def _place(stack: Any, part: Any) -> int | None:
-    """e if `part` is the memory of stack[e]."""
-    if part.shape != stack.shape[1:] or part.dtype != stack.dtype:
-        return None
-    e, rest = divmod(part.data_ptr() - stack.data_ptr(), stack.stride(0) * stack.element_size())
-    return e if rest == 0 and 0 <= e < len(stack) else None
-
-
-def _functions(see: Callable[[str, Seen], None]) -> Any:
-    """A context in which `see` is told of every torch function that is called, but for those it calls itself."""
-    from torch.overrides import TorchFunctionMode
-
-    class Functions(TorchFunctionMode):  # type: ignore[misc, unused-ignore]  # Any where torch is absent
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            see(getattr(func, "__name__", ""), Seen(args, kwargs or {}, out))
-            return out
-
-    return Functions()
+        again = [tap for tap in taps if tap in self.taps]
+        if again:
+            self.notes[f"{again[0]} was seen twice in one run: the first is kept"] = None
+            return
+        self.taps |= {tap: x for tap, x in zip(taps, found, strict=True) if tap in self.wanted}
+        if self.trained:
+            for _, seen in calls:
+                retain(seen)
+            self.held.append(Held(taps, lambda: inside(kind, experts, ids, calls, lambda t: to_numpy(gradient(t)))))

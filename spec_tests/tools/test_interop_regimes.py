@@ -1,8 +1,8 @@
 """transformers' DeepSeek-V3 in every regime: an independent, right implementation stays right where values are rare."""
 
+import numpy as np
 import pytest
 
-from refimpl.autograd.errors import SpecError
 from refimpl.diff import Trace, render
 from refimpl.diff.judge import judge
 from refimpl.record import hf
@@ -10,7 +10,7 @@ from refimpl.record.regimes import REGIMES
 
 from .test_regimes import made
 
-ABSENT = {"mtp-2": "transformers runs no MTP modules", "padding": "what it attends to from padding is not defined"}
+ABSENT = {"mtp-2": "transformers runs no MTP modules", "padding": "below, with the kernel that masks it"}
 ALL = "bias-negative,near-ties,small-latents,eps,long-positions,mscale,raw-weights,scaling-1,ragged-128,fp8-weights"
 
 
@@ -30,7 +30,19 @@ def test_transformers_conforms(regimes, dtype, tmp_path):
     assert judgement.verdict == "CONFORMS", render(judgement)
 
 
-def test_padding_is_refused_by_the_recorder(tmp_path):
-    """Catches an excuse that is none: when the recorder takes padding, the regime belongs above."""
-    with pytest.raises(SpecError, match="padding"):
-        hf.record(made("padding").path, tmp_path / "t.safetensors")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_conforms_where_the_kernel_masks_it(dtype, tmp_path):
+    """Catches a mask or positions that padding in front moves; under eager attention only rows of padding are blamed, since a query
+    that sees no key weighs all alike there, and the trace says so.
+    """
+    case, place = made("padding"), tmp_path / "t.safetensors"
+    judgement = judge(case, Trace.read(hf.record(case.path, place, dtype=dtype, attention="sdpa")))
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    trace = Trace.read(hf.record(case.path, place, dtype=dtype))
+    judgement = judge(case, trace)
+    assert {f.stage for f in judgement.culprits} == {"mla.probs"} and "padding: " in trace.header.notes
+    blamed = np.argwhere(np.asarray(case.valid) == 0)
+    for i in range(case.config.num_hidden_layers):
+        probs = np.asarray(trace.taps[f"fwd/L{i}/mla.probs"], np.float32)
+        alike = np.argwhere((probs == probs[..., :1]).all(-1).all(1))  # (b, s) whose keys weigh the same
+        assert {tuple(r) for r in alike} - {(0, 0), (1, 0)} <= {tuple(r) for r in blamed}

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,16 +20,19 @@ from .test_diff_partial import case, recording
 
 
 @pytest.mark.parametrize("plan", [FLOAT32, FLOAT64, BF16], ids=lambda p: p.name)
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("rounded", ["", "bfloat16", "float16"])
 def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
     """Catches a block that begins in the wrong row, and a plan that is not applied to parts."""
     monkeypatch.setattr(module, "LARGE", 1 << 10)
     monkeypatch.setattr(module, "EXPERT", 1 << 8)
-    weights = StageWeights(case().checkpoint, rounded)
+    weights = StageWeights(case().checkpoint, dict.fromkeys(case().checkpoint, rounded))
     rng, x = np.random.default_rng(0), None
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
         held = {name: case().checkpoint[name]}
-        whole = effective(effective(held, BF16) if rounded else held, plan)[name]
+        if rounded:
+            dtype = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[rounded]
+            held = {name: held[name].astype(dtype).astype(np.float32)}
+        whole = effective(held, plan)[name]
         lazy = weights(name, plan)
         assert isinstance(lazy, Streamed) and lazy.shape == whole.shape and lazy.dtype == whole.dtype
         x = rng.standard_normal((7, whole.shape[1])).astype(whole.dtype)
@@ -66,7 +70,7 @@ def test_rows_of_fp8_weights_are_decoded_alone(tmp_path):
 def test_only_one_stage_is_held(monkeypatch):
     """Catches the weights of a whole layer held at once, which of the released model are 45 GB."""
     monkeypatch.setattr(module, "BUDGET", 0)
-    weights = StageWeights(case().checkpoint, False)
+    weights = StageWeights(case().checkpoint, {})
     for end in ("self_attn.q_a_proj.weight", "self_attn.kv_b_proj.weight", "mlp.gate_proj.weight"):
         weights(f"model.layers.0.{end}", FLOAT32), weights(f"model.layers.0.{end}", FLOAT64)
         assert {name for name, _ in weights.held} == {f"model.layers.0.{end}"} and len(weights.held) == 2
