@@ -28,6 +28,7 @@ from . import (
     record,
     repro,
     schedule,
+    score,
     taps,
     trace,
     train,
@@ -39,7 +40,7 @@ BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
-    *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
+    *(diff, impact, explain, repro, info, weights, score, case, record, maps, trace, taps),
     *(generate, batch, recipe, data, train, plot, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
