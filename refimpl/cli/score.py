@@ -47,7 +47,9 @@ def add(commands: Commands) -> None:
         help="what the engine computes in: float32 (default), bfloat16, float16, fp8, int8 (activations in 8-bit codes); taps "
         "kept otherwise by pattern, e.g. float32,mla.c_kv=float16,mla.k_rope=float16 for a cache in float16",
     )
-    p.add_argument("--weights", type=Path, metavar="FILE", help="the engine's own weights, as in `refimpl diff --weights`")
+    p.add_argument(
+        "--weights", type=Path, metavar="FILE", help="the engine's own weights, as in `refimpl diff --weights`"
+    )
     p.add_argument("--model", default="", help="the model's name in requests; by default the only one that is listed")
     p.add_argument("--top", type=int, default=20, help="most likely tokens to ask for; fewer where that is refused")
     p.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one request (60)")
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.diff import Case
     from refimpl.score import expected, measure
     from refimpl.score.expected import declared
+    from refimpl.score.files import write
     from refimpl.score.report import render, to_json
-    from refimpl.score.shown import write
     from refimpl.weights.under import with_weights
 
     declared(args.precision)  # a wrong one is said before a server is asked
@@ -85,7 +87,7 @@ def _shown(args: argparse.Namespace, case: Case) -> Shown:
     from refimpl.record.candidate import plain_only
     from refimpl.score.asking import ask
     from refimpl.score.client import Client
-    from refimpl.score.shown import read
+    from refimpl.score.files import read
     from refimpl.score.spelling import Spelling
 
     plain_only(case, "an engine behind its server")

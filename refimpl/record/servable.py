@@ -57,7 +57,9 @@ def servable(case: Case, out: str | Path, *, dtype: str = "float32", gguf: bool 
     }
     out.mkdir(parents=True, exist_ok=True)
     if gguf:
-        merges = merges_of(vocabulary) or [(_letters()[0xC4], _letters()[0x80])]  # llama.cpp wants one; ASCII has no such pair
+        merges = merges_of(vocabulary) or [
+            (_letters()[0xC4], _letters()[0x80])
+        ]  # llama.cpp wants one; ASCII has no such pair
         gguf_weights.write(case, out / "model.gguf", vocabulary=(vocabulary, merges, END))
     with Transaction() as files:
         write_into(files, out / "model.safetensors", weights)

@@ -13,7 +13,7 @@ from typing import Any
 from refimpl.autograd.errors import SpecError, require, where
 
 from .client import Client
-from .replies import Words, generated, whole
+from .replies import generated, whole
 from .shown import Again, Entry, Place, Shown
 from .spelling import Spelling
 
@@ -85,12 +85,16 @@ class Asker:
         return f"{self.way.name}{most}, prompts as {'text' if self.text else 'ids'}"
 
 
-def ask(client: Client, tokens: list[list[int]], spelling: Spelling, *, model: str = "", top: int = 20, track: Track = iter) -> Shown:
+def ask(
+    client: Client, tokens: list[list[int]], spelling: Spelling, *, model: str = "", top: int = 20, track: Track = iter
+) -> Shown:
     """Everything the server shows of the rows, alone, and again: each row a second time, all at once, after a prefix of itself with
     another end. SpecError where it answers in no way.
     """
     asker = _found(client, tokens[0], spelling, model or _only_model(client), top)
-    prompts = [(b, n) for b, row in enumerate(tokens) for n in ([len(row)] if asker.way.prompt else range(1, len(row) + 1))]
+    prompts = [
+        (b, n) for b, row in enumerate(tokens) for n in ([len(row)] if asker.way.prompt else range(1, len(row) + 1))
+    ]
     alone = {(b, n): asker(tokens[b][:n]) for b, n in track(prompts)}
     rows = [(b, len(row)) for b, row in enumerate(tokens)]
     again = (
@@ -106,7 +110,7 @@ def _found(client: Client, row: list[int], spelling: Spelling, model: str, top: 
     said: list[str] = []
     for way in WAYS:
         tops = [top, *(k for k in TOPS if k < top)] if way.keys(1) else [0]
-        for text in ([False, True] if spelling.readable(row) else [False]):
+        for text in [False, True] if spelling.readable(row) else [False]:
             for k in tops:
                 asker = Asker(client, way, k, model, spelling, text)
                 try:

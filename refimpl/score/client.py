@@ -25,8 +25,8 @@ class Refused(SpecError):
 
 @dataclass(frozen=True)
 class Client:
-    """`post(path, body)` on the server at `url`. A request takes at most `timeout` seconds; after a broken connection or the statuses
-    429 and 5xx it is made again, `retries` times, each after twice the pause.
+    """`post(path, body)` on the server at `url`. A request takes at most `timeout` seconds; after a broken connection or the
+    statuses 429 and 5xx it is made again, `retries` times, each after twice the pause.
     """
 
     url: str
@@ -53,7 +53,9 @@ class Client:
             try:
                 status, said = self._once(method, path, body)
             except TimeoutError:
-                raise SpecError(f"{self.url}{path}: no answer within {self.timeout:g} s; --timeout waits longer") from None
+                raise SpecError(
+                    f"{self.url}{path}: no answer within {self.timeout:g} s; --timeout waits longer"
+                ) from None
             except (OSError, HTTPException) as error:
                 if not left:
                     raise SpecError(f"{self.url}{path}: {error or type(error).__name__}") from None

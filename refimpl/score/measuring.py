@@ -2,7 +2,7 @@
 
 With x the shown log-probabilities of a place, e and p_k ours and the twins' of the same ids:
 
-    distance = rms(x - e)      allowed = max(4 x worst_k rms(p_k - e) over all settled places, 4 u rms(logits)) + rounding of the text
+    distance = rms(x - e), allowed max(4 x worst_k rms(p_k - e) over all settled places, 4 u rms(logits) + rounding of the text)
     scale    = <x - e, e'> / <e', e'>, e' = e less its mean over a place; allowed max(4 x the twins', 1 u)
 
 Places where rounding may choose other experts are in doubt and decide nothing, as in the diff. Best is CONSISTENT: an engine that
@@ -12,7 +12,7 @@ shows no more could still be wrong where these tokens do not lead.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -22,16 +22,14 @@ from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
 from refimpl.diff.tolerance import FACTOR, LEAN, ROUNDINGS
 
+from .distances import LOWEST, Distances, distances, kl, pair, rms, step, tempered
 from .expected import Expected
 from .shown import Again, Entry, Place, Shown
 
 Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]
 EXIT: dict[str, int] = {"CONSISTENT": 0, "INCONSISTENT": 1, "INCONCLUSIVE": 2}
-_LOWEST = -1e4
-"""What engines write for -inf, and below."""
-_FEW = 16
-"""Shown numbers below which roundings need not cancel."""
-_DECIMALS = range(1, 9)
+_NEARER = 4.0
+"""How much nearer to ours the prompt must be one position later, by mean KL, to be read so. Both ways have places of their own."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,6 @@ class Rank:
     place: Place
     theirs: int
     ours: int
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Of the engine, or of a twin, over places: the worst rms and the largest |difference| of a log-probability, the mean KL(ours,
-    theirs) over what was shown and all else as one, how much all is scaled.
-    """
-
-    rms: float
-    largest: float
-    kl: float
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -84,18 +70,27 @@ class Score:
     hidden: tuple[Place, ...]
     ranks: tuple[Rank, ...]
     again: tuple[Sensitivity, ...]
+    tempered: bool
+    doubtful: tuple[Distances, Distances]
 
     @cached_property
     def reasons(self) -> tuple[str, ...]:
         """What speaks against the engine, in words."""
-        n = len(self.settled)
+        off, temperature = abs(self.candidate.scale) > self.allowed.scale, 1 / (1 + self.candidate.scale or 1e-9)
         found = [
-            (self.breaks, f"log-probabilities leave the spread at {len(self.breaks)} of {n} places"),
+            (self.tempered, f"log-probabilities are those of a temperature of {temperature:.6g}"),
             (
-                abs(self.candidate.scale) > self.allowed.scale,
-                f"log-probabilities are scaled by {1 + self.candidate.scale:.6g}: a temperature of {1 / (1 + self.candidate.scale):.6g}",
+                self.breaks and not self.tempered,
+                f"log-probabilities leave the spread at {len(self.breaks)} of {len(self.settled)} places",
             ),
-            (self.tokens, f"another token is most likely at {len(self.tokens)} places where roundings cannot make it so"),
+            (
+                off and not self.breaks and not self.tempered,
+                f"log-probabilities are scaled by {1 + self.candidate.scale:.6g}",
+            ),
+            (
+                self.tokens,
+                f"another token is most likely at {len(self.tokens)} places where roundings cannot make it so",
+            ),
             (self.hidden, f"a likely token is not among those shown at {len(self.hidden)} places"),
             *((not s.ok, f"{s.how}, the same prompt gives something else") for s in self.again),
         ]
@@ -115,25 +110,26 @@ class Score:
 
 
 def measure(shown: Shown, e: Expected) -> Score:
-    """The score, as the places stand or, if that fits where they do not, one position later: llama-cpp-python's echo pairs a token
-    with what follows it where there is no begin-of-sentence token. SpecError for ids that the case's vocabulary has not.
+    """The score, as the places stand or, if that is much nearer, one position later: llama-cpp-python's echo pairs a token with
+    what follows it where there is no begin-of-sentence token. SpecError for ids that the case's vocabulary has not.
     """
     _known(shown, e)
-    found = _measured(shown, e, 0)
-    if found.breaks:
-        later = _measured(_shifted(shown), e, 1)
-        if later.settled and not later.breaks:
-            return later
-    return found
+    later = _shifted(shown)
+    shift = int(bool(later.places) and _apart_from(later, e) < _apart_from(shown, e) / _NEARER)
+    return _measured(later if shift else shown, e, shift)
+
+
+def _apart_from(shown: Shown, e: Expected) -> float:
+    """Mean KL over all places, those in doubt too."""
+    pairs = ((p, pair(entry)) for p, entry in shown.places.items() if entry)
+    return float(np.mean([kl(e.exact[p][ids], x) for p, (ids, x) in pairs] or [0.0]))
 
 
 def _known(shown: Shown, e: Expected) -> None:
-    ids = {i for places in (shown, *shown.again) for entry in places.places.values() for i in entry}
-    ids |= {i for some in (shown, *shown.again) for i in some.chosen.values()}
-    strange = sorted(i for i in ids if i >= e.vocabulary)
+    ids = {i for some in (shown, *shown.again) for entry in some.places.values() for i in entry}
+    strange = max(ids | {i for some in (shown, *shown.again) for i in some.chosen.values()}, default=0)
     require(
-        not strange,
-        f"token id {strange[0] if strange else 0} is shown; the case's vocabulary is {e.vocabulary}: another model, or a padded one",
+        strange < e.vocabulary, f"token id {strange} is shown; the case's vocabulary is {e.vocabulary}: another model's"
     )
 
 
@@ -148,52 +144,51 @@ def _shifted(shown: Shown) -> Shown:
 
 
 def _measured(shown: Shown, e: Expected, shift: int) -> Score:
-    seen = {p: _pair(entry) for p, entry in sorted(shown.places.items()) if entry}
+    seen = {p: pair(entry) for p, entry in sorted(shown.places.items()) if entry}
     settled = tuple([p for p in seen if not e.doubtful[p]])
-    theirs = {p: seen[p][1] for p in settled}
-    ours = {p: e.exact[p][seen[p][0]] for p in settled}
-    twins = [{p: t[p][seen[p][0]] for p in settled} for t in e.twins]
-    ids = {p: seen[p][0] for p in settled}
-    spread = [_distances(x, ours) for x in twins]
-    worst = Distances(*[max((abs(getattr(d, f)) for d in spread), default=0.0) for f in ("rms", "largest", "kl", "scale")])
-    floor = ROUNDINGS * e.unit * max((_size(e, p, ours[p]) for p in settled), default=0.0) + _step(seen)
-    allowed = Distances(
-        max(FACTOR * worst.rms, floor),
-        max(FACTOR * worst.largest, floor),
-        FACTOR**2 * worst.kl,
-        max(FACTOR * worst.scale, LEAN * e.unit + _step(seen)),
-    )
-    far = {p: _rms(theirs[p] - ours[p]) for p in settled}
-    beyond = tuple([p for p in settled if not far[p] <= allowed.rms])
-    most = max(_most(e), allowed.largest)
+    mine, worst = _against(seen, settled, e)
+    limits = _limits(seen, settled, e, worst)
+    most = max(_most(e), limits.largest)
+    far = {p: seen[p][1] - e.exact[p][seen[p][0]] for p in settled}
+    breaks = tuple([p for p in settled if not rms(far[p]) <= limits.rms])
     return Score(
-        shown,
-        e,
-        shift,
-        _distances(theirs, ours),
-        worst,
-        allowed,
-        settled,
-        beyond,
-        tuple(_wrong_tokens(shown, e, most)),
-        tuple([p for p in settled if _hides(e, p, ids[p], theirs[p], _listed_anyway(shown, p, shift), most)]),
-        tuple(_ranks(shown, e, ids, theirs)),
-        tuple(_sensitivities(shown, e, most)),
+        shown=shown,
+        expected=e,
+        shift=shift,
+        candidate=mine,
+        twins=worst,
+        allowed=limits,
+        settled=settled,
+        breaks=breaks,
+        tokens=tuple(_wrong_tokens(shown, e, most)),
+        hidden=tuple([p for p in settled if _hides(e, p, *seen[p], _listed_anyway(shown, p, shift), most)]),
+        ranks=tuple(_ranks(shown, e, {p: seen[p] for p in settled})),
+        again=tuple(_sensitivities(shown, e, most)),
+        tempered=bool(breaks) and tempered(far, {p: e.exact[p][seen[p][0]] for p in settled}, mine.scale, limits.rms),
+        doubtful=_against(seen, [p for p in seen if e.doubtful[p]], e),
     )
 
 
-def _pair(entry: Entry) -> tuple[Array, Array]:
-    ids = np.array(sorted(entry), np.intp)
-    return ids, np.maximum([entry[int(i)] for i in ids], _LOWEST)
+def _limits(
+    seen: Mapping[Place, tuple[Array, Array]], settled: Iterable[Place], e: Expected, worst: Distances
+) -> Distances:
+    """What is allowed, from the worst twin: roundoff is relative to the logits, and to what log-softmax leaves of them."""
+    size = max((max(float(e.size[p]), rms(e.exact[p][seen[p][0]])) for p in settled), default=0.0)
+    text = step([x for _, x in seen.values()])
+    floor = ROUNDINGS * e.unit * size + text
+    scale = max(FACTOR * worst.scale, LEAN * e.unit + text)
+    return Distances(max(FACTOR * worst.rms, floor), max(FACTOR * worst.largest, floor), FACTOR**2 * worst.kl, scale)
 
 
-def _rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
-
-
-def _size(e: Expected, p: Place, shown: Array) -> float:
-    """What a roundoff is relative to: the logits, and what log-softmax leaves of them."""
-    return max(float(e.size[p]), _rms(shown))
+def _against(
+    seen: Mapping[Place, tuple[Array, Array]], at: Iterable[Place], e: Expected
+) -> tuple[Distances, Distances]:
+    """The engine's distances at these places, and the worst of the twins' at the same ids."""
+    ids = {p: seen[p][0] for p in at}
+    ours = {p: e.exact[p][i] for p, i in ids.items()}
+    spread = [distances({p: t[p][i] for p, i in ids.items()}, ours) for t in e.twins]
+    worst = [max((abs(getattr(d, f.name)) for d in spread), default=0.0) for f in fields(Distances)]
+    return distances({p: seen[p][1] for p in ids}, ours), Distances(*worst)
 
 
 def _most(e: Expected) -> float:
@@ -201,36 +196,6 @@ def _most(e: Expected) -> float:
     keep = ~e.doubtful
     far = [np.abs(t - e.exact)[keep].max(initial=0.0) for t in e.twins]
     return max(FACTOR * float(max(far, default=0.0)), ROUNDINGS * e.unit * float(e.size.max(initial=0.0)))
-
-
-def _step(seen: Mapping[Place, tuple[Array, Array]]) -> float:
-    """Half the last decimal that the numbers were printed with, 0 if that is all of them."""
-    x = np.concatenate([x for _, x in seen.values()]) if seen else np.zeros(0)
-    return next((0.5 * 10.0**-d for d in _DECIMALS if x.size >= _FEW and (np.round(x, d) == x).all()), 0.0)
-
-
-def _distances(x: Mapping[Place, Array], e: Mapping[Place, Array]) -> Distances:
-    if not e:
-        return Distances(0.0, 0.0, 0.0, 0.0)
-    off = {p: x[p] - e[p] for p in e}
-    centred = {p: e[p] - e[p].mean() for p in e}
-    size = sum(float(c @ c) for c in centred.values())
-    along = sum(float(centred[p] @ off[p]) for p in e)
-    scaled = size > 0 and sum(c.size for c in centred.values()) >= _FEW
-    return Distances(
-        max(_rms(d) for d in off.values()),
-        max(float(np.abs(d).max()) for d in off.values()),
-        float(np.mean([_kl(e[p], x[p]) for p in e])),
-        along / size if scaled else 0.0,
-    )
-
-
-def _kl(e: Array, x: Array) -> float:
-    """KL(ours, theirs) of the shown tokens and one more that stands for all others: a lower bound of the whole."""
-    p, q = np.exp(e), np.exp(np.minimum(x, 0))
-    rest_p, rest_q = (max(1.0 - float(r.sum()), 0.0) for r in (p, q))
-    rest = rest_p * np.log(rest_p / max(rest_q, 1e-300)) if rest_p > 1e-12 else 0.0
-    return max(float(p @ (e - x)) + float(rest), 0.0)
 
 
 def _wrong_tokens(shown: Shown, e: Expected, most: float) -> Iterator[Place]:
@@ -258,12 +223,12 @@ def _hides(e: Expected, p: Place, ids: Array, x: Array, own: int, most: float) -
     return bool(rest.max(initial=-np.inf) > listed.min() + 2 * most)
 
 
-def _ranks(shown: Shown, e: Expected, ids: Mapping[Place, Array], x: Mapping[Place, Array]) -> Iterator[Rank]:
+def _ranks(shown: Shown, e: Expected, seen: Mapping[Place, tuple[Array, Array]]) -> Iterator[Rank]:
     """Of each next token that is shown."""
-    for p in ids:
+    for p, (ids, x) in seen.items():
         row, following = shown.tokens[p[0]], p[1] + 1
-        if following < len(row) and (at := np.flatnonzero(ids[p] == row[following])).size and ids[p].size > 1:
-            theirs, ours = (int((y > y[at[0]]).sum()) for y in (x[p], e.exact[p][ids[p]]))
+        if following < len(row) and (at := np.flatnonzero(ids == row[following])).size and ids.size > 1:
+            theirs, ours = (int((y > y[at[0]]).sum()) for y in (x, e.exact[p][ids]))
             yield Rank(p, theirs, ours)
 
 
@@ -281,7 +246,7 @@ def _sensitivities(shown: Shown, e: Expected, most: float) -> Iterator[Sensitivi
 
 def _apart(pairs: Iterable[tuple[Entry, Entry]]) -> Iterator[float]:
     for a, b in pairs:
-        yield max((abs(max(a[i], _LOWEST) - max(b[i], _LOWEST)) for i in a.keys() & b.keys()), default=0.0)
+        yield max((abs(max(a[i], LOWEST) - max(b[i], LOWEST)) for i in a.keys() & b.keys()), default=0.0)
 
 
 def _near_tie(e: Expected, p: Place, tokens: tuple[int, int], most: float) -> bool:

@@ -19,7 +19,9 @@ _ROWS = (
 
 def render(s: Score, notes: tuple[str, ...] = ()) -> str:
     """Lines: what was shown, the distances beside the twins', tokens and ranks, other company, the verdict."""
-    return "\n".join([*_head(s), *notes, "", *_table(s), "", *_tokens(s), *_again(s), "", _verdict(s)])
+    return "\n".join(
+        [*_head(s), *notes, "", *(_table(s) if s.settled else ()), *_tokens(s), *_again(s), "", _verdict(s)]
+    )
 
 
 def _head(s: Score) -> Iterator[str]:
@@ -27,10 +29,11 @@ def _head(s: Score) -> Iterator[str]:
     count = sum(len(e) for e in s.shown.places.values())
     doubtful = sum(1 for p in s.shown.places if s.expected.doubtful[p])
     yield f"shown     {s.shown.source or 'a file'}"
-    yield f"          {len(s.shown.places)} of {places} places, {count} log-probabilities; {doubtful} places in doubt"
+    what = f"{count} log-probabilities" if count else f"{len(s.shown.chosen)} tokens, no log-probabilities"
+    yield f"          {len(s.shown.places)} of {places} places, {what}; {doubtful} places in doubt"
     yield f"expected  {s.expected.precision}, spread of {len(s.expected.twins)} twins"
     if s.shift:
-        yield "reading   the prompt's entries stand one position early: what follows token i is given as token i's (echo without a BOS)"
+        yield "reading   what follows token i of the prompt is given as token i's own (an echo without a BOS)"
 
 
 def _table(s: Score) -> Iterator[str]:
@@ -39,9 +42,13 @@ def _table(s: Score) -> Iterator[str]:
         numbers = [getattr(d, key) for d in (s.candidate, s.twins, s.allowed)]
         judged = key in ("rms", "scale")
         yield f"{what:<44}" + "".join(f"{x:>10.1e}" for x in (numbers if judged else numbers[:2]))
+    yield ""
 
 
 def _tokens(s: Score) -> Iterator[str]:
+    shown, twins = s.doubtful
+    if shown.rms:
+        yield f"in doubt        rms up to {shown.rms:.1e}, mean KL {shown.kl:.1e}; the twins' {twins.rms:.1e}, {twins.kl:.1e}"
     if s.breaks:
         first = min(s.breaks, key=lambda p: (p[1], p[0]))
         yield f"first break     {_named(first)}; {len(s.breaks)} of {len(s.settled)} places beyond"
@@ -56,7 +63,7 @@ def _tokens(s: Score) -> Iterator[str]:
 
 def _again(s: Score) -> Iterator[str]:
     for a in s.again:
-        same = "the same numbers" if not a.largest else f"up to {a.largest:.1e} apart"
+        same = "the same" if not a.largest else f"up to {a.largest:.1e} apart"
         tokens = f", {a.tokens} other tokens" if a.tokens else ""
         yield f"{a.how:<16}{same}{tokens} at {a.places} places{'' if a.ok else '  <-- beyond the spread'}"
 
@@ -66,7 +73,11 @@ def _verdict(s: Score) -> str:
         return f"INCONSISTENT ({'; '.join(s.reasons)})"
     if s.settled:
         return f"CONSISTENT (with the case at {len(s.settled)} places; what is not shown is not judged)"
-    why = "only tokens are shown: they agree" if s.shown.chosen else "no log-probabilities are shown where none is in doubt"
+    why = (
+        "only tokens are shown: they agree"
+        if s.shown.chosen
+        else "no log-probabilities are shown where none is in doubt"
+    )
     return f"INCONCLUSIVE ({why})"
 
 
@@ -96,6 +107,7 @@ def to_json(s: Score, notes: tuple[str, ...] = ()) -> str:
         "candidate": numbers(s.candidate),
         "twins": numbers(s.twins),
         "allowed": numbers(s.allowed),
+        "doubtful": [numbers(d) for d in s.doubtful],
         "breaks": s.breaks,
         "tokens": s.tokens,
         "hidden": s.hidden,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from refimpl.autograd.errors import require, where
-from refimpl.checkpoint import Transaction, json_object
+from refimpl.autograd.errors import require
 
-SCHEMA = "refimpl-shown/1"
 Place = tuple[int, int]
 """Row and position: what is shown there is of the token that follows it."""
 Entry = Mapping[int, float]
@@ -30,8 +26,8 @@ class Again:
 
 @dataclass(frozen=True)
 class Shown:
-    """`places`, what was shown; `chosen`, the token that was generated there greedily; `again`, the same in other company; `source`,
-    where from, in words.
+    """`places`, what was shown; `chosen`, the token that was generated there greedily; `again`, the same in other company;
+    `source`, where from, in words.
     """
 
     tokens: list[list[int]]
@@ -39,53 +35,6 @@ class Shown:
     chosen: Mapping[Place, int] = field(default_factory=dict)
     again: tuple[Again, ...] = ()
     source: str = ""
-
-
-def read(path: str | Path, tokens: list[list[int]]) -> Shown:
-    """A JSON file: ours (schema refimpl-shown/1), or an OpenAI-compatible reply whose choices are the case's rows. SpecError for
-    anything else, and for other tokens than the case's.
-    """
-    path = Path(path)
-    with where(f"while reading {path}"):
-        d = json_object(path)
-        if "choices" in d:
-            from .replies import Words, whole
-
-            require(isinstance(d["choices"], list), "choices is no list")
-            require(len(d["choices"]) == len(tokens), f"{len(d['choices'])} choices; the case has {len(tokens)} rows")
-            rows = [whole(d, b, row, Words()) for b, row in enumerate(tokens)]
-            return Shown(tokens, {(b, t): e for b, r in enumerate(rows) for t, e in r.items()}, source=f"reply {path}")
-        require(d.get("schema") == SCHEMA, f"schema {d.get('schema')!r}; expected {SCHEMA!r}, or a reply with choices")
-        require(d.get("tokens") == tokens, "its tokens are not those of the case")
-        places = dict(_places(d.get("logprobs"), tokens))
-        chosen = {p: int(e) for p, e in _grid(d.get("chosen"), tokens, "chosen") if isinstance(e, int)}
-        return Shown(tokens, places, chosen, source=str(d.get("source") or path))
-
-
-def write(shown: Shown, path: str | Path) -> None:
-    """The file that `read` takes; what was asked again is left out."""
-    rows = [[shown.places.get((b, t)) for t in range(len(row))] for b, row in enumerate(shown.tokens)]
-    chosen = [[shown.chosen.get((b, t)) for t in range(len(row))] for b, row in enumerate(shown.tokens)]
-    texts = [[None if e is None else {str(i): x for i, x in e.items()} for e in row] for row in rows]
-    content = {"schema": SCHEMA, "source": shown.source, "tokens": shown.tokens, "logprobs": texts, "chosen": chosen}
-    with Transaction() as files, files.new(Path(path)) as f:
-        f.write(json.dumps(content).encode() + b"\n")
-
-
-def _places(rows: Any, tokens: list[list[int]]) -> Iterator[tuple[Place, Entry]]:
-    for place, entry in _grid(rows, tokens, "logprobs"):
-        if entry is not None:
-            require(isinstance(entry, dict), f"logprobs of row {place[0]}, position {place[1]}: {entry!r}; expected an object")
-            yield place, {number(i, "token id"): logprob(x) for i, x in entry.items()}
-
-
-def _grid(rows: Any, tokens: list[list[int]], what: str) -> Iterator[tuple[Place, Any]]:
-    rows = [[]] * len(tokens) if rows is None else rows
-    fit = isinstance(rows, list) and len(rows) == len(tokens) and all(isinstance(r, list) for r in rows)
-    require(fit, f"{what} is no list of {len(tokens)} rows")
-    for b, row in enumerate(rows):
-        require(len(row) <= len(tokens[b]), f"{what}: row {b} has {len(row)} entries for {len(tokens[b])} tokens")
-        yield from (((b, t), entry) for t, entry in enumerate(row))
 
 
 def number(text: Any, what: str) -> int:

@@ -35,7 +35,9 @@ class Spelling:
     def readable(self, tokens: Sequence[int]) -> bool:
         """Whether a text gives exactly these tokens, and so does each of its beginnings."""
         t = self.tokenizer
-        return t is not None and all(t.encode(t.decode(tokens[:n])) == list(tokens[:n]) for n in range(1, len(tokens) + 1))
+        return t is not None and all(
+            t.encode(t.decode(tokens[:n])) == list(tokens[:n]) for n in range(1, len(tokens) + 1)
+        )
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text."""

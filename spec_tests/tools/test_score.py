@@ -1,0 +1,451 @@
+"""Engines that show only tokens and log-probabilities: right ones, wrong ones, and servers that answer badly.
+
+The engine behind the fake server is `Impl` in float32, one forward pass a row; the expectation is a float64 replay.
+"""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from refimpl.autograd.errors import SpecError
+from refimpl.cli import main
+from refimpl.diff import Case
+from refimpl.model import Impl
+from refimpl.score import Shown, expected, measure
+from refimpl.score.asking import ask
+from refimpl.score.client import Client, Refused
+from refimpl.score.expected import declared
+from refimpl.score.files import read, write
+from refimpl.score.replies import Words, generated, whole
+from refimpl.score.shown import Again
+from refimpl.score.spelling import Spelling
+
+from .test_refimpl_tap import TINY
+
+IDS = Spelling(None, Words())
+BIAS = "mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case.read(TINY)
+
+
+@pytest.fixture(scope="module")
+def e(case):
+    return expected(case)
+
+
+def logprobs(case, change=lambda name, w: w, precision="float32"):
+    """Row, position, vocabulary; naively normalised."""
+    weights = {n: change(n, np.asarray(w, np.float32)) for n, w in case.weights().items()}
+    out = Impl(precision=precision).load(case.config, weights).forward(case.tokens)["logits"].astype(np.float64)
+    return out - np.log(np.exp(out).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def right(case):
+    return logprobs(case)
+
+
+def top(x, k, also=()):
+    """The k likeliest, and some more, as a dictionary."""
+    return {int(i): float(x[i]) for i in {*np.argsort(-x)[:k].tolist(), *also}}
+
+
+def places(x, k=10):
+    return {(b, t): top(x[b, t], k) for b in range(x.shape[0]) for t in range(x.shape[1])}
+
+
+def scored(case, e, x, k=10, **more):
+    return measure(Shown(case.tokens, places(x, k), **more), e)
+
+
+# ---- The measure
+
+
+def test_a_right_engine_is_consistent(case, e, right):
+    """Catches a limit below float32's own roundings, and an expectation of another position."""
+    found = scored(case, e, right)
+    assert found.verdict == "CONSISTENT" and len(found.settled) == 48 and not found.shift
+    assert 0 < found.candidate.rms < found.allowed.rms < 1e-4
+
+
+@pytest.mark.parametrize("k", [1, 2, 128])
+def test_any_length_of_list_will_do(case, e, right, k):
+    """Catches a measure that needs a full distribution, or more than one token."""
+    assert scored(case, e, right, k).verdict == "CONSISTENT"
+
+
+FAULTS = {
+    "selection bias of a layer": lambda n, w: 0 * w if n.endswith(f"2.{BIAS}") else w,
+    "keys and values exchanged": lambda n, w: w[::-1] if n.endswith("1.self_attn.kv_b_proj.weight") else w,
+    "a norm's weight, by a thousandth": lambda n, w: (
+        w * np.float32(1.001) if n.endswith("1.input_layernorm.weight") else w
+    ),
+    "an expert of a layer": lambda n, w: 0 * w if ".1.mlp.experts.3.down" in n else w,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_engine_is_inconsistent(case, e, fault):
+    """Catches limits so wide that a mistake of the corpus's size passes."""
+    found = scored(case, e, logprobs(case, FAULTS[fault]))
+    assert found.verdict == "INCONSISTENT" and found.breaks and not found.shift and not found.tempered
+
+
+def test_the_first_break_is_where_the_engine_leaves(case, e, right):
+    """Catches breaks of another place, and those of all places once one is off."""
+    x = right.copy()
+    x[1, 7, :] = x[1, 6, :]
+    found = scored(case, e, x)
+    assert found.breaks == ((1, 7),) and found.verdict == "INCONSISTENT"
+
+
+def test_a_temperature_is_named(case, e, right):
+    """Catches a scale of the wrong sign, and a temperature taken for wrong arithmetic."""
+    x = right / 1.25
+    found = scored(case, e, x - np.log(np.exp(x).sum(-1, keepdims=True)), 40)
+    assert found.tempered and "a temperature of 1.25" in found.reasons[0]
+
+
+def test_a_small_scale_is_seen_over_all_places(case, e, right):
+    """Catches a scale that stays within each place's limit: roundings have no direction."""
+    x = right * (1 + 1e-6)
+    found = scored(case, e, x - np.log(np.exp(x).sum(-1, keepdims=True)), 128)
+    assert found.verdict == "INCONSISTENT" and not found.breaks and "scaled by 1" in found.reasons[0]
+
+
+def test_a_list_without_its_likeliest_tokens_is_seen(case, e, right):
+    """Catches an engine that drops tokens from its vocabulary, and the case's own token taken for the end of the list."""
+    x, rows = right, case.tokens
+    lists = places(x)
+    for (b, t), entry in lists.items():
+        if t + 1 < len(rows[b]):
+            entry[rows[b][t + 1]] = float(x[b, t, rows[b][t + 1]])  # as an echo lists it, however unlikely
+    assert measure(Shown(rows, lists), e).verdict == "CONSISTENT"
+    second = int(np.argsort(-x[0, 5])[1])
+    del lists[0, 5][second]
+    found = measure(Shown(rows, lists), e)
+    assert found.hidden == ((0, 5),) and found.verdict == "INCONSISTENT" and not found.breaks
+
+
+def test_an_echo_that_is_one_position_early_is_read_so(case, e, right):
+    """Catches llama-cpp-python's echo taken for a wrong model, and a wrong model taken for such an echo."""
+    early = {(b, t - 1): entry for (b, t), entry in places(right).items() if t}
+    found = measure(Shown(case.tokens, early), e)
+    assert found.shift == 1 and found.verdict == "CONSISTENT" and len(found.settled) == 46
+
+
+def test_tokens_alone_decide_nothing_unless_they_are_wrong(case, e, right):
+    """Catches "consistent" from tokens alone, and a token within roundings of the likeliest that is blamed."""
+    chosen = {(b, t): int(right[b, t].argmax()) for b in range(2) for t in range(24)}
+    assert measure(Shown(case.tokens, {}, chosen), e).verdict == "INCONCLUSIVE"
+    other = chosen | {(1, 3): int(np.argsort(-right[1, 3])[1])}
+    found = measure(Shown(case.tokens, {}, other), e)
+    assert found.tokens == ((1, 3),) and found.verdict == "INCONSISTENT"
+
+
+def test_nothing_shown_is_inconclusive(case, e):
+    """Catches a verdict on nothing."""
+    assert measure(Shown(case.tokens), e).exit_code == 2
+
+
+def test_other_company_that_moves_the_numbers_is_seen(case, e, right):
+    """Catches a cache that gives another sequence's keys, and roundings of another batch that are blamed."""
+    lists = places(right)
+    near = Again("in a batch", {p: {i: x + 1e-7 for i, x in entry.items()} for p, entry in lists.items()})
+    assert scored(case, e, right, again=(near,)).verdict == "CONSISTENT"
+    far = Again("after a prefix", {(0, 23): {i: x - 1e-3 for i, x in lists[0, 23].items()}})
+    found = scored(case, e, right, again=(near, far))
+    assert [a.ok for a in found.again] == [True, False] and found.verdict == "INCONSISTENT"
+
+
+def test_the_declared_precision_is_the_limit(case, e, right):
+    """Catches bfloat16 held to float32, and a cache in float16 that nobody declared."""
+    bf16 = logprobs(case, precision="bf16")
+    assert scored(case, e, bf16).verdict == "INCONSISTENT"
+    wide = expected(case, "bfloat16")
+    assert scored(case, wide, bf16).verdict == "CONSISTENT" and scored(case, wide, right).verdict == "CONSISTENT"
+    assert wide.doubtful.any() and not e.doubtful.any()
+    cache = expected(case, "float32,mla.c_kv=float16")
+    assert 10 * e.unit * 20 < np.abs(cache.twins[1] - cache.exact).max() < np.abs(wide.twins[1] - wide.exact).max()
+
+
+def test_places_in_doubt_decide_nothing(case, e, right):
+    """Catches a token whose experts rounding may exchange that is blamed."""
+    x = right.copy()
+    x[0, 3] = x[0, 4]
+    doubtful = np.zeros((2, 24), bool)
+    doubtful[0, 3] = True
+    held = type(e)(**{**vars(e), "doubtful": doubtful})
+    found = scored(case, held, x)
+    assert found.verdict == "CONSISTENT" and len(found.settled) == 47 and found.doubtful[0].rms > 0.1
+
+
+def test_numbers_that_are_printed_short_are_held_to_their_decimals(case, e, right):
+    """Catches three decimals called wrong arithmetic, and numbers that happen to be round opening the limit."""
+    assert scored(case, e, np.round(right, 3)).verdict == "CONSISTENT"
+    assert scored(case, e, np.round(right, 3) + 0.002).verdict == "INCONSISTENT"
+
+
+def test_a_token_beyond_the_vocabulary_is_another_model(case, e, right):
+    """Catches an index error, or the largest id of a padded vocabulary compared with nothing."""
+    lists = places(right)
+    lists[0, 0][128] = -9.0
+    with pytest.raises(SpecError, match="token id 128 is shown; the case's vocabulary is 128"):
+        measure(Shown(case.tokens, lists), e)
+
+
+@pytest.mark.parametrize("text", ["float33", "float32,mla.c_kv", "float32,=float16", ""])
+def test_an_unknown_precision_is_refused(text):
+    """Catches a misspelt storage taken for float32."""
+    with pytest.raises(SpecError, match="precision"):
+        declared(text)
+
+
+# ---- Replies
+
+
+def test_replies_of_every_shape():
+    """Catches ids, tokens and texts confused, and an entry given to the position it is of instead of the one before."""
+    words = Words({"a": 0, "b": 1})
+    vllm = {"choices": [{"index": 0, "prompt_logprobs": [None, {"1": {"logprob": -2.0}, "0": {"logprob": -0.5}}]}]}
+    assert whole(vllm, 0, [0, 1], words) == {0: {1: -2.0, 0: -0.5}}
+    echo = {"choices": [{"logprobs": {"top_logprobs": [None, {"b": -2.0, "?": -3.0}, {"token_id:0": -1.0}]}}]}
+    assert whole(echo, 0, [0, 1], words) == {0: {1: -2.0}, 1: {0: -1.0}}
+    listed = [{"id": 1, "token": "a", "logprob": -2.0}, {"token": "a", "logprob": -1.0}]
+    assert generated({"choices": [{"text": "a", "logprobs": {"content": [{"top_logprobs": listed}]}}]}, words) == (
+        {1: -2.0, 0: -1.0},
+        0,
+    )
+    assert generated({"choices": [{"text": "b", "logprobs": {"token_logprobs": [-0.5]}}]}, words) == ({1: -0.5}, 1)
+    assert generated({"choices": [{"text": "?"}]}, words) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        {},
+        {"choices": []},
+        {"choices": [3]},
+        {"choices": [{"prompt_logprobs": 1}]},
+        {"choices": [{"prompt_logprobs": [None, {"x": -1}]}]},
+        {"choices": [{"prompt_logprobs": [None, {"1": {"logprob": 2.0}}]}]},
+        {"choices": [{"prompt_logprobs": [None, {"1": None}]}]},
+        {"choices": [{"prompt_logprobs": [None, {"1": float("nan")}]}]},
+        {"choices": [{"logprobs": {"top_logprobs": [None]}}]},
+        {"choices": [{"logprobs": {"top_logprobs": [None, 5]}}]},
+    ],
+)
+def test_a_reply_that_is_none_is_refused(reply):
+    """Catches a trace of Python for what a server may send, and NaN or a positive log-probability that is compared."""
+    with pytest.raises(SpecError):
+        whole(reply, 0, [0, 1], Words())
+
+
+# ---- Files
+
+
+def test_what_was_shown_comes_back_from_its_file(case, right, tmp_path):
+    """Catches a position or a number lost on the way."""
+    shown = Shown(case.tokens, places(right), {(0, 1): 3}, source="a server")
+    write(shown, tmp_path / "s.json")
+    assert read(tmp_path / "s.json", case.tokens) == shown
+
+
+def test_the_command_scores_a_file(case, right, tmp_path, capsys):
+    """Catches a verdict without its exit code, and a JSON report that is none."""
+    write(Shown(case.tokens, places(right)), tmp_path / "s.json")
+    assert main(["score", str(TINY), str(tmp_path / "s.json"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["verdict"] == "CONSISTENT" and said["places"] == {"shown": 48, "settled": 48, "all": 48}
+    write(Shown(case.tokens, places(np.roll(right, 1, axis=-1))), tmp_path / "s.json")
+    assert main(["score", str(TINY), str(tmp_path / "s.json")]) == 1
+    assert "\nfirst break     row 0, position 0; 48 of 48" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": "other"},
+        {"tokens": [[1]]},
+        {"logprobs": 3},
+        {"logprobs": [[], 5]},
+        {"logprobs": [[{"1": 0.5}], []]},
+        {"logprobs": [[7], []]},
+        {"logprobs": [[None] * 25, []]},
+    ],
+)
+def test_a_file_of_another_kind_is_bad_input(case, tmp_path, change):
+    """Catches a file of other tokens that is scored, and a trace of Python for one that is broken."""
+    good = {"schema": "refimpl-shown/1", "tokens": case.tokens, "logprobs": [[], []]}
+    (tmp_path / "s.json").write_text(json.dumps(good | change))
+    assert main(["score", str(TINY), str(tmp_path / "s.json")]) == 3
+
+
+# ---- A server
+
+
+class Server:
+    """An engine on the loopback; `answer(body)` gives what is sent: bytes, or an object; an int is a status."""
+
+    def __init__(self, answer):
+        self.asked, server = [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(server.models)
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append(body)
+                self.reply(answer(body))
+
+            def reply(self, said):
+                status = said if isinstance(said, int) else 200
+                raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_):
+                pass
+
+        self.models = {"data": [{"id": "tiny"}]}
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # a client that gave up
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+def engine(case, x, kind, broken=lambda body, entry: entry):
+    """Answers as vLLM (prompt_logprobs), as the completions' echo, or with one more token's list alone."""
+
+    def answer(body):
+        tokens = body["prompt"]
+        row = next((b for b, t in enumerate(case.tokens) if t[: len(tokens)] == tokens), None)
+        wants = body.get("prompt_logprobs" if kind == "prompt" else "logprobs")
+        if not wants or (kind == "echo") != bool(body.get("echo")):
+            return {"choices": [{"text": "?", "logprobs": None}]}
+        if wants > 10:
+            return 400
+        if row is None:
+            return {"choices": [{"text": "?"}]}
+        lists = [broken(body, top(x[row, t], wants, tokens[t + 1 : t + 2])) for t in range(len(tokens))]
+        if kind == "prompt":
+            said = {"prompt_logprobs": [None, *({str(i): {"logprob": v} for i, v in e.items()} for e in lists[:-1])]}
+        else:
+            keyed = [None, *({f"token_id:{i}": v for i, v in e.items()} for e in lists)]
+            said = {"logprobs": {"top_logprobs": keyed if kind == "echo" else keyed[-1:]}}
+        return {"choices": [{"index": 0, "text": "?", **said}], "usage": {"prompt_tokens": len(tokens)}}
+
+    return answer
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("prompt", 46), ("echo", 48), ("next", 48)])
+def test_a_server_is_asked_in_the_way_it_answers(case, e, right, kind, shown):
+    """Catches one protocol taken for all, a number of tokens that a server refuses, and an entry of another place."""
+    with Server(engine(case, right, kind)) as s:
+        found = measure(ask(Client(s.url, timeout=20), case.tokens, IDS), e)
+        assert s.asked[-1]["model"] == "tiny" and s.asked[-1]["temperature"] == 0
+    assert found.verdict == "CONSISTENT" and len(found.settled) == shown
+    assert [a.how for a in found.again] == ["twice", "in a batch", "after a prefix"]
+    assert all(a.largest == 0 for a in found.again)
+
+
+def test_a_stale_prefix_is_found(case, e, right):
+    """Catches a client that never asks behind another prompt: here the engine answers otherwise from the third time on."""
+    seen = []
+
+    def broken(body, entry):
+        seen.append(len(body["prompt"]) > 1)
+        late = len(seen) > 24 * 7  # behind the probes and both rows alone, 24 lists each
+        return {i: v - 0.5 for i, v in entry.items()} if late else entry
+
+    with Server(engine(case, right, "echo", broken)) as s:
+        found = measure(ask(Client(s.url, timeout=20), case.tokens, IDS), e)
+    assert found.verdict == "INCONSISTENT" and not found.breaks and not all(a.ok for a in found.again)
+
+
+def test_the_command_scores_a_server(case, right, tmp_path, capsys):
+    """Catches a command that cannot reach what its parts can, and a saved file that scores otherwise."""
+    with Server(engine(case, right, "prompt")) as s:
+        assert main(["score", str(TINY), s.url + "/v1", "--save", str(tmp_path / "s.json"), "--header", "X: y"]) == 0
+    said = capsys.readouterr().out
+    assert "prompt_logprobs, 10 most likely, prompts as ids" in said and "\nCONSISTENT (" in said
+    assert main(["score", str(TINY), str(tmp_path / "s.json"), "--precision", "bfloat16"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda body: 500, "status 500"),
+        (lambda body: b"not json{", "no JSON"),
+        (lambda body: {"choices": [{"text": "a", "logprobs": None}]}, "neither log-probabilities nor tokens"),
+        (lambda body: {"choices": "none"}, "no choice"),
+        (lambda body: {"choices": [{}], "usage": {"prompt_tokens": 25}}, "counts 25 tokens in a prompt of 24"),
+    ],
+)
+def test_a_server_that_answers_badly_is_bad_input(answer, says, capsys):
+    """Catches a verdict, a trace of Python or an endless try where a server fails, and one that adds a token of its own."""
+    with Server(answer) as s:
+        assert main(["score", str(TINY), s.url, "--retries", "0"]) == 3
+    assert says in capsys.readouterr().err
+
+
+def test_a_slow_server_is_given_up_in_time(capsys):
+    """Catches a client that waits for ever, and one that tries a hanging server again and again."""
+    over = threading.Event()
+
+    def slow(body):
+        over.wait(20)
+        return 500
+
+    with Server(slow) as s:
+        assert main(["score", str(TINY), s.url, "--timeout", "0.2"]) == 3
+        over.set()
+        assert len(s.asked) == 1
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_bad_input(capsys):
+    """Catches a refused connection that is a trace of Python."""
+    with Server(lambda body: 500) as s:
+        url = s.url
+    assert main(["score", str(TINY), url, "--retries", "0"]) == 3
+    assert "refused" in capsys.readouterr().err.lower()
+
+
+def test_retries_are_few_and_only_where_they_may_help():
+    """Catches retries without end, without a pause, and of what will be refused again."""
+    pauses, answers = [], iter([503, 429, {"fine": 1}, 400, 503, 503, 503])
+    with Server(lambda body: next(answers)) as s:
+        client = Client(s.url, timeout=20, retries=2, pause=pauses.append)
+        assert client.post("/x", {}) == {"fine": 1} and pauses == [0.5, 1.0]
+        with pytest.raises(Refused, match="status 400"):
+            client.post("/x", {})
+        with pytest.raises(Refused, match="status 503"):
+            client.post("/x", {})
+        assert len(s.asked) == 7 and pauses == [0.5, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://", "http:///v1"])
+def test_an_address_that_is_none_is_refused(url):
+    """Catches a client that fails on its first request with Python's words."""
+    with pytest.raises(SpecError):
+        Client(url)
