@@ -102,7 +102,7 @@ def ask(
         _again("in a batch", _together(asker, tokens)),
         _again("after a prefix", {p: _after_prefix(asker, tokens[p[0]]) for p in rows if p[1] > 1}),
     )
-    return Shown(tokens, _places(alone), _chosen(alone), again, f"{client.url}: {asker.described}")
+    return Shown(tokens, _places(alone), _chosen(alone), again, f"{client.url}: {asker.described}", spelling.unnamed)
 
 
 def _found(client: Client, row: list[int], spelling: Spelling, model: str, top: int) -> Asker:

@@ -32,7 +32,9 @@ def read(path: str | Path, tokens: list[list[int]]) -> Shown:
         require(d.get("tokens") == tokens, "its tokens are not those of the case")
         places = dict(_places(d.get("logprobs"), tokens))
         chosen = {p: int(e) for p, e in _grid(d.get("chosen"), tokens, "chosen") if isinstance(e, int)}
-        return Shown(tokens, places, chosen, source=str(d.get("source") or path))
+        require(isinstance(d.get("unnamed", []), list), "unnamed is no list of token ids")
+        unnamed = frozenset([number(i, "token id") for i in d.get("unnamed", [])])
+        return Shown(tokens, places, chosen, source=str(d.get("source") or path), unnamed=unnamed)
 
 
 def write(shown: Shown, path: str | Path) -> None:
@@ -41,6 +43,7 @@ def write(shown: Shown, path: str | Path) -> None:
     chosen = [[shown.chosen.get((b, t)) for t in range(len(row))] for b, row in enumerate(shown.tokens)]
     texts = [[None if e is None else {str(i): x for i, x in e.items()} for e in row] for row in rows]
     content = {"schema": SCHEMA, "source": shown.source, "tokens": shown.tokens, "logprobs": texts, "chosen": chosen}
+    content["unnamed"] = sorted(shown.unnamed)
     with Transaction() as files, files.new(Path(path)) as f:
         f.write(json.dumps(content).encode() + b"\n")
 

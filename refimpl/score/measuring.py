@@ -140,7 +140,7 @@ def _shifted(shown: Shown) -> Shown:
         return {(b, t + 1): x for (b, t), x in places.items() if t + 1 < len(shown.tokens[b])}
 
     again = tuple([Again(a.how, later(a.places), a.chosen) for a in shown.again])
-    return Shown(shown.tokens, later(shown.places), shown.chosen, again, shown.source)
+    return Shown(shown.tokens, later(shown.places), shown.chosen, again, shown.source, shown.unnamed)
 
 
 def _measured(shown: Shown, e: Expected, shift: int) -> Score:
@@ -161,7 +161,7 @@ def _measured(shown: Shown, e: Expected, shift: int) -> Score:
         settled=settled,
         breaks=breaks,
         tokens=tuple(_wrong_tokens(shown, e, most)),
-        hidden=tuple([p for p in settled if _hides(e, p, *seen[p], _listed_anyway(shown, p, shift), most)]),
+        hidden=tuple([p for p in settled if _hides(e, p, seen[p], shown, shift, most)]),
         ranks=tuple(_ranks(shown, e, {p: seen[p] for p in settled})),
         again=tuple(_sensitivities(shown, e, most)),
         tempered=bool(breaks) and tempered(far, {p: e.exact[p][seen[p][0]] for p in settled}, mine.scale, limits.rms),
@@ -208,19 +208,14 @@ def _wrong_tokens(shown: Shown, e: Expected, most: float) -> Iterator[Place]:
             yield p
 
 
-def _listed_anyway(shown: Shown, p: Place, shift: int) -> int:
-    """The prompt's own token, which is listed however unlikely it is; -1 where none is."""
-    row, at = shown.tokens[p[0]], p[1] + 1 - shift
-    return row[at] if at < len(row) else -1
-
-
-def _hides(e: Expected, p: Place, ids: Array, x: Array, own: int, most: float) -> bool:
-    """Whether a token that is not shown is more likely than the least of the list."""
-    listed = x[ids != own]
-    if listed.size < 2 or ids.size >= e.vocabulary:
-        return False
-    rest = np.delete(e.exact[p], ids)
-    return bool(rest.max(initial=-np.inf) > listed.min() + 2 * most)
+def _hides(e: Expected, p: Place, seen: tuple[Array, Array], shown: Shown, shift: int, most: float) -> bool:
+    """Whether a token that is not shown is more likely than the least of the list, in which the prompt's own token does not
+    count: it is listed however unlikely it is.
+    """
+    (ids, x), row, at = seen, shown.tokens[p[0]], p[1] + 1 - shift
+    listed = x[ids != (row[at] if at < len(row) else -1)]
+    rest = np.delete(e.exact[p], [*ids, *shown.unnamed])
+    return listed.size > 1 and bool(rest.max(initial=-np.inf) > listed.min() + 2 * most)
 
 
 def _ranks(shown: Shown, e: Expected, seen: Mapping[Place, tuple[Array, Array]]) -> Iterator[Rank]:

@@ -27,7 +27,7 @@ class Again:
 @dataclass(frozen=True)
 class Shown:
     """`places`, what was shown; `chosen`, the token that was generated there greedily; `again`, the same in other company;
-    `source`, where from, in words.
+    `unnamed`, ids that the replies could not name and are in no list; `source`, where from, in words.
     """
 
     tokens: list[list[int]]
@@ -35,6 +35,7 @@ class Shown:
     chosen: Mapping[Place, int] = field(default_factory=dict)
     again: tuple[Again, ...] = ()
     source: str = ""
+    unnamed: frozenset[int] = frozenset()
 
 
 def number(text: Any, what: str) -> int:

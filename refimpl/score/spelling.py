@@ -15,11 +15,12 @@ from .replies import Words
 
 @dataclass(frozen=True)
 class Spelling:
-    """A tokenizer, or none and why, and what tokens are called in replies."""
+    """A tokenizer, or none and why; what tokens are called in replies, and which have no name of their own: single bytes."""
 
     tokenizer: Tokenizer | None
     words: Words
     why: str = ""
+    unnamed: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, folder: Path, vocabulary: int) -> Spelling:
@@ -30,7 +31,8 @@ class Spelling:
             return cls(None, Words(), f"prompts as text: {error}")
         texts = [tokenizer.decode([i]) for i in range(vocabulary)]
         count = Counter(texts)
-        return cls(tokenizer, Words({t: i for i, t in enumerate(texts) if count[t] == 1 and t}))
+        named = {t: i for i, t in enumerate(texts) if count[t] == 1 and t}
+        return cls(tokenizer, Words(named), unnamed=frozenset(range(vocabulary)) - frozenset(named.values()))
 
     def readable(self, tokens: Sequence[int]) -> bool:
         """Whether a text gives exactly these tokens, and so does each of its beginnings."""

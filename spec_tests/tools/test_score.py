@@ -131,6 +131,7 @@ def test_a_list_without_its_likeliest_tokens_is_seen(case, e, right):
     del lists[0, 5][second]
     found = measure(Shown(rows, lists), e)
     assert found.hidden == ((0, 5),) and found.verdict == "INCONSISTENT" and not found.breaks
+    assert measure(Shown(rows, lists, unnamed=frozenset({second})), e).verdict == "CONSISTENT"
 
 
 def test_an_echo_that_is_one_position_early_is_read_so(case, e, right):
@@ -253,7 +254,7 @@ def test_a_reply_that_is_none_is_refused(reply):
 
 def test_what_was_shown_comes_back_from_its_file(case, right, tmp_path):
     """Catches a position or a number lost on the way."""
-    shown = Shown(case.tokens, places(right), {(0, 1): 3}, source="a server")
+    shown = Shown(case.tokens, places(right), {(0, 1): 3}, source="a server", unnamed=frozenset({7}))
     write(shown, tmp_path / "s.json")
     assert read(tmp_path / "s.json", case.tokens) == shown
 
@@ -273,6 +274,8 @@ def test_the_command_scores_a_file(case, right, tmp_path, capsys):
     "change",
     [
         {"schema": "other"},
+        {"unnamed": ["x"]},
+        {"unnamed": 3},
         {"tokens": [[1]]},
         {"logprobs": 3},
         {"logprobs": [[], 5]},
