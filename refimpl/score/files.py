@@ -42,7 +42,13 @@ def write(shown: Shown, path: str | Path) -> None:
     rows = [[shown.places.get((b, t)) for t in range(len(row))] for b, row in enumerate(shown.tokens)]
     chosen = [[shown.chosen.get((b, t)) for t in range(len(row))] for b, row in enumerate(shown.tokens)]
     texts = [[None if e is None else {str(i): x for i, x in e.items()} for e in row] for row in rows]
-    content = {"schema": SCHEMA, "source": shown.source, "tokens": shown.tokens, "logprobs": texts, "chosen": chosen}
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "source": shown.source,
+        "tokens": shown.tokens,
+        "logprobs": texts,
+        "chosen": chosen,
+    }
     content["unnamed"] = sorted(shown.unnamed)
     with Transaction() as files, files.new(Path(path)) as f:
         f.write(json.dumps(content).encode() + b"\n")

@@ -126,8 +126,9 @@ def _apart_from(shown: Shown, e: Expected) -> float:
 
 
 def _known(shown: Shown, e: Expected) -> None:
-    ids = {i for some in (shown, *shown.again) for entry in some.places.values() for i in entry}
-    strange = max(ids | {i for some in (shown, *shown.again) for i in some.chosen.values()}, default=0)
+    everything: list[Shown | Again] = [shown, *shown.again]
+    ids = {i for some in everything for entry in some.places.values() for i in entry}
+    strange = max(ids | {i for some in everything for i in some.chosen.values()}, default=0)
     require(
         strange < e.vocabulary, f"token id {strange} is shown; the case's vocabulary is {e.vocabulary}: another model's"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from refimpl.autograd.errors import require
+from refimpl.autograd.errors import SpecError, require
 
 from .shown import Entry, logprob, number
 
@@ -34,10 +34,12 @@ class Words:
 def choice(reply: Any, row: int = 0) -> Mapping[str, Any]:
     """A reply's choice for a row. SpecError where there is none."""
     choices = reply.get("choices") if isinstance(reply, dict) else None
-    require(isinstance(choices, list) and len(choices) > row, f"the reply has no choice {row}")
+    if not isinstance(choices, list) or len(choices) <= row:
+        raise SpecError(f"the reply has no choice {row}")
     found = next((c for c in choices if isinstance(c, dict) and c.get("index") == row), choices[row])
-    require(isinstance(found, dict), f"choice {row} is {found!r}; expected an object")
-    return found  # type: ignore[no-any-return]
+    if not isinstance(found, dict):
+        raise SpecError(f"choice {row} is {found!r}; expected an object")
+    return found
 
 
 def whole(reply: Any, row: int, tokens: Sequence[int], words: Words) -> dict[int, Entry]:
@@ -65,8 +67,8 @@ def generated(reply: Any, words: Words) -> tuple[Entry, int | None]:
     if isinstance(content := inner.get("content"), list) and content and isinstance(content[0], dict):
         tops = _lists(content[0].get("top_logprobs") or [content[0]], "top_logprobs")
         return _listed(tops, words), chosen
-    if isinstance(tops := inner.get("top_logprobs"), list) and tops and isinstance(tops[0], dict):
-        return _keyed_by_text(tops[0], words), chosen
+    if isinstance(keyed := inner.get("top_logprobs"), list) and keyed and isinstance(keyed[0], dict):
+        return _keyed_by_text(keyed[0], words), chosen
     if isinstance(alone := inner.get("token_logprobs"), list) and alone and alone[0] is not None and chosen is not None:
         return {chosen: logprob(alone[0])}, chosen
     return {}, chosen
@@ -96,5 +98,6 @@ def _listed(tops: Sequence[Any], words: Words) -> Entry:
 
 
 def _lists(x: Any, what: str) -> list[Any]:
-    require(isinstance(x, list), f"{what} is {type(x).__name__}; expected a list")
-    return x  # type: ignore[no-any-return]
+    if not isinstance(x, list):
+        raise SpecError(f"{what} is {type(x).__name__}; expected a list")
+    return x

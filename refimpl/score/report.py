@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from .measuring import Distances, Score
+from .distances import Distances
+from .measuring import Score
 from .shown import Place
 
 _ROWS = (
