@@ -4,13 +4,17 @@ The engine behind the fake server is `Impl` in float32, one forward pass a row; 
 """
 
 import json
+import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from refimpl.autograd.errors import SpecError
+from refimpl.checkpoint.held import Held, Part, Stored
 from refimpl.cli import main
 from refimpl.diff import Case
 from refimpl.model import Impl
@@ -176,6 +180,18 @@ def test_the_declared_precision_is_the_limit(case, e, right):
     assert 10 * e.unit * 20 < np.abs(cache.twins[1] - cache.exact).max() < np.abs(wide.twins[1] - wide.exact).max()
 
 
+def test_weights_are_held_as_the_precision_holds_them(case):
+    """Catches float32 weights in the expectation of an engine that rounded them to bfloat16."""
+    finer = {n: np.asarray(w, np.float32) * np.float32(1.001) for n, w in case.weights().items()}
+    parts = {n: Part(w.shape, (Stored("F32"),), lambda w=w: w) for n, w in finer.items()}
+    there = expected(replace(case, checkpoint=Held("arrays", "here", parts)), "bfloat16")
+    rounded = {n: w if n.endswith(BIAS) else w.astype(ml_dtypes.bfloat16).astype(np.float64) for n, w in finer.items()}
+    z = Impl(precision="float64").load(case.config, rounded).forward(case.tokens)["logits"]
+    np.testing.assert_allclose(
+        there.exact, z - np.log(np.exp(z).sum(-1, keepdims=True)), atol=1e-10
+    )  # float64, other order
+
+
 def test_places_in_doubt_decide_nothing(case, e, right):
     """Catches a token whose experts rounding may exchange that is blamed."""
     x = right.copy()
@@ -225,6 +241,8 @@ def test_replies_of_every_shape():
     )
     assert generated({"choices": [{"text": "b", "logprobs": {"token_logprobs": [-0.5]}}]}, words) == ({1: -0.5}, 1)
     assert generated({"choices": [{"text": "?"}]}, words) == ({}, None)
+    rows = [{"index": 1, "prompt_logprobs": [None, {"0": -1.0}]}, {"index": 0, "prompt_logprobs": [None, {"1": -2.0}]}]
+    assert whole({"choices": rows}, 1, [0, 1], words) == {0: {0: -1.0}}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +254,7 @@ def test_replies_of_every_shape():
         {"choices": [3]},
         {"choices": [{"prompt_logprobs": 1}]},
         {"choices": [{"prompt_logprobs": [None, {"x": -1}]}]},
+        {"choices": [{"prompt_logprobs": [None, {"9" * 5000: -1}]}]},
         {"choices": [{"prompt_logprobs": [None, {"1": {"logprob": 2.0}}]}]},
         {"choices": [{"prompt_logprobs": [None, {"1": None}]}]},
         {"choices": [{"prompt_logprobs": [None, {"1": float("nan")}]}]},
@@ -247,6 +266,12 @@ def test_a_reply_that_is_none_is_refused(reply):
     """Catches a trace of Python for what a server may send, and NaN or a positive log-probability that is compared."""
     with pytest.raises(SpecError):
         whole(reply, 0, [0, 1], Words())
+
+
+def test_a_negative_id_is_refused():
+    """Catches an id that counts from the end of the vocabulary."""
+    with pytest.raises(SpecError, match="token id -1"):
+        generated({"choices": [{"logprobs": {"content": [{"id": -1, "logprob": -1.0}]}}]}, Words())
 
 
 # ---- Files
@@ -298,7 +323,7 @@ class Server:
     """An engine on the loopback; `answer(body)` gives what is sent: bytes, or an object; an int is a status."""
 
     def __init__(self, answer):
-        self.asked, server = [], self
+        self.asked, self.paths, server = [], [], self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
@@ -307,9 +332,12 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append(body)
+                server.paths.append(self.path)
                 self.reply(answer(body))
 
             def reply(self, said):
+                if callable(said):
+                    return said(self)
                 status = said if isinstance(said, int) else 200
                 raw = said if isinstance(said, bytes) else json.dumps(said).encode()
                 self.send_response(status)
@@ -388,7 +416,10 @@ def test_a_stale_prefix_is_found(case, e, right):
 def test_the_command_scores_a_server(case, right, tmp_path, capsys):
     """Catches a command that cannot reach what its parts can, and a saved file that scores otherwise."""
     with Server(engine(case, right, "prompt")) as s:
-        assert main(["score", str(TINY), s.url + "/v1", "--save", str(tmp_path / "s.json"), "--header", "X: y"]) == 0
+        assert (
+            main(["score", str(TINY), s.url + "/api/v1", "--save", str(tmp_path / "s.json"), "--header", "X: y"]) == 0
+        )
+        assert set(s.paths) == {"/api/v1/completions"}
     said = capsys.readouterr().out
     assert "prompt_logprobs, 10 most likely, prompts as ids" in said and "\nCONSISTENT (" in said
     assert main(["score", str(TINY), str(tmp_path / "s.json"), "--precision", "bfloat16"]) == 0
@@ -411,6 +442,24 @@ def test_a_server_that_answers_badly_is_bad_input(answer, says, capsys):
     assert says in capsys.readouterr().err
 
 
+def test_a_way_that_fails_is_not_tried_again():
+    """Catches seconds of pauses for each way in which a server does not answer."""
+    pauses = []
+    with Server(lambda body: 500) as s:
+        with pytest.raises(SpecError, match="status 500"):
+            ask(Client(s.url, timeout=20, pause=pauses.append), [[1, 2]], IDS)
+        assert len(s.asked) == 4 * 4 + 1 and not pauses  # four numbers of tokens in each of four ways, and none
+
+
+def test_a_folder_to_serve_needs_its_library(tmp_path, monkeypatch, capsys):
+    """Catches half a folder, or a trace of Python, where the tokenizers' library is absent; options without --servable."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["case", str(tmp_path / "c"), "--servable", "--from", str(TINY)]) == 3
+    assert "[text]" in capsys.readouterr().err and not (tmp_path / "c").exists()
+    for options in (["--gguf"], ["--from", str(TINY)]):
+        assert main(["case", str(tmp_path / "c"), *options]) == 3
+
+
 def test_a_slow_server_is_given_up_in_time(capsys):
     """Catches a client that waits for ever, and one that tries a hanging server again and again."""
     over = threading.Event()
@@ -423,6 +472,23 @@ def test_a_slow_server_is_given_up_in_time(capsys):
         assert main(["score", str(TINY), s.url, "--timeout", "0.2"]) == 3
         over.set()
         assert len(s.asked) == 1
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+def test_a_server_that_drips_is_given_up_in_time(capsys):
+    """Catches a time that starts anew with every byte."""
+    over = threading.Event()
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        while not over.wait(0.01):
+            handler.wfile.write(b" ")
+
+    with Server(lambda body: drip) as s:
+        assert main(["score", str(TINY), s.url, "--timeout", "0.2"]) == 3
+        over.set()
     assert "no answer within 0.2 s" in capsys.readouterr().err
 
 
