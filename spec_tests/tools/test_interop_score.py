@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from refimpl.checkpoint import Checkpoint
 from refimpl.cli import main
 from refimpl.record.servable import END, merges_of, readable, tokenizer, tokens_of
 
@@ -49,10 +50,12 @@ def needs(*names):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Preset tiny's case as servers load it."""
+    """Preset tiny's case as servers load it, in float32."""
     needs("tokenizers")
     folder = tmp_path_factory.mktemp("served")
     assert main(["case", str(folder), "--servable", "--from", str(TINY)]) == 0
+    stored = Checkpoint.open(folder)
+    assert {stored.dtype(n) for n in stored} == {"F32"}
     return folder
 
 
@@ -128,6 +131,8 @@ def test_a_new_case_is_servable(tmp_path):
     drawn = {t for row in run["tokens"] for t in row}
     assert drawn <= set(readable(300).tolist()) and max(drawn) >= 256
     assert main(["info", str(tmp_path / "c")]) == 0
+    stored = Checkpoint.open(tmp_path / "c")
+    assert {stored.dtype(n) for n in stored} == {"BF16", "F32"} and stored.dtype("lm_head.weight") == "BF16"
     assert main(["case", str(tmp_path / "d"), "--gguf"]) == 3
 
 

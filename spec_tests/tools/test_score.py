@@ -217,7 +217,7 @@ def test_a_token_beyond_the_vocabulary_is_another_model(case, e, right):
         measure(Shown(case.tokens, lists), e)
 
 
-@pytest.mark.parametrize("text", ["float33", "float32,mla.c_kv", "float32,=float16", ""])
+@pytest.mark.parametrize("text", ["float33", "float64", "float32,mla.c_kv", "float32,=float16", ""])
 def test_an_unknown_precision_is_refused(text):
     """Catches a misspelt storage taken for float32."""
     with pytest.raises(SpecError, match="precision"):
