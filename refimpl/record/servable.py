@@ -41,20 +41,7 @@ def servable(case: Case, out: str | Path, *, dtype: str = "float32", gguf: bool 
     require(dtype in DTYPES, f"weights in {dtype!r}; expected {' or '.join(DTYPES)}")
     out, c, vocabulary = Path(out), case.config, tokens_of(case.config.vocab_size)
     weights = {n: w.astype(_held(n, dtype)) for n, w in case.weights().items() if _served(n, c.num_hidden_layers)}
-    texts = {
-        "tokenizer.json": tokenizer(vocabulary).to_str(pretty=True),
-        "tokenizer_config.json": _json(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": c.max_position_embeddings,
-                "eos_token": vocabulary[END],
-            }
-        ),
-        "generation_config.json": _json({"do_sample": False, "eos_token_id": END}),
-        "tokens.json": (case.path / "tokens.json").read_text(encoding="utf-8"),
-        "config.json": _json(_config(case, dtype)),
-    }
+    texts = _texts(case, vocabulary, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if gguf:
         merges = merges_of(vocabulary) or [
@@ -67,6 +54,23 @@ def servable(case: Case, out: str | Path, *, dtype: str = "float32", gguf: bool 
             with files.new(out / name) as f:
                 f.write(text.encode())
     return out
+
+
+def _texts(case: Case, vocabulary: Sequence[str], dtype: str) -> dict[str, str]:
+    """The folder's JSON files, by name."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": case.config.max_position_embeddings,
+        "eos_token": vocabulary[END],
+    }
+    return {
+        "tokenizer.json": tokenizer(vocabulary).to_str(pretty=True),
+        "tokenizer_config.json": _json(settings),
+        "generation_config.json": _json({"do_sample": False, "eos_token_id": END}),
+        "tokens.json": (case.path / "tokens.json").read_text(encoding="utf-8"),
+        "config.json": _json(_config(case, dtype)),
+    }
 
 
 def readable(vocab_size: int) -> Array:
