@@ -21,13 +21,15 @@ _DECIMALS = range(1, 9)
 @dataclass(frozen=True)
 class Distances:
     """Of the engine, or of a twin, over places: the worst rms and the largest |difference| of a log-probability, the mean KL(ours,
-    theirs) over what was shown and all else as one, how much all is scaled.
+    theirs) over what was shown and all else as one, how much all is scaled, and by how much that is a chance's: what the places
+    add to the scale, as if each had a sign of its own.
     """
 
     rms: float
     largest: float
     kl: float
     scale: float
+    chance: float
 
 
 def pair(entry: Entry) -> tuple[Array, Array]:
@@ -50,17 +52,18 @@ def step(shown: Sequence[Array]) -> float:
 def distances(x: Mapping[Place, Array], e: Mapping[Place, Array]) -> Distances:
     """Of x from e; 0 where there is no place. The scale is that of all places together, each less its mean."""
     if not e:
-        return Distances(0.0, 0.0, 0.0, 0.0)
+        return Distances(0.0, 0.0, 0.0, 0.0, 0.0)
     off = {p: x[p] - e[p] for p in e}
     centred = {p: e[p] - e[p].mean() for p in e}
     size = sum(float(c @ c) for c in centred.values())
-    along = sum(float(centred[p] @ off[p]) for p in e)
+    along = np.array([centred[p] @ off[p] for p in e])
     scaled = size > 0 and sum(c.size for c in centred.values()) >= _FEW
     return Distances(
         max(rms(d) for d in off.values()),
         max(float(np.abs(d).max()) for d in off.values()),
         float(np.mean([kl(e[p], x[p]) for p in e])),
-        along / size if scaled else 0.0,
+        float(along.sum()) / size if scaled else 0.0,
+        float(np.sqrt(along @ along)) / size if scaled else 0.0,
     )
 
 

@@ -3,7 +3,7 @@
 With x the shown log-probabilities of a place, e and p_k ours and the twins' of the same ids:
 
     distance = rms(x - e), allowed max(4 x worst_k rms(p_k - e) over all settled places, 4 u rms(logits) + rounding of the text)
-    scale    = <x - e, e'> / <e', e'>, e' = e less its mean over a place; allowed max(4 x the twins', 1 u)
+    scale    = <x - e, e'> / <e', e'>, e' = e less its mean over a place; allowed max(4 x the twins', 4 x their chance's, 1 u)
 
 Places where rounding may choose other experts are in doubt and decide nothing, as in the diff. Best is CONSISTENT: an engine that
 shows no more could still be wrong where these tokens do not lead.
@@ -177,8 +177,11 @@ def _limits(
     size = max((max(float(e.size[p]), rms(e.exact[p][seen[p][0]])) for p in settled), default=0.0)
     text = step([x for _, x in seen.values()])
     floor = ROUNDINGS * e.unit * size + text
-    scale = max(FACTOR * worst.scale, LEAN * e.unit + text)
-    return Distances(max(FACTOR * worst.rms, floor), max(FACTOR * worst.largest, floor), FACTOR**2 * worst.kl, scale)
+    chance = FACTOR * max(worst.scale, worst.chance)  # four twins have four scales, too few; their places are many
+    scale = max(chance, LEAN * e.unit + text)
+    return Distances(
+        max(FACTOR * worst.rms, floor), max(FACTOR * worst.largest, floor), FACTOR**2 * worst.kl, scale, chance
+    )
 
 
 def _against(

@@ -173,6 +173,16 @@ def test_the_declared_precision_is_the_limit(case, e, right):
     assert 10 * e.unit * 20 < np.abs(cache.twins[1] - cache.exact).max() < np.abs(wide.twins[1] - wide.exact).max()
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_further_draws_of_the_roundings_are_consistent(case, precision, monkeypatch):
+    """Catches a limit that admissible roundings exceed: four scales alone are too few to say how far a fifth may be."""
+    for module in ("refimpl.diff.replay", "refimpl.score.expected"):
+        monkeypatch.setattr(f"{module}.TWINS", 16)
+    e = expected(case, precision)
+    four = replace(e, twins=e.twins[:4])
+    assert {scored(case, four, twin).verdict for twin in e.twins[4:]} == {"CONSISTENT"}
+
+
 def test_weights_are_held_as_the_precision_holds_them(case):
     """Catches float32 weights in the expectation of an engine that rounded them to bfloat16."""
     finer = {n: np.asarray(w, np.float32) * np.float32(1.001) for n, w in case.weights().items()}
