@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from refimpl.diff import Case
     from refimpl.score import expected, measure
-    from refimpl.score.expected import declared
+    from refimpl.score.expectation import declared
     from refimpl.score.files import write
     from refimpl.score.report import render, to_json
     from refimpl.weights.under import with_weights

@@ -1,6 +1,6 @@
 """Engines that show only tokens and log-probabilities: asked over HTTP or read from a file, held against our own twins' spread."""
 
-from .expected import Expected, expected
+from .expectation import Expected, expected
 from .measuring import Score, measure
 from .shown import Shown
 

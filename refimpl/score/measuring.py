@@ -23,7 +23,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.diff.tolerance import FACTOR, LEAN, ROUNDINGS
 
 from .distances import LOWEST, Distances, distances, kl, pair, rms, step, tempered
-from .expected import Expected
+from .expectation import Expected
 from .shown import Again, Entry, Place, Shown
 
 Verdict = Literal["CONSISTENT", "INCONSISTENT", "INCONCLUSIVE"]

@@ -16,7 +16,7 @@ from refimpl.cli import main
 from refimpl.diff import Case
 from refimpl.model import Impl
 from refimpl.score import Shown, expected, measure
-from refimpl.score.expected import declared
+from refimpl.score.expectation import declared
 from refimpl.score.files import read, write
 from refimpl.score.replies import Words, generated, whole
 from refimpl.score.shown import Again
@@ -176,7 +176,7 @@ def test_the_declared_precision_is_the_limit(case, e, right):
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_further_draws_of_the_roundings_are_consistent(case, precision, monkeypatch):
     """Catches a limit that admissible roundings exceed: four scales alone are too few to say how far a fifth may be."""
-    for module in ("refimpl.diff.replay", "refimpl.score.expected"):
+    for module in ("refimpl.diff.replay", "refimpl.score.expectation"):
         monkeypatch.setattr(f"{module}.TWINS", 16)
     e = expected(case, precision)
     four = replace(e, twins=e.twins[:4])
