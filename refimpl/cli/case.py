@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ count as 0 instead of never are seen only where biased scores are negative.
   refimpl case small                                                   preset tiny, every mechanism of V3
   refimpl case small --config config.json --shrink                     a real model, its sizes made small
   refimpl case small --regime bias-negative,long-positions --seed 3    where two families of bugs show
-  refimpl case --regimes                                               all regimes, what they do and what they show"""
+  refimpl case --regimes                                               all regimes, what they do and what they show
+  refimpl case served --servable                                       a folder that inference servers load (extra text)
+  refimpl case served --servable --gguf --from refimpl/cases/tiny      an existing case; model.gguf for llama.cpp (extra gguf)"""
 
 
 class _Regimes(argparse.Action):
@@ -51,6 +54,15 @@ def add(commands: Commands) -> None:
     case.add_argument("--seed", type=int, default=0, help="a natural number; the same seed writes the same files")
     case.add_argument("--regime", default="", metavar="ID,...", help="regimes, commas between; --regimes lists them")
     case.add_argument("--regimes", action=_Regimes, nargs=0, help="list the regimes, what they do and show, and exit")
+    case.add_argument(
+        "--servable",
+        nargs="?",
+        const="float32",
+        choices=("float32", "bfloat16"),
+        help="write what inference servers load: weights in this dtype (float32), tokenizer, generation config",
+    )
+    case.add_argument("--gguf", action="store_true", help="with --servable: model.gguf too")
+    case.add_argument("--from", dest="of", type=Path, metavar="CASE", help="with --servable: this case, not a new one")
     case.set_defaults(run=run)
 
 
@@ -61,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.record.shrink import changes, shrink
 
     named(args.regime)  # a wrong name is said before anything else
+    if not args.servable and (args.gguf or args.of):
+        raise SpecError("--gguf and --from belong to --servable")
+    if args.of:
+        return _served(args, args.of)
     config = real = model_config(args)
     if args.shrink:
         config = shrink(real)
@@ -69,6 +85,20 @@ def run(args: argparse.Namespace) -> int:
         raise SpecError(f"--seed is {args.seed}; it must not be negative")
     if config.hidden_size * config.n_routed_experts > 1 << 18:
         raise SpecError("this model is too large to draw at random; --shrink makes it small")
-    new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime)
-    print(args.out)
+    if not args.servable:
+        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime)
+        print(args.out)
+        return 0
+    from refimpl.record.servable import readable
+
+    with tempfile.TemporaryDirectory() as folder:
+        new_case(folder, config, seed=args.seed, regimes=args.regime, ids=readable(config.vocab_size))
+        return _served(args, Path(folder))
+
+
+def _served(args: argparse.Namespace, case: Path) -> int:
+    from refimpl.diff import Case
+    from refimpl.record.servable import servable
+
+    print(servable(Case.read(case), args.out, dtype=args.servable, gguf=args.gguf))
     return 0

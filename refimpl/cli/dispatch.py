@@ -31,6 +31,7 @@ from . import (
     record,
     repro,
     schedule,
+    score,
     serve,
     taps,
     trace,
@@ -43,7 +44,7 @@ BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
-    *(diff, impact, explain, repro, conform, mutants, info, weights, case, record, maps, trace, taps),
+    *(diff, impact, explain, repro, conform, mutants, info, weights, score, case, record, maps, trace, taps),
     *(generate, batch, serve, recipe, data, train, plot, precision, schedule, cluster, eplb),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""

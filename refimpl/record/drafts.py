@@ -64,7 +64,8 @@ BESIDE_TIES = Goal("margin beside a tie", _beside_ties, among=128)
 class Draft:
     """A case to be written. `weights` by checkpoint name (FP8 codes have their `_scale_inv` beside them), to be changed in place;
     positions and valid (B, S) or None; `goal`, what tokens are chosen for; `kinds` of tokens, which alternate: token id and
-    place in the sequence agree modulo `kinds`; `written`, keys of config.json that are not as the config itself writes them.
+    place in the sequence agree modulo `kinds`; `ids`, those to choose from (None: any); `written`, keys of config.json that are
+    not as the config itself writes them.
     """
 
     config: Config
@@ -76,4 +77,5 @@ class Draft:
     valid: Array | None = None
     goal: Goal = WON
     kinds: int = 1
+    ids: Array | None = None
     written: dict[str, Any] = field(default_factory=dict)

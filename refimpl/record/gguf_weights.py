@@ -7,7 +7,7 @@ rotated rows stay interleaved. The YaRN multiplier is written as 0.1 mscale_all_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,17 @@ def supported(c: Config) -> Config:
     return c
 
 
-def write(case: Case, path: str | Path) -> None:
-    """Write the case's config and weights, dequantised, in float32; MTP layers are left out."""
+Vocabulary = tuple[Sequence[str], Sequence[tuple[str, str]], int]
+"""Tokens of byte-level BPE by id, merges, the id that ends a text."""
+
+
+def write(case: Case, path: str | Path, *, vocabulary: Vocabulary | None = None) -> None:
+    """Write the case's config and weights, dequantised, in float32; MTP layers are left out. vocabulary: None for ids alone."""
     gguf = library("gguf", "gguf")
     c = supported(case.config)
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     _settings(gguf, writer, c)
+    _text(gguf, writer, vocabulary)
     for name, x in converted(case.weights(), c).items():
         writer.add_tensor(name, np.ascontiguousarray(x, np.float32))
     try:
@@ -179,7 +184,6 @@ def _reader(gguf: Any, t: Any, e: int | None = None) -> Callable[[], Array]:
 
 def _settings(gguf: Any, w: Any, c: Config) -> None:
     w.add_file_type(gguf.LlamaFileType.ALL_F32)
-    w.add_tokenizer_model("no_vocab")
     numbers = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,
@@ -211,6 +215,21 @@ def _settings(gguf: Any, w: Any, c: Config) -> None:
     for name, value in numbers.items():
         getattr(w, f"add_{name}")(value)
     _yarn(gguf, w, c)
+
+
+def _text(gguf: Any, w: Any, vocabulary: Vocabulary | None) -> None:
+    if vocabulary is None:
+        w.add_tokenizer_model("no_vocab")
+        return
+    tokens, merges, end = vocabulary
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("default")
+    w.add_token_list(list(tokens))
+    w.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    w.add_token_merges([" ".join(pair) for pair in merges])
+    w.add_eos_token_id(end)
+    w.add_bos_token_id(end)
+    w.add_add_bos_token(False)
 
 
 def _yarn(gguf: Any, w: Any, c: Config) -> None:

@@ -34,20 +34,21 @@ def new_case(
     margin: float | None = None,
     mtp: bool = False,
     regimes: str = "",
+    ids: Array | None = None,
 ) -> Path:
     """Write config.json, weights.safetensors and tokens.json; the same seed writes the same files. -> the folder.
 
     Tokens are drawn for routing decisions that are won clearly, by `margin` in score or more (0.1 is usual for preset
     tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other
     roundings makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`,
-    ids with commas between, make what is rare (`regimes.REGIMES`). Raises SpecError where the margin is not met, and
-    for regimes that cannot be.
+    ids with commas between, make what is rare (`regimes.REGIMES`). Tokens are among `ids`, or any. Raises SpecError where the
+    margin is not met, and for regimes that cannot be.
     """
     folder, chosen = Path(folder), named(regimes)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)
     for regime in chosen:
         config = regime.applied(config)
-    draft = Draft(config, draw_weights(config, seed), np.random.default_rng(seed), batch, length)
+    draft = Draft(config, draw_weights(config, seed), np.random.default_rng(seed), batch, length, ids=ids)
     for regime in chosen:
         draft.rng = np.random.default_rng([seed, zlib.crc32(regime.id.encode())])
         regime.change(draft)
@@ -114,6 +115,7 @@ def _draw(d: Draft, seed: int, margin: float) -> list[list[int]]:
     for b, row in enumerate(rows):
         for place in range(d.length):
             some = rng.permutation(d.config.vocab_size)
+            some = some if d.ids is None else some[np.isin(some, d.ids)]
             some = some[some % d.kinds == place % d.kinds][: d.goal.among]
             reached = d.goal.reach(_gaps_of(d, impl, b, np.array([[*row, t] for t in some])))
             row.append(int(some[_best(reached, d.goal, margin, place)]))

@@ -23,6 +23,17 @@ def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate
 
     A trace that declares the case's own weights, as an engine does that quantises what it is given, is taken to have run on these.
     """
+    own = case.checkpoint
+    case, gate = with_weights(case, path)
+    if weights_gate(own, trace.header, precision_of(trace.header, trace.taps).storage)[0].state == "ok":
+        declared = {n: digest(case.checkpoint[n]) for n in case.checkpoint}
+        trace = replace(trace, header=replace(trace.header, weights=declared))
+        gate = replace(gate, text=gate.text + "; the trace declares the case's")
+    return case, trace, gate
+
+
+def with_weights(case: Case, path: str | Path) -> tuple[Case, Gate]:
+    """(the case with the effective weights of a file, the gate that says how they relate to the case's)."""
     held = open_weights(path, case.config)
     found = experts_told(list(held_against(case.checkpoint, case.config, held)), case.config)
     bad = [f for f in found if not f.ok]
@@ -30,10 +41,6 @@ def under(case: Case, trace: Trace, path: str | Path) -> tuple[Case, Trace, Gate
     text = f"{held.container} against the case: {counts}" + (
         f"; {bad[0].name}: {bad[0].status} {bad[0].how}" if bad else ""
     )
-    theirs = held.only(case.checkpoint)
-    if weights_gate(case.checkpoint, trace.header, precision_of(trace.header, trace.taps).storage)[0].state == "ok":
-        trace = replace(trace, header=replace(trace.header, weights={n: digest(x) for n, x in theirs.items()}))
-        text += "; the trace declares the case's"
     gate = Gate("converted", "FAIL" if bad else "ok", text, tuple(f.name for f in bad))
-    held_by = cast(Checkpoint, theirs)  # shapes, rows and arrays are all that judging asks of it
-    return replace(case, checkpoint=held_by), trace, gate
+    held_by = cast(Checkpoint, held.only(case.checkpoint))  # shapes, rows and arrays are all that judging asks of it
+    return replace(case, checkpoint=held_by), gate
