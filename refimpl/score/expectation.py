@@ -71,8 +71,8 @@ def expected(case: Case, precision: str = "float32", *, track: Callable[[list[An
     inputs = read_inputs(config, case.tokens, case.positions, case.valid)
     parts = parts_of(["fwd"], inputs.tokens.shape[1])
     program = program_of(config, inputs, n_mtp=0, parts=parts)
-    rounded = told["storage"] == "bfloat16"
-    weights = StageWeights(case.checkpoint, rounded, experts=config.n_routed_experts)
+    narrow = told["storage"] if told["storage"] in ("bfloat16", "float16") else ""
+    weights = StageWeights(case.checkpoint, dict.fromkeys(case.checkpoint, narrow))
     outputs = frozenset({_LOGITS})
     layers = config.num_hidden_layers
     recorded = Recorded({}, named(inputs, parts), weights, plan, noise, outputs, layers=layers)
