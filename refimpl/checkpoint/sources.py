@@ -37,6 +37,18 @@ class Piece:
         array = self.file[self.key]
         return array[self.part] if self.part else array
 
+    def extent(self, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
+        """Where rows [start, stop) begin in the file, and their shape; one expert's rows of a fused tensor lie together, too."""
+        info = self.file.header[self.key]
+        shape, first = info.shape, start
+        if self.part:
+            expert, rows = self.part
+            assert isinstance(expert, int) and isinstance(rows, slice)
+            first += expert * shape[1] + rows.start
+            shape = shape[1:]
+        row = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
+        return self.file.offset(self.key) + first * row, (stop - start, *shape[1:])
+
 
 @dataclass(frozen=True)
 class Source:
