@@ -18,7 +18,6 @@ import runpy
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -160,7 +159,7 @@ def one_layer(checkpoint: Checkpoint, layer: int, budget: int) -> None:
 
 def whole(checkpoint: Checkpoint, tokens: int, budget: int) -> None:
     """A prompt and some tokens through all layers."""
-    impl, chosen, started = Impl(), Counter[int](), time.perf_counter()
+    impl, started = Impl(), time.perf_counter()
     with load_from_disk(impl, checkpoint, budget=budget) as weights:
         print(f"opened in {time.perf_counter() - started:.1f} s, {peak():.0f} MiB")
         passes: list[dict[int, set[int]]] = [{}]
@@ -184,7 +183,6 @@ def whole(checkpoint: Checkpoint, tokens: int, budget: int) -> None:
             )
             fed, before, start = [token.id], weights.bytes_read, time.perf_counter()
             passes.append({})
-            chosen.update(e for experts in passes[-1].values() for e in experts)
 
 
 def peak() -> float:

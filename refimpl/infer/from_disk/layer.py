@@ -45,7 +45,7 @@ def run_layer(
     x = x.astype(weights.plan.dtype, copy=False)
     own = {n.removeprefix(prefix): w for n, w in effective(_of(weights, prefix), weights.plan).items()}
     block = DecoderLayer(c, layer).load(own)
-    weights.follow([layer], head=False)
+    weights.follow(prefix + n for n in own)
     announce(block, layer, weights)
     table = rope_tables(
         inputs.positions, dim=c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn, dtype=weights.plan.dtype

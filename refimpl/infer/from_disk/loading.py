@@ -45,7 +45,9 @@ def load_from_disk(impl: Impl, checkpoint: Checkpoint, *, budget: int = 0) -> Di
     weights = DiskWeights(checkpoint, impl.plan, budget=budget)
     impl.load(checkpoint.config or {}, weights)
     c = impl.model.config
-    weights.follow(range(c.num_hidden_layers), head=not c.tie_word_embeddings)
+    mtp = tuple([f"model.layers.{c.num_hidden_layers + k}." for k in range(impl.model.n_mtp)])
+    tied = ("lm_head.",) if c.tie_word_embeddings else ()
+    weights.follow(n for n in checkpoint if not n.startswith((*mtp, *tied)))
     for i, block in enumerate(impl.model.model.layers):
         announce(block, i, weights)
     return weights

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.autograd.errors import require, where
+from refimpl.autograd.errors import SpecError, require, where
 from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint, Reader, Rows
 from refimpl.checkpoint.names import layer_of
@@ -60,14 +60,11 @@ class DiskWeights(Mapping[str, Any]):
         """So many bytes were read, vectors and scales included."""
         return self.reader.bytes_read
 
-    def follow(self, layers: Iterable[int], *, head: bool) -> None:
-        """A pass goes through these layers, and then to the head: what is read ahead."""
-        found: dict[int | None, list[str]] = {i: [] for i in layers}
-        for name in self.checkpoint:
-            if layer_of(name) in found and len(self.checkpoint.shape(name)) == 2 and not _EXPERT.search(name):
-                found[layer_of(name)].append(name)
-        names = [n for own in found.values() for n in sorted(own, key=_turn)] + (["lm_head.weight"] if head else [])
-        self._pass = [key for name in names for key in self.keys_of(name)]
+    def follow(self, names: Iterable[str]) -> None:
+        """A pass uses these, layer after layer: what is read ahead. Experts are not, nor rows that are looked up, nor vectors."""
+        ahead = [n for n in names if not _EXPERT.search(n) and not n.endswith(_LOOKED_UP)]
+        matrices = [n for n in ahead if len(self.checkpoint.shape(n)) == 2]
+        self._pass = [key for name in sorted(matrices, key=_turn) for key in self.keys_of(name)]
 
     def chosen(self, layer: int, ids: Array) -> None:
         """A router has decided: its experts' matrices come behind what the layer uses before them.  ids (B, S, K)"""
@@ -149,13 +146,16 @@ class DiskWeights(Mapping[str, Any]):
             return plan.weight(name, w[a - first * high :])
 
 
-def _turn(name: str) -> int:
-    """When a layer uses this matrix."""
-    return next((i for i, part in enumerate(_TURN) if name.endswith(f"{part}.weight")), len(_TURN))
+def _turn(name: str) -> tuple[float, int]:
+    """When a pass uses this matrix: its layer, its place there; what belongs to no layer is the head."""
+    place = next((i for i, part in enumerate(_TURN) if name.endswith(f"{part}.weight")), len(_TURN))
+    layer = layer_of(name)
+    return math.inf if layer is None else layer, place
 
 
 def _refuse_nan(codes: Array) -> None:
     """SpecError for codes that are NaN, of which E4M3 has two, 0x7f and 0xff, and E5M2 more, beside infinities."""
-    limit = 0xFE if codes.dtype.name == "float8_e4m3fn" else 0xF8
-    bad = codes.view(np.uint8) << 1 >= limit
-    require(not bad.any(), f"{int(bad.sum())} codes are NaN or infinite, the first at {np.argwhere(bad)[:1].tolist()}")
+    size, first = codes.view(np.uint8) & 0x7F, 0x7F if codes.dtype.name == "float8_e4m3fn" else 0x7C
+    if size.max(initial=0) >= first:
+        bad = np.argwhere(size >= first)
+        raise SpecError(f"{len(bad)} codes are NaN or infinite, the first at {bad[0].tolist()}")
