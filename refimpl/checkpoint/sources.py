@@ -22,7 +22,7 @@ from .safetensors import Array, SafetensorsFile
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor of a file, or the part of it that is meant: one expert's gate rows of a fused
     tensor.
@@ -50,7 +50,7 @@ class Piece:
         return self.file.offset(self.key) + first * row, (stop - start, *shape[1:])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A canonical tensor: pieces to join along `axis`, or (axis None) copies that must agree."""
 

@@ -27,6 +27,7 @@ from . import (
     recipe,
     record,
     repro,
+    run_layer,
     schedule,
     taps,
     trace,
@@ -40,7 +41,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, info, weights, case, record, maps, trace, taps),
-    *(generate, batch, recipe, data, train, plot, precision, schedule, cluster),
+    *(generate, run_layer, batch, recipe, data, train, plot, precision, schedule, cluster),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

@@ -60,9 +60,10 @@ class Streamed:
             whole[rows] = values
         return whole
 
-    def reshape(self, *shape: int) -> Array:
-        """The matrix in another shape, so all of it."""
-        return np.asarray(self).reshape(*shape)
+    def reshape(self, heads: int, _: int, width: int) -> Any:
+        """Its rows by heads, (H, F/H, D), of which only a part is decoded: `[:, rows]`."""
+        assert width == self.shape[1]
+        return _ByHeads(self, heads)
 
     def __getitem__(self, ids: Array) -> Array:
         """Rows by their numbers.  ids (*) -> (*, D)."""
@@ -74,6 +75,25 @@ class Streamed:
 def rows_of_a_block(shape: tuple[int, ...]) -> int:
     """How many rows of a matrix (F, D) are decoded at a time."""
     return max(BLOCK // shape[1] // 128, 1) * 128
+
+
+@dataclass(frozen=True, eq=False)
+class _ByHeads:
+    of: Streamed
+    heads: int
+
+    def __getitem__(self, part: tuple[slice, slice]) -> Array:
+        """Some rows of every head, as many heads at a time as a block holds.  -> (H, R, D)."""
+        w, (all_heads, rows) = self.of, part
+        assert all_heads == slice(None)
+        each, width = w.shape[0] // self.heads, w.shape[1]
+        out = np.empty((self.heads, len(range(each)[rows]), width), w.dtype)
+        step = max(BLOCK // (each * width), 1)
+        for a in range(0, self.heads, step):
+            b = min(a + step, self.heads)
+            values = w.weights.read(w.name, w.plan, a * each, b * each)
+            out[a:b] = values.reshape(b - a, each, width)[:, rows]
+        return out
 
 
 @dataclass(frozen=True, eq=False)

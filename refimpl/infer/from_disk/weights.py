@@ -26,8 +26,8 @@ from .shelf import Shelf
 
 CHUNK = 1 << 24
 """Bytes that are read at a time: a matrix of an expert of the released model is 14.7 million."""
-AHEAD = 3 * CHUNK
-"""Bytes read ahead that wait to be used; one chunk more is being read."""
+AHEAD = CHUNK
+"""So many bytes may wait to be used before another chunk is read ahead."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _LOOKED_UP = "embed_tokens.weight"
 _TURN = (
@@ -50,6 +50,7 @@ class DiskWeights(Mapping[str, Any]):
         require(not plan.gemms, fits)
         self.checkpoint, self.plan = checkpoint, plan
         self.reader = Reader(checkpoint)
+        checkpoint.let_go()  # pages of the headers
         self.hot = Hot(budget)
         self.shelf = Shelf(self._chunk, self.hot, ahead=AHEAD)
         self._now: tuple[Key, Rows] | None = None  # the chunk that blocks are taken from
