@@ -42,7 +42,7 @@ from refimpl.model import Impl, expected_tensors  # noqa: E402
 
 CONFIG = PRESETS["deepseek-v3"].replace(num_nextn_predict_layers=0)
 HOLE = 1 << 20
-PROMPT = [3, 1, 4, 1, 5]
+PROMPT = [3]
 
 
 class Sparse:
@@ -141,7 +141,7 @@ def one_layer(checkpoint: Checkpoint, layer: int, budget: int) -> None:
             if state == "cold":
                 forget(checkpoint)
             start, cpu = time.perf_counter(), time.process_time()
-            run = run_layer(weights, CONFIG, layer, [PROMPT[:1]])
+            run = run_layer(weights, CONFIG, layer, [PROMPT])
             took, cpu = time.perf_counter() - start, time.process_time() - cpu
             experts = set(run.routing.ids.ravel().tolist()) if run.routing else set()
             least = layer_bytes(checkpoint, layer, experts) + row_bytes(checkpoint, "model.embed_tokens.weight")

@@ -6,11 +6,10 @@ meanwhile kills the process. A read says how much it read, and a short one is an
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from refimpl.autograd.errors import SpecError, require, where
 
 from .header import DTYPES
 from .mapping import Checkpoint
-from .safetensors import Array, SafetensorsFile
+from .safetensors import Array
 from .sources import Piece, Source
 
 
@@ -41,13 +40,12 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.bytes_read = checkpoint, 0
-        self._files: dict[Path, FileIO] = {}
         self._lock = threading.Lock()
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows [start, stop) as stored; of FP8 codes from the beginning of their first block on.
 
-        SpecError, naming tensor and file, where a file cannot be read or ends early.
+        SpecError, naming tensor and file, where a file cannot be read or is not what it was.
         """
         source, scale = self.checkpoint.source(name), self.checkpoint.scale(name)
         with where(f"while reading rows {start}:{stop} of {name}"):
@@ -57,21 +55,6 @@ class Reader:
             first, last = start // high, -(-stop // high)
             codes = self._rows(source, first * high, stop)
             return Rows(first * high, codes, self._rows(scale, first, last))
-
-    def close(self) -> None:
-        """Close the files; a later read opens them again."""
-        with self._lock:
-            for f in self._files.values():
-                f.close()
-            self._files = {}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _rows(self, source: Source, start: int, stop: int) -> Array:
         pieces = source.pieces if source.axis is not None else source.pieces[:1]  # else: copies
@@ -89,21 +72,21 @@ class Reader:
         out = np.empty(shape, DTYPES[dtype])
         with where(f"in {piece.file.path}"), self._lock:
             try:
-                self._fill(self._opened(piece.file), begin, out)
+                with piece.file.path.open("rb", buffering=0) as f:
+                    self._fill(f, piece.file.file_bytes, begin, out)
             except OSError as error:
                 raise SpecError(f"cannot be read: {error.strerror or error}") from error
         return out
 
-    def _fill(self, f: FileIO, begin: int, out: Array) -> None:
+    def _fill(self, f: FileIO, expected: int, begin: int, out: Array) -> None:
+        found = os.fstat(f.fileno()).st_size
+        require(
+            found == expected, f"the file has {found} bytes, but had {expected} when it was opened: was it cut off?"
+        )
         rest = memoryview(out.reshape(-1).view(np.uint8))
         f.seek(begin)
         while rest:
             n = f.readinto(rest) or 0
-            require(n, f"the file ends {len(rest)} bytes early: it was cut off since it was opened")
+            require(n, f"the file ended {len(rest)} bytes early")
             self.bytes_read += n
             rest = rest[n:]
-
-    def _opened(self, file: SafetensorsFile) -> FileIO:
-        if file.path not in self._files:
-            self._files[file.path] = FileIO(file.path)
-        return self._files[file.path]

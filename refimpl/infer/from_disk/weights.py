@@ -122,7 +122,6 @@ class DiskWeights(Mapping[str, Any]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shelf.__exit__(kind, error, trace)
-        self.reader.close()
 
     def _chunk(self, key: Key) -> Rows:
         name, start = key
