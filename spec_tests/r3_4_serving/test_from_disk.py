@@ -50,8 +50,8 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("precision", ["float32", "float64", "bf16"])
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16"])
 def test_from_disk_is_from_memory_bit_for_bit(tmp_path, precision, dtype):
-    """Catches scales of other blocks, rows of other tensors, a plan that is not applied, chunks of another pass; with several chunks
-    a matrix. Bit for bit, for a product of one block is the product itself.
+    """Catches scales of other blocks, rows of other tensors, a plan that is not applied, chunks of another
+    pass. Bit for bit: each matrix here is one block, and its product the product itself.
     """
     checkpoint = checkpoint_of(tmp_path, dtype=dtype, max_shard_bytes=1 << 20)
     impl = Impl(precision=precision)
@@ -61,8 +61,8 @@ def test_from_disk_is_from_memory_bit_for_bit(tmp_path, precision, dtype):
 
 
 def test_blocks_are_put_where_they_belong(case, monkeypatch):
-    """Catches a block of rows in another's place, at every seam of blocks, chunks and scales. Whole numbers, whose sums are exact in
-    any order, so that only the place can be wrong.
+    """Catches a block of rows in another's place, at every seam of blocks, chunks and scales. One term a sum,
+    so that only the place can be wrong.
     """
     monkeypatch.setattr(by_rows, "BLOCK", 1)
     monkeypatch.setattr(weights, "CHUNK", 1 << 14)
@@ -98,8 +98,8 @@ def test_a_part_of_every_head(case, monkeypatch, block):
 
 
 def test_only_what_is_needed_is_read_and_once(case, monkeypatch):
-    """Catches experts read that no token chose, a matrix read twice, a chunk read ahead that was not needed: in every pass the names
-    are those that the routers of the model in memory chose, and the bytes those of the header.
+    """Catches experts read that no token chose, a matrix read twice, a chunk read ahead that was not needed: in every
+    pass the names are those that the routers of the model in memory chose, and the bytes those of the header.
     """
     impl, read, rows = Impl(), [], Reader.rows
     monkeypatch.setattr(Reader, "rows", lambda self, *a: read.append(a) or rows(self, *a))
@@ -128,7 +128,7 @@ def _of(name):
 
 
 def test_a_cache_saves_reading_and_keeps_its_budget(case):
-    """Catches a cache that is never hit, or grows beyond its budget; with room for all a second pass reads a row of the embedding."""
+    """Catches a cache that is never hit, or grows beyond its budget; with room for all a second pass reads one row."""
     for budget in (0, 50_000, 10**9):
         impl, state = Impl(), {}
         with load_from_disk(impl, case, budget=budget) as w:
@@ -228,6 +228,28 @@ def test_a_new_pass_forgets_what_was_announced():
     assert sorted(read_keys) == [("new", 0), ("old", 0), ("old", 0)]
 
 
+def test_what_is_being_read_is_waited_for():
+    """Catches a chunk read twice at the same time: whoever needs what the thread is reading just now gets that."""
+    entered, go, count = threading.Event(), threading.Event(), []
+
+    def read(key):
+        count.append(key)
+        entered.set()
+        assert go.wait(60)
+        return rows_of(10)
+
+    class Asked(Hot):
+        def get(self, key):
+            go.set()  # the thread's read ends now that it is asked for; it cannot be handed over before `get` waits
+            return super().get(key)
+
+    with Shelf(read, Asked(0), ahead=100) as shelf:
+        shelf.begin([("a", 0)])
+        assert entered.wait(60)
+        shelf.get(("a", 0))
+    assert count == [("a", 0)]
+
+
 def test_an_error_comes_to_who_needs_the_rows():
     """Catches errors that die with the thread, or a wait for rows that never come."""
 
@@ -249,7 +271,7 @@ def test_what_comes_out_of_turn_is_read_at_once():
 
 
 def test_layers_in_turn_are_the_model(case):
-    """Catches a layer with other positions, masks or inputs: each on what the one before it gave, they are the whole, bit for bit."""
+    """Catches a layer with other positions, masks or inputs: one after the other they are the whole, bit for bit."""
     out = Impl().load(CONFIG, case).advance(TOKENS, {})
     hidden = None
     for i in range(CONFIG.num_hidden_layers):
@@ -267,17 +289,10 @@ def test_layers_in_turn_are_the_model(case):
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16"])
 def test_any_layout_is_read_alike(tmp_path, layout, dtype):
     """Catches parts joined along the other axis, or rows of one part taken for another's."""
-    config = CONFIG.replace(
-        vocab_size=32,
-        hidden_size=256,
-        num_attention_heads=4,
-        q_lora_rank=128,
-        intermediate_size=512,
-        moe_intermediate_size=256,
-    )
-    checkpoint = checkpoint_of(
-        tmp_path, config.replace(v_head_dim=64, qk_nope_head_dim=64, qk_rope_head_dim=64), dtype=dtype, **layout
-    )
+    sizes = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 64)  # whole blocks for each rank
+    sizes |= {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 128}
+    config = CONFIG.replace(vocab_size=32, num_attention_heads=4, **sizes)
+    checkpoint = checkpoint_of(tmp_path, config, dtype=dtype, **layout)
     reader = Reader(checkpoint)
     for name in checkpoint:
         (codes, scales), n = checkpoint.raw(name), checkpoint.shape(name)[0]
@@ -305,7 +320,7 @@ def test_fused_experts_are_read_alone(tmp_path):
 
 
 def test_a_shard_cut_off_meanwhile_is_named(tmp_path):
-    """Catches a process that the operating system kills, zeros in place of what is missing, and an error that does not say where."""
+    """Catches a process that the operating system kills, zeros in place of what is missing, an error that does not say where."""
     checkpoint, impl = checkpoint_of(tmp_path), Impl()
     with load_from_disk(impl, checkpoint) as w:
         file = open_file(checkpoint.files[0])
