@@ -89,7 +89,7 @@ class Reader:
         require(
             found == expected, f"the file has {found} bytes, but had {expected} when it was opened: was it cut off?"
         )
-        rest = memoryview(out.reshape(-1).view(np.uint8))
+        rest = out.reshape(-1).view(np.uint8).data
         f.seek(begin)
         while rest:
             n = f.readinto(rest) or 0
@@ -99,8 +99,8 @@ class Reader:
 
 
 def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array to read into. A large one is given back to the operating system as soon as it is let go: the allocator would keep
-    holes between chunks that stay and chunks that go, half as many bytes again.
+    """An array to read into. A large one is given back to the operating system as soon as it is let go: the allocator keeps
+    holes between chunks that stay and chunks that go.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, nbytes)) if nbytes >= LARGE else np.empty(shape, dtype)

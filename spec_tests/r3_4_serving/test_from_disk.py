@@ -127,6 +127,30 @@ def _of(name):
     return name.removesuffix("_scale_inv")
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_nextn_predict_layers": 1}, {"tie_word_embeddings": True}], ids=str)
+def test_what_is_announced_is_what_is_used_in_this_order(tmp_path, monkeypatch, changes):
+    """Catches a router that tells nobody, reading ahead that never begins, or is in vain: at every use the head of what
+    was announced is what is used, and at the end nothing is left. The thread sleeps here, so only uses shorten the list.
+    """
+    config = CONFIG.replace(**changes)
+    made = make_weights(config.to_dict(), np.random.default_rng(0), mtp=config.num_nextn_predict_layers)
+    made["lm_head.weight"] = made["model.embed_tokens.weight"]  # also where it is tied, and so not used
+    save(tmp_path, {n: np.float32(w) for n, w in made.items()}, config, dtype="fp8")
+    impl, used, get = Impl(), [], Shelf.get
+
+    def seen(shelf, key):
+        assert shelf.coming[:1] == [key]
+        used.append(key)
+        return get(shelf, key)
+
+    monkeypatch.setattr(Shelf, "get", seen)
+    w = load_from_disk(impl, Checkpoint.open(tmp_path))
+    for tokens in (TOKENS, [[2]]):
+        impl.advance(tokens, {})
+        assert w.shelf.coming == []
+    assert any(".experts." in name for name, _ in used) and len(used) > 40
+
+
 def test_a_cache_saves_reading_and_keeps_its_budget(case):
     """Catches a cache that is never hit, or grows beyond its budget; with room for all a second pass reads one row."""
     for budget in (0, 50_000, 10**9):

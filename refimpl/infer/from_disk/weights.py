@@ -26,7 +26,7 @@ from .shelf import Shelf
 
 CHUNK = 1 << 24
 """Bytes that are read at a time: a matrix of an expert of the released model is 14.7 million."""
-AHEAD = CHUNK
+AHEAD = CHUNK // 2
 """So many bytes may wait to be used before another chunk is read ahead."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _LOOKED_UP = "embed_tokens.weight"
