@@ -136,7 +136,7 @@ def noted(weights: DiskWeights) -> Iterator[list[Callable[[], Rows]]]:
 
 def one_layer(checkpoint: Checkpoint, layer: int, budget: int) -> None:
     """One token through one layer, from the disk, and from the operating system's cache; and the reads alone."""
-    for state in ("cold", "warm", "warm"):
+    for state in ("cold", "warm"):
         with DiskWeights(checkpoint, FLOAT32, budget=budget) as weights, noted(weights) as reads:
             if state == "cold":
                 forget(checkpoint)

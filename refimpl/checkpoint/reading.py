@@ -6,13 +6,10 @@ meanwhile kills the process. A read says how much it read, and a short one is an
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 import threading
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +19,6 @@ from .header import DTYPES
 from .mapping import Checkpoint
 from .safetensors import Array
 from .sources import Piece, Source
-
-LARGE = 1 << 20
-"""Bytes from which on an array gets pages of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +69,7 @@ class Reader:
 
     def _piece(self, piece: Piece, dtype: str, start: int, stop: int) -> Array:
         begin, shape = piece.extent(start, stop)
-        out = _room(shape, DTYPES[dtype])
+        out = np.empty(shape, DTYPES[dtype])
         with where(f"in {piece.file.path}"), self._lock:
             try:
                 with piece.file.path.open("rb", buffering=0) as f:
@@ -96,11 +90,3 @@ class Reader:
             require(n, f"the file ended {len(rest)} bytes early")
             self.bytes_read += n
             rest = rest[n:]
-
-
-def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array to read into. A large one is given back to the operating system as soon as it is let go: the allocator keeps
-    holes between chunks that stay and chunks that go.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, nbytes)) if nbytes >= LARGE else np.empty(shape, dtype)
