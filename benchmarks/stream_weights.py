@@ -142,7 +142,7 @@ def one_layer(checkpoint: Checkpoint, layer: int, budget: int) -> None:
                 forget(checkpoint)
             start, cpu = time.perf_counter(), time.process_time()
             run = run_layer(weights, CONFIG, layer, [PROMPT])
-            took, cpu = time.perf_counter() - start, time.process_time() - cpu
+            took, cpu, most = time.perf_counter() - start, time.process_time() - cpu, peak()
             experts = set(run.routing.ids.ravel().tolist()) if run.routing else set()
             least = layer_bytes(checkpoint, layer, experts) + row_bytes(checkpoint, "model.embed_tokens.weight")
             if state == "cold":
@@ -153,7 +153,7 @@ def one_layer(checkpoint: Checkpoint, layer: int, budget: int) -> None:
             alone = time.perf_counter() - start
         print(
             f"layer {layer}, 1 token, {state}: {took:.2f} s ({cpu:.2f} s of CPU), the reads alone {alone:.2f} s, beyond them "
-            f"{took - alone:.2f} s; {run.bytes_read:,} bytes read, least {least:,}"
+            f"{took - alone:.2f} s; {run.bytes_read:,} bytes read, least {least:,}; peak {most:.0f} MiB"
         )
 
 
