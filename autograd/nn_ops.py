@@ -33,7 +33,9 @@ def product(rows: Array, w: Array) -> Array:
     """rows wT, as few rows are multiplied fastest: what is read then is w, and BLAS reads it best as dot products, then as w rowsT.
     rows (N, D), w (F, D) -> (N, F).
     """
-    plain = isinstance(rows, np.ndarray) and isinstance(w, np.ndarray)  # a matrix that is read from disk knows its transpose only
+    plain = isinstance(rows, np.ndarray) and isinstance(
+        w, np.ndarray
+    )  # a matrix that is read from disk knows its transpose only
     if not plain or len(rows) > SOME:
         return rows @ w.T
     if len(rows) <= FEW:

@@ -4,13 +4,16 @@ from .atomic import Transaction
 from .checks import Report, check, copies_that_differ, scan_nonfinite
 from .info import count_parameters, describe
 from .mapping import Checkpoint
+from .reading import Reader, Rows
 from .safetensors import SafetensorsFile, open_file, write_file
 from .saving import save
 from .shards import json_object
 
 __all__ = [
     "Checkpoint",
+    "Reader",
     "Report",
+    "Rows",
     "SafetensorsFile",
     "Transaction",
     "check",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ MAX_DIMS = 32  # NumPy 1's limit; NumPy 2 allows 64
 METADATA = "__metadata__"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What the header says of one tensor: dtype name, shape, and bytes begin:end of the data
     section.
@@ -127,7 +128,7 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
         nbytes == span,
         f"tensor {name!r}: {dtype} {shape} has {nbytes} bytes, data_offsets span {span}",
     )
-    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(sys.intern(dtype), tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(values: Any) -> bool:

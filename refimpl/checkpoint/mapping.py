@@ -86,7 +86,7 @@ class Checkpoint(Mapping[str, Array]):
         """The tensor as stored, and the scales of its blocks if it is FP8. Raises SpecError for
         codes without scales.
         """
-        source, scales = self._source(name), self._scales.get(name)
+        source, scales = self.source(name), self._scales.get(name)
         with where(f"while loading {name} from {self._files_of(name)}"):
             if scales is None and source.dtype in _CODES:
                 other = near(name + SCALE, (n for n in self._sources if "scale" in n))
@@ -96,15 +96,15 @@ class Checkpoint(Mapping[str, Array]):
 
     def dtype(self, name: str) -> str:
         """The stored dtype as safetensors names it: "BF16", "F8_E4M3", ..."""
-        return self._source(name).dtype
+        return self.source(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, model-parallel parts joined."""
-        return self._source(name).shape
+        return self.source(name).shape
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of the tensor without its scales."""
-        return self._source(name).nbytes
+        return self.source(name).nbytes
 
     def scale(self, name: str) -> Source | None:
         """Where the scales of an FP8 tensor lie, None for any other."""
@@ -119,7 +119,8 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._sources)
 
-    def _source(self, name: str) -> Source:
+    def source(self, name: str) -> Source:
+        """Where the tensor lies, without its scales. KeyError with a near name if there is none."""
         if name not in self._sources:
             other = near(name, self._sources)
             raise KeyError(f"{self.path} has no tensor {name!r}" + (f"; did you mean {other!r}?" if other else ""))

@@ -84,6 +84,10 @@ class SafetensorsFile(Mapping[str, Array]):
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._data.madvise(mmap.MADV_DONTNEED)
 
+    def offset(self, name: str) -> int:
+        """Where the tensor's bytes begin in the file."""
+        return self._start + self.header[name].begin
+
     @property
     def head(self) -> bytes:
         """The file's bytes before the tensors' data."""

@@ -22,7 +22,7 @@ from .safetensors import Array, SafetensorsFile
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor of a file, or the part of it that is meant: one expert's gate rows of a fused
     tensor.
@@ -37,8 +37,20 @@ class Piece:
         array = self.file[self.key]
         return array[self.part] if self.part else array
 
+    def extent(self, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
+        """Where rows [start, stop) begin in the file, and their shape; one expert's rows of a fused tensor lie together, too."""
+        info = self.file.header[self.key]
+        shape, first = info.shape, start
+        if self.part:
+            expert, rows = self.part
+            assert isinstance(expert, int) and isinstance(rows, slice)
+            first += expert * shape[1] + rows.start
+            shape = shape[1:]
+        row = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
+        return self.file.offset(self.key) + first * row, (stop - start, *shape[1:])
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A canonical tensor: pieces to join along `axis`, or (axis None) copies that must agree."""
 

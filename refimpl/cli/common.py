@@ -29,6 +29,12 @@ def model_config(args: argparse.Namespace) -> Config:
     return PRESETS[args.preset]
 
 
+def gib(number: float) -> int:
+    """GiB in bytes; SpecError for what is no amount."""
+    require(0 <= number < 2**20, f"a cache of {number} GiB; expected 0 or more")
+    return int(number * 2**30)
+
+
 def progress(what: str) -> Callable[[list[Any]], Iterable[Any]]:
     """A progress bar on standard error if a person is watching, nothing otherwise."""
     if not sys.stderr.isatty():

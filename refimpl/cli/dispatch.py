@@ -30,6 +30,7 @@ from . import (
     recipe,
     record,
     repro,
+    run_layer,
     schedule,
     score,
     serve,
@@ -45,7 +46,7 @@ INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
     *(diff, impact, explain, repro, conform, mutants, info, weights, score, case, record, maps, trace, taps),
-    *(generate, batch, serve, recipe, data, train, plot, precision, schedule, cluster, eplb),
+    *(generate, run_layer, batch, serve, recipe, data, train, plot, precision, schedule, cluster, eplb),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""
 

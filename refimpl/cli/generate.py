@@ -6,15 +6,17 @@ import argparse
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refimpl.autograd.errors import require, where
 
-from .common import Commands
+from .common import Commands, gib
 
 if TYPE_CHECKING:
-    from refimpl.infer import Completion, Request, Tally, Token, Tokenizer
+    from refimpl.checkpoint import Checkpoint
+    from refimpl.infer import Completion, Request, Speculation, Tally, Token, Tokenizer
     from refimpl.model import Impl
 
 EXAMPLES = """examples:
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   refimpl generate model/ --chat --prompt "Hello!" --temperature 0.6 --top-p 0.95 --seed 7
   refimpl generate model/ --prompt "def f(x):" --speculative        (drafts by the checkpoint's MTP modules)
   refimpl generate refimpl/cases/tiny --tokens 3,1,4,1,5 --max-tokens 8   (without a tokenizer: ids in, ids out)
+  refimpl generate DeepSeek-V3/ --prompt "1 + 1 =" --max-tokens 2 --stream-weights 8   (671B from disk, 8 GiB of cache)
 
 The result goes to standard output, rates to standard error. Greedy unless --temperature says otherwise."""
 
@@ -54,6 +57,14 @@ def add(commands: Commands) -> None:
     p.add_argument("--beams", type=int, metavar="N", help="beam search instead of sampling")
     p.add_argument("--precision", default="float32", help="float64, float32, bf16 or fp8 (default: float32)")
     p.add_argument("--kv-format", choices=["fp8", "int8"], help="keep the latent cache in bytes")
+    p.add_argument(
+        "--stream-weights",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="GIB",
+        help="leave the matrices on disk, read what a token needs, keep what is used most in so much memory (1)",
+    )
     p.set_defaults(run=run)
 
 
@@ -76,7 +87,7 @@ def _add_sampler(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from refimpl.checkpoint import Checkpoint
-    from refimpl.infer import Speculation, Tally
+    from refimpl.infer import Speculation
     from refimpl.model import Impl
 
     require(args.prompt or args.tokens, "nothing to go on from; give --prompt TEXT or --tokens IDS")
@@ -92,7 +103,29 @@ def run(args: argparse.Namespace) -> int:
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     requests, tokenizer = _requests(args, folder, checkpoint.config or {})
     _watch(f"loading {args.checkpoint}")
+    with _loaded(args, impl, checkpoint):
+        return _answer(args, impl, requests, tokenizer, speculate)
+
+
+def _loaded(args: argparse.Namespace, impl: Impl, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
+    """Give the model its weights: all of them, or, inside the context, those that it needs when it needs them."""
+    from refimpl.infer.from_disk import load_from_disk
+
+    if args.stream_weights is not None:
+        return load_from_disk(impl, checkpoint, budget=gib(args.stream_weights))
     impl.load(checkpoint.config or {}, checkpoint)
+    return nullcontext()
+
+
+def _answer(
+    args: argparse.Namespace,
+    impl: Impl,
+    requests: list[Request],
+    tokenizer: Tokenizer | None,
+    speculate: Speculation | None,
+) -> int:
+    from refimpl.infer import Tally
+
     if args.beams is not None:
         plain = not args.stream and speculate is None and args.temperature == 0 and not args.stop
         require(plain, "--beams goes with none of --stream, --speculative, --temperature, --stop")

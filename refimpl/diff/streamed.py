@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint
 from refimpl.layers.precision import BF16, Plan
-from refimpl.model import effective
+from refimpl.model import Streamed, effective
 
 from .pages import Pages
 
 LARGE = 1 << 24
-"""Numbers from which on a matrix is read a block at a time, and how many a block holds at most."""
+"""Numbers from which on a matrix is read a block at a time."""
 EXPERT = 1 << 16
 """Numbers from which on an expert's matrix is read when it is multiplied by, and not kept: the next one takes its place in the
 cache.
@@ -74,49 +73,3 @@ class StageWeights:
         found = effective({name: narrowed(name, w, kept) if kept else w}, plan)[name]
         self.pages.read(found.nbytes)
         return found
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A matrix (F, D) that is decoded where it is read: rows that are looked up, blocks of rows in a product with its transpose."""
-
-    weights: StageWeights
-    name: str
-    plan: Plan
-    shape: tuple[int, int]
-    ndim = 2
-    __array_ufunc__ = None  # x @ w.T asks the transpose below
-
-    @property
-    def dtype(self) -> Any:
-        """That of the plan."""
-        return np.dtype(self.plan.dtype)
-
-    @property
-    def T(self) -> Any:
-        """The transpose: that of an expert, which is multiplied by alone, as an array."""
-        return np.asarray(self).T if ".experts." in self.name else _Transposed(self)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self.weights.read(self.name, self.plan, 0, self.shape[0]).astype(dtype or self.dtype, copy=False)
-
-    def __getitem__(self, ids: Array) -> Array:
-        """Rows by their numbers.  ids (*) -> (*, D)."""
-        rows, place = np.unique(ids, return_inverse=True)
-        found = [self.weights.read(self.name, self.plan, int(i), int(i) + 1)[0] for i in rows]
-        return np.stack(found)[place.reshape(np.shape(ids))]
-
-
-@dataclass(frozen=True)
-class _Transposed:
-    of: Streamed
-    __array_ufunc__ = None
-
-    def __rmatmul__(self, x: Array) -> Array:
-        """x wT, a block of rows of w at a time.  x (N, D) -> (N, F)."""
-        w, (n, d) = self.of, self.of.shape
-        step = max(LARGE // d // 128, 1) * 128
-        y = np.empty((*x.shape[:-1], n), x.dtype)
-        for a in range(0, n, step):
-            y[..., a : a + step] = x @ w.weights.read(w.name, w.plan, a, min(a + step, n)).T
-        return y

@@ -1,5 +1,6 @@
 """The model: its inputs and cache, its weights under a precision plan, and `Impl`, the protocol other tools drive it by."""
 
+from .by_rows import Streamed
 from .causal_lm import ForCausalLM, Model, Output, expected_tensors
 from .impl import Impl, KVState, Taps, introduce
 from .inputs import Cache, Inputs, read_inputs
@@ -13,6 +14,7 @@ __all__ = [
     "KVState",
     "Model",
     "Output",
+    "Streamed",
     "Taps",
     "effective",
     "expected_tensors",

@@ -12,22 +12,31 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.numerics.quantisation import dequantize_blocks
 from refimpl.layers.precision import Plan
 
+from .by_rows import Streamed
+
 SCALE = "_scale_inv"
 
 
-def effective(weights: Mapping[str, Any], plan: Plan, block: tuple[int, int] = (128, 128)) -> dict[str, Array]:
+def effective(weights: Mapping[str, Any], plan: Plan, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
     """Checkpoint name -> the array the plan computes with; arrays that fit already are passed on without a copy.
 
     A weight is a float array, a pair (FP8 codes, scale_inv), or FP8 codes with a companion entry `<name>_scale_inv`.
+    One that is read by rows passes.
     SpecError for dtypes that hold no weights and for NaN or infinity, naming the tensor and the first bad element.
     """
-    out = {}
+    out: dict[str, Any] = {}
     for name in weights:
         require(isinstance(name, str), f"weights have names, not {name!r}")
         if name.endswith("weight" + SCALE) and name.removesuffix(SCALE) in weights:
             continue
         with where(f"while loading {name}"):
             w = weights[name]
+            if isinstance(w, Streamed):
+                require(
+                    w.plan is plan, f"it is read under the plan {w.plan.name}, the model computes under {plan.name}"
+                )
+                out[name] = w
+                continue
             pair = w if isinstance(w, tuple) else (w, weights[name + SCALE]) if name + SCALE in weights else None
             if pair is not None:
                 good = len(pair) == 2 and all(hasattr(a, "dtype") for a in pair)

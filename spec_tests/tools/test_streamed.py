@@ -10,11 +10,11 @@ from refimpl.checkpoint import Checkpoint, save
 from refimpl.diff import render
 from refimpl.diff import streamed as module
 from refimpl.diff.judge import judge
-from refimpl.diff.streamed import StageWeights, Streamed
+from refimpl.diff.streamed import StageWeights
 from refimpl.diff.trace import digest
 from refimpl.layers import PRESETS
 from refimpl.layers.precision import BF16, FLOAT32, FLOAT64
-from refimpl.model import effective
+from refimpl.model import Streamed, by_rows, effective
 
 from .test_diff_partial import case, recording
 
@@ -25,6 +25,7 @@ def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
     """Catches a block that begins in the wrong row, and a plan that is not applied to parts."""
     monkeypatch.setattr(module, "LARGE", 1 << 10)
     monkeypatch.setattr(module, "EXPERT", 1 << 8)
+    monkeypatch.setattr(by_rows, "BLOCK", 1 << 10)
     weights = StageWeights(case().checkpoint, dict.fromkeys(case().checkpoint, rounded))
     rng, x = np.random.default_rng(0), None
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"):
@@ -49,6 +50,7 @@ def test_a_judgement_on_streamed_weights_is_the_same(monkeypatch):
     held = judge(case(), recording("hf-bug"))
     monkeypatch.setattr(module, "LARGE", 1 << 8)
     monkeypatch.setattr(module, "EXPERT", 1 << 8)
+    monkeypatch.setattr(by_rows, "BLOCK", 1 << 8)
     streamed = judge(case(), recording("hf-bug"))
     assert [(f.tap, f.ok) for f in held.findings] == [(f.tap, f.ok) for f in streamed.findings]
     assert [d.id for d in streamed.causes] == ["R01"] and render(streamed).splitlines()[-1] == render(
