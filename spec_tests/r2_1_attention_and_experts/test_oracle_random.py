@@ -167,6 +167,7 @@ def test_multi_token_prediction(model):
     assert not differing(ours, theirs, taps, TIGHT)
 
 
+@pytest.mark.slow
 @quick
 @given(models(mtp=2))
 def test_losses(model):

@@ -99,6 +99,7 @@ def test_dualpipe_is_symmetric(size):
     assert list(ranks) == turned
 
 
+@pytest.mark.slow
 @given(sizes)
 @settings(deadline=None)
 def test_any_size_can_run(size):

@@ -132,7 +132,11 @@ def test_one_rank_does_what_the_plain_training_step_does(one_rank):
     same_training([(Place(0, 0, 0, 0), *one_rank)], weights, reports, close=3e-7, sharp=1e-7)
 
 
-@pytest.mark.parametrize(("shape", "name", "micro_batches"), [*MESHES, *SIXTEEN], ids=described)
+@pytest.mark.parametrize(
+    ("shape", "name", "micro_batches"),
+    [*MESHES, *[pytest.param(*m, marks=pytest.mark.slow) for m in SIXTEEN]],
+    ids=described,
+)
 def test_training_on_a_mesh_is_training_on_one_rank(one_rank, shape, name, micro_batches):
     """Catches gradients of experts scaled or added up over the wrong ranks, an embedding that drifts apart between first
     and last stage, squares counted twice in the norm, a bias moved by one rank's loads, tokens trained twice.

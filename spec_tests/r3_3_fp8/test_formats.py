@@ -34,6 +34,10 @@ WITH_DTYPE = [f for f in FORMATS.values() if f.dtype is not None]
 IN_ML_DTYPES = [E4M3, E5M2, BF16, FP16]  # E2M1: its cast saturates, see below; UE8M0 and INT8: scales, integers
 WITH_NAN = [f for f in FLOATS if f.nan is not None]
 each_float = pytest.mark.parametrize("fmt", FLOATS, ids=lambda f: f.name)
+WIDE = (BF16, FP16)  # with 65,536 codes
+each_code = pytest.mark.parametrize(
+    "fmt", [pytest.param(f, marks=pytest.mark.slow) if f in WIDE else f for f in FLOATS], ids=lambda f: f.name
+)
 each_dtype = pytest.mark.parametrize("fmt", WITH_DTYPE, ids=lambda f: f.name)
 each_cast = pytest.mark.parametrize("fmt", IN_ML_DTYPES, ids=lambda f: f.name)
 each_nan = pytest.mark.parametrize("fmt", WITH_NAN, ids=lambda f: f.name)
@@ -138,7 +142,7 @@ def test_every_code_encodes_back_to_itself(fmt):
 # ---- Rounding
 
 
-@each_float
+@each_code
 def test_every_bfloat16_value_goes_to_the_nearest_code(fmt):
     """Catches: truncation, ties away from zero, flushed subnormals, a binade lost at the top."""
     x = all_bfloat16()
@@ -148,7 +152,7 @@ def test_every_bfloat16_value_goes_to_the_nearest_code(fmt):
         np.testing.assert_array_equal(encode(x, fmt, overflow=overflow), codes[overflow])
 
 
-@each_float
+@each_code
 def test_midpoints_go_to_the_even_code_and_their_neighbours_to_the_nearer(fmt):
     """Catches: a sticky bit forgotten, double rounding, ties away or down, the wrong edge of overflow."""
     x = hard_cases(fmt)

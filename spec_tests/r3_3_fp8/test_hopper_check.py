@@ -28,6 +28,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_the_rehearsal_finds_every_output_equal(tmp_path):
     """Catches a script that rots because nobody here can run it: everything but the GPU's own calls is run."""
     done = run("--rehearse", "--dots", "1", "--side", "128", "--out", tmp_path / "report.md")

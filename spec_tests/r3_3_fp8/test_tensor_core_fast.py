@@ -55,6 +55,7 @@ def test_every_recorded_row_of_the_other_machines(name):
 # ------------------------------------------------------------------------------------------------- random and malicious
 
 
+@pytest.mark.slow
 @each_target
 @settings(max_examples=12, deadline=None)
 @given(

@@ -77,7 +77,12 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("precision", "how"), [("float32", "save"), ("bf16", "begin"), ("fp8", "begin"), ("float64", "save")]
+    ("precision", "how"),
+    [
+        ("float32", "save"),
+        ("bf16", "begin"),
+        *[pytest.param(*p, marks=pytest.mark.slow) for p in (("fp8", "begin"), ("float64", "save"))],
+    ],
 )
 def test_a_resumed_run_never_stopped(tmp_path, precision, how):
     """Catches anything left out (a moment, the bias, the EMA, the step that the schedule and the bias correction count,

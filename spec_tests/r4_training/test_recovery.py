@@ -84,6 +84,7 @@ def test_the_job_goes_on_on_fewer_ranks(tmp_path, undisturbed, calm, victim, whe
         np.testing.assert_allclose(mine[name], two[name], rtol=0, atol=CLOSE, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_before_its_first_checkpoint_begins_again(tmp_path, undisturbed):
     """Catches a resume from nothing that fails, or from ruins."""
     mine, ended, began = crash(tmp_path / "run", 2, 50)

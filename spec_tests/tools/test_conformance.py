@@ -52,6 +52,7 @@ def test_a_known_bug_fails_its_own_stage_alone(plain, id):
     assert wrong(id, plain) == {MUTANTS[id].stage}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", INNOCENTS)
 def test_an_innocent_rewrite_fails_no_stage(plain, id):
     """Catches limits so tight that a correct port with other roundings is called wrong."""

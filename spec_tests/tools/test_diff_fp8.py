@@ -178,6 +178,7 @@ def test_chunks_and_a_training_step_conform():
         assert not judge(tiny, trace).culprits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("precision", ["fp8", "fp8_ue8m0"])
 def test_no_part_of_a_run_with_codes_is_called_wrong(case, traces, precision, seed):

@@ -85,6 +85,7 @@ def test_parts_give_what_the_whole_gives():
         np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.taps[f"fwd/{tap}"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([CHUNKS, STEPS]),
@@ -144,6 +145,7 @@ def test_a_training_step_conforms(mtp, precision):
     assert trained <= set(trace.taps) and {f"upd/L{i}/router.bias" for i in (1, 2)} <= set(trace.taps)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["float32", "bf16"]), st.integers(0, 10**6), st.sampled_from([0.8, 0.4, 0.15]))
 def test_no_part_of_a_training_step_is_called_wrong(precision, seed, share):

@@ -5,6 +5,7 @@ Everything is read from the source with `ast`, or done in a fresh interpreter.
 
 import ast
 import fnmatch
+import functools
 import importlib.util
 import json
 import pathlib
@@ -37,8 +38,13 @@ INSIDE_FUNCTIONS = {
 }
 
 
-def imports(module: str, file: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
+@functools.cache
+def imports(module: str, file: pathlib.Path) -> list[tuple[str, int, bool]]:
     """(what is imported, line, whether that happens inside a function) for every import."""
+    return list(_imports(module, file))
+
+
+def _imports(module: str, file: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
     tree = tree_of(file)
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
     inside = {n for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}

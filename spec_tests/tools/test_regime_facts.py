@@ -193,6 +193,7 @@ FACTS = {f.__name__.replace("_", "-"): f for f in (
 )}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_regime_does_what_it_says(regime):
     """Catches a regime that is none: weights drawn over, an input left out, a size that came out even, a tie that is not equal."""
@@ -208,6 +209,7 @@ def test_decisions_are_won_clearly_in_a_regime_too(regime):
     assert min(closest(list(t), config) for a in layers for t in a) > 0.019
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["near-ties", "ties"])
 def test_tokens_stay_various(regime):
     """Catches the closest decision taken for the best one again and again: a case of one token, which shows nothing else."""

@@ -45,6 +45,7 @@ MISREAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", MISREAD)
 def test_cut_off_blocks_show_what_whole_ones_hide(id):
     """Catches sizes that no block boundary crosses: a block size inferred from the shapes (F01, F02), the last block scaled by its

@@ -78,6 +78,7 @@ def test_every_regime_shows_something_of_the_corpus():
         assert missing <= {"R06"}, (r.id, missing)  # a test of its own, below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("regime", "mutant"), SHOWN, ids=lambda x: getattr(x, "id", x))
 def test_a_regime_shows_a_bug_that_a_plain_case_hides(regime, mutant):
     """Catches a regime in which the bugs it is for stay hidden, blame on another stage, and a bug that needs no regime."""
@@ -161,6 +162,7 @@ def test_either_way_of_a_tie_conforms(patches, taps):
 ALL = "bias-negative,near-ties,small-latents,eps,padding,long-positions,mscale,raw-weights,scaling-1,ragged-128,mtp-2,fp8-weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", [ALL, "extreme-logits,offset,full-rank-q,no-groups,small-latents", "ties,bias-positive,padding,offset"]
 )
@@ -175,6 +177,7 @@ def test_regimes_that_do_not_contradict_each_other_go_together(text):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regimes", ["bias-negative,long-positions", "ties", "extreme-logits,padding,fp8-weights"])
 def test_a_real_model_made_small_takes_regimes(regimes):
     """Catches regimes that only preset tiny can have."""
@@ -189,6 +192,7 @@ def test_softmax_scores_have_a_margin_of_their_size():
         assert judged(made(regimes, config=V2)).verdict == "CONFORMS"
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_case_in_a_regime():
     """Catches a regime with a memory, one that ignores the seed, and an order of names that matters."""
     a, b, c, d = (contents(made(*x)) for x in [("ties,eps", 1), ("eps, ties", 1), ("ties,eps", 2), ("", 1)])

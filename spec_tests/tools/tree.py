@@ -3,6 +3,7 @@ wheel; module name -> file.
 """
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -47,6 +48,7 @@ FILES = {  # module name -> file
 CODE = {name: file for name, file in FILES.items() if not name.startswith("refimpl.spec_tests")}
 
 
+@functools.cache
 def tree_of(file: pathlib.Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 

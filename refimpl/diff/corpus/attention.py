@@ -171,10 +171,15 @@ MUTANTS = (
     Mutant("A13c", "the key-value latent is not normalised", "mla.c_kv", lambda kv, w, *, eps: kv[..., : w.shape[0]]),
     Mutant(
         "A13d",
-        "queries are normalised, head by head",
+        "queries of full rank are normalised, head by head",
         "mla.q",
         _normed_queries,
         threads("Megatron-Bridge #5261"),
+        "q_lora_rank null",
+        lambda c: not _low_rank(c),
+    ),
+    Mutant(
+        "A13e", "queries are normalised, head by head, behind their latent", "mla.q", _normed_queries, applies=_low_rank
     ),
     Mutant(
         "A17",
