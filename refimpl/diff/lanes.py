@@ -14,8 +14,9 @@ from refimpl.layers.precision import Plan
 from refimpl.layers.stage import Call
 
 from .holes import mended, torn
+from .orders import ORDERS
 from .reading import Pick
-from .tolerance import Noise
+from .tolerance import TWINS, Noise
 from .wide import Wide
 
 Weights = Callable[[str, Plan], Array]
@@ -62,13 +63,14 @@ class Lane:
     def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
         """The call's stage in this lane, or another function of the same arguments in its place."""
         ours = {"dtype": self.plan.dtype, "kernel": self.plan.kernel}  # settings that are the lane's
+        fn = fn or (ORDERS.get(call.stage) if self.twin == TWINS - 1 else None) or call.of.fn
         static = call.static | {k: ours[k] for k in ours if k in call.static}
         # a candidate may hold NaN; that is reported, not warned of
         with np.errstate(all="ignore"), using(self.plan.kernel(call.stage)):
             args = [self.value(a, call, r) for a in call.args]
 
             def made(values: Sequence[Any]) -> Array:
-                out: Array = (fn or call.of.fn)(*values, **static)
+                out: Array = fn(*values, **static)
                 return out
 
             if self.naive or not self.given or not torn(call.args, args):
