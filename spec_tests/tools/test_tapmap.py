@@ -229,7 +229,7 @@ def test_the_extras_that_are_told_exist():
     source = "".join([file.read_text(encoding="utf-8") for file in (ROOT / "refimpl" / "record").glob("*.py")])
     told = set(re.findall(r'library\("[\w.]+", "(\w+)"\)', source))
     assert (
-        {"interop", "torch", "mlx", "llamacpp", "gguf", "torchtitan", "megatron"}
+        {"interop", "torch", "mlx", "llamacpp", "gguf", "torchtitan", "megatron", "text"}
         == told
         <= set(project()["project"]["optional-dependencies"])
     )
