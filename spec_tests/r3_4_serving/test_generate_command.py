@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -153,3 +155,18 @@ def test_a_template_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(SpecError, match=r"chat_template\.jinja: cannot be read"):
         Tokenizer.open(tmp_path)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_is_no_bug():
+    """Catches a traceback, and the exit code 120 of a process whose last flush fails."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "refimpl", "generate", str(TINY), "--tokens", "3", "--max-tokens", "2"],
+            cwd=TINY.parents[2],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3 and "cannot be written: No space left" in done.stderr and "Traceback" not in done.stderr
