@@ -157,6 +157,8 @@ def _faults(maps: Maps, phy2log: Ints, experts: int, gpus: int, replicas: int | 
         yield "slots", 0, f"the maps have {slots} slots; expected {replicas}"
     if slots % gpus:
         yield "slots", 0, f"{slots} slots do not divide among {gpus} GPUs"
+    if maps.expert_maps is not None and maps.expert_maps.shape[1] != gpus:
+        yield "slots", 0, f"expert_maps is of {maps.expert_maps.shape[1]} ranks, not of {gpus} GPUs"
     for layer, s in np.argwhere(phy2log < 0):
         yield "empty slot", int(layer), f"slot {s} holds no expert"
     for layer, s in np.argwhere(phy2log >= experts):

@@ -153,9 +153,10 @@ def _padded(value: Any) -> Any:
 
 
 def _ascend(given: Mapping[str, Any]) -> Ints:
-    """layer_list -> (L, R): the experts of each device, device after device."""
+    """layer_list -> (L, R): the experts of each device, device after device; -1 in what a device has less than the fullest."""
     try:
         layers = [[list(device["device_expert"]) for device in layer["device_list"]] for layer in given["layer_list"]]
     except (KeyError, TypeError) as error:
         raise SpecError(f"layer_list without device_list and device_expert: {error}") from None
-    return _whole("phy2log", [[e for device in layer for e in device] for layer in layers])
+    most = max((len(device) for layer in layers for device in layer), default=0)
+    return _whole("phy2log", [[e for d in layer for e in [*d, *[-1] * (most - len(d))]] for layer in layers])

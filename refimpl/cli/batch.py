@@ -107,7 +107,7 @@ def _requests(name: str, folder: Path, config: dict[str, Any]) -> list[Request]:
 
 def _lines(name: str) -> Iterator[str]:
     try:
-        yield from (sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")).splitlines()
+        yield from (sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{name}: cannot be read: {error}") from None
 
@@ -115,7 +115,7 @@ def _lines(name: str) -> Iterator[str]:
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, numbers of thousands of digits, deep nests
         raise SpecError(f"not JSON: {error}") from None
     require(isinstance(found, dict), f"a {type(found).__name__}; expected an object")
     unknown = sorted(set(found) - {"tokens", "prompt", *SETTINGS})

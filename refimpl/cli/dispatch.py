@@ -5,6 +5,8 @@ contract.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         code: int = args.run(args)
+        sys.stdout.flush()
     except SpecError as error:
         print(f"refimpl: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -65,11 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _bug()
+        print(f"refimpl: cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written at exit either
+        return BAD_INPUT
     except Exception:  # Python's own exit code 1 would read as "diverges"
-        traceback.print_exc()
-        print("refimpl: this is a bug of refimpl, not a verdict", file=sys.stderr)
-        return INTERNAL
+        return _bug()
     return code
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print("refimpl: this is a bug of refimpl, not a verdict", file=sys.stderr)
+    return INTERNAL
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     require(args.rows >= 1, f"--rows {args.rows}; expected at least 1")
     require(args.gpus >= 1, f"--gpus {args.gpus}; expected at least 1")
     require(args.slack is None or bool(args.check), "--slack is for --check")
-    slots = args.slots or -(-loads.shape[1] // args.gpus) * args.gpus
+    slots = args.slots if args.slots is not None else -(-loads.shape[1] // args.gpus) * args.gpus
     if args.check:
         return _check(args, loads)
     with where(f"in {args.loads}"):

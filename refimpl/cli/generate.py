@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refimpl.autograd.errors import require, where
+from refimpl.autograd.errors import SpecError, require, where
 
 from .common import Commands, gib
 
@@ -92,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
 
     require(args.prompt or args.tokens, "nothing to go on from; give --prompt TEXT or --tokens IDS")
     require(not args.recycle or args.speculative, "--recycle is about drafts; give --speculative DEPTH")
+    _check_beams(args)
+    require(args.prompt or not args.chat, "--chat is about texts; give --prompt TEXT")
+    require(args.chat or args.system is None, "--system is a message of --chat")
+    require(args.json or not args.logprobs, "--logprobs are shown by --json")
     many = len(args.prompt) + len(args.tokens) > 1
     require(
         not (args.stream and many) or args.json, "--stream of several prompts needs --json: their tokens come mixed"
@@ -105,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
     _watch(f"loading {args.checkpoint}")
     with _loaded(args, impl, checkpoint):
         return _answer(args, impl, requests, tokenizer, speculate)
+
+
+def _check_beams(args: argparse.Namespace) -> None:
+    """SpecError for what a search by the model's own distribution has no use for."""
+    given = {"--stream": args.stream, "--speculative": args.speculative is not None, "--temperature": args.temperature}
+    given |= {"--stop": args.stop, "--top-k": args.top_k is not None, "--top-p": args.top_p != 1, "--min-p": args.min_p}
+    given |= {"--repetition-penalty": args.repetition_penalty != 1, "--logprobs": args.logprobs, "--seed": args.seed}
+    useless = ", ".join(name for name, there in given.items() if there)
+    require(args.beams is None or not useless, f"--beams goes with none of {useless}")
 
 
 def _loaded(args: argparse.Namespace, impl: Impl, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
@@ -127,8 +140,6 @@ def _answer(
     from refimpl.infer import Tally
 
     if args.beams is not None:
-        plain = not args.stream and speculate is None and args.temperature == 0 and not args.stop
-        require(plain, "--beams goes with none of --stream, --speculative, --temperature, --stop")
         return _beams(args, impl, requests, tokenizer)
     tally, started = Tally(), time.perf_counter()
     done, first = _generate(args, impl, requests, speculate, tally)
@@ -156,19 +167,25 @@ def _requests(args: argparse.Namespace, folder: Path, config: dict[str, Any]) ->
 
 def _encoded(tokenizer: Tokenizer | None, text: str, args: argparse.Namespace) -> list[int]:
     assert tokenizer is not None
-    text = sys.stdin.read() if text == "-" else text
+    text = _input() if text == "-" else text
     if not args.chat:
         return tokenizer.encode(text)
     system = [{"role": "system", "content": args.system}] if args.system else []
     return tokenizer.chat([*system, {"role": "user", "content": text}])
 
 
+def _input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise SpecError(f"standard input is no text: {error}") from None
+
+
 def _ids(text: str) -> list[int]:
     try:
         return [int(t) for t in text.replace(",", " ").split()]
     except ValueError:
-        require(False, f"--tokens {text!r}; expected ids such as 3,1,4")
-        raise
+        raise SpecError(f"--tokens {text!r}; expected ids such as 3,1,4") from None
 
 
 def _generate(

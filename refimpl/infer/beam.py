@@ -41,7 +41,8 @@ def beam_search(
     reach.
     """
     require(isinstance(beams, int) and beams >= 1, f"beams is {beams!r}; expected a whole number from 1")
-    require(np.isfinite(length_penalty), f"length_penalty is {length_penalty}; expected a finite number")
+    real = isinstance(length_penalty, int | float) and -32 <= length_penalty <= 32
+    require(real, f"length_penalty is {length_penalty!r}; expected -32 to 32")  # its power is a float
     limit = Request(prompt, Settings(max_tokens=max_tokens, eos=eos)).check(impl.model.config)
     state = impl.new_cache()
     running, done = [_beam((), 0.0, length_penalty)], list[Beam]()

@@ -61,17 +61,17 @@ class Drafter:
         self._hidden: list[Array] = []  # per row h^0 (W, D) of entries that are not in the cache
 
     def propose(
-        self, rows: Sequence[int], hidden: Sequence[Array], tokens: Sequence[list[int]], draft: Propose
+        self, rows: Sequence[int], hidden: Sequence[Array], tokens: Sequence[list[int]], draft: Propose, most: int
     ) -> list[list[Draft]]:
-        """`depth` drafts for each row.  rows: which of those before go on; hidden: h^0 (S, D) of each one's newly seen tokens;
-        tokens: all that is decided, t_0 .. t_m.
+        """`depth` drafts for each row, or `most`, but one of each module at least.  rows: which of those before go on; hidden:
+        h^0 (S, D) of each one's newly seen tokens; tokens: all that is decided, t_0 .. t_m.
         """
         self._go_on(rows, hidden)
         final = [max(len(t) - 1 - len(h), len(t) - self._modules, 0) for t, h in zip(tokens, self._hidden, strict=True)]
         drafts: list[list[Draft]] = [[] for _ in rows]
         with self._impl.rounding():
             entries, last = self._chain(tokens, drafts, draft)
-            self._recycle(entries, last, tokens, drafts, draft)
+            self._recycle(entries, last, tokens, drafts, draft, min(self._depth, most) - self._modules)
         seen = [len(t) - 1 - len(h) for t, h in zip(tokens, self._hidden, strict=True)]
         self._hidden = [h[f - s :] for h, f, s in zip(self._hidden, final, seen, strict=True)]
         self._cache = entries.kept(np.arange(len(rows)), np.array(final))
@@ -107,12 +107,18 @@ class Drafter:
         return Cache(tuple(layers), *keys), h[np.arange(len(size)), size - 1]
 
     def _recycle(
-        self, entries: Cache, h: Array, tokens: Sequence[list[int]], drafts: list[list[Draft]], draft: Propose
+        self,
+        entries: Cache,
+        h: Array,
+        tokens: Sequence[list[int]],
+        drafts: list[list[Draft]],
+        draft: Propose,
+        times: int,
     ) -> None:
-        """The last module again: entry m takes its own h_(m-1) (B, D) for h_m, and its draft; then m+1."""
+        """The last module again, so many times: entry m takes its own h_(m-1) (B, D) for h_m, and its draft; then m+1."""
         cache = replace(entries, layers=entries.layers[-1:])
         h, one = h[:, None], np.ones((len(tokens), 1), np.int64)
-        for j in range(self._depth - self._modules):
+        for j in range(times):
             at = np.array([[len(t) - 1 + j] for t in tokens])
             inputs = _marked(Inputs(one, at), cache)
             keys, last = extend(cache, inputs), np.array([[ds[-1].token] for ds in drafts])

@@ -18,6 +18,10 @@ Decode: TypeAlias = Callable[[Sequence[int]], str]
 """Token ids -> their text."""
 
 
+PENALTIES = (0.01, 100)
+"""Repetition penalties far outside make logits infinite, and of these no distribution."""
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -61,7 +65,9 @@ class Settings:
         require(self.temperature >= 0, f"temperature is {self.temperature}; 0 is greedy, less has no meaning")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; expected above 0, at most 1 (1: all tokens)")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; expected 0 (all tokens) to 1")
-        require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; expected above 0")
+        least, most = PENALTIES
+        said = f"repetition_penalty is {self.repetition_penalty}; expected {least} to {most}"
+        require(least <= self.repetition_penalty <= most, said)
         for name, least in (("top_k", 1), ("max_tokens", 1), ("seed", 0), ("logprobs", 0)):
             value = getattr(self, name)
             optional = value is None and name in ("top_k", "max_tokens")

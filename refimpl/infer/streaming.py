@@ -85,7 +85,8 @@ def _draft(drafter: Drafter, rows: list[Row], going: list[int], hidden: list[Arr
         row = rows[b]
         return row.draft(logits, before, greedy=drafter.greedy) if len(before) < row.left - 1 else likeliest(logits)
 
-    drafts = drafter.propose(going, hidden, [row.tokens for row in rows], draft)
+    most = max(row.left for row in rows) - 1
+    drafts = drafter.propose(going, hidden, [row.tokens for row in rows], draft, most)
     for row, found in zip(rows, drafts, strict=True):
         row.drafts = found[: row.left - 1]
 

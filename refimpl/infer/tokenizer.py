@@ -43,7 +43,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the begin-of-sentence token in front if the settings add one."""
-        ids = [int(i) for i in self._inner.encode(text).ids]
+        ids = self._ids(text)
         if self._settings.get("add_bos_token") and "bos_token" in self.special:
             bos = self._inner.token_to_id(self.special["bos_token"])
             require(
@@ -56,7 +56,15 @@ class Tokenizer:
         """Token ids of a conversation, by the chat template, up to where the answer begins."""
         require(self._template, "the checkpoint has no chat template; give a text that is not a conversation")
         text = render(str(self._template), messages, self.special)
-        return [int(i) for i in self._inner.encode(text, add_special_tokens=False).ids]  # the template writes them
+        return self._ids(text, add_special_tokens=False)  # the template writes them
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        """SpecError for half a pair of surrogates, which is how Python holds bytes that are no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SpecError(f"the text holds {text[error.start]!r} at {error.start}, which is no character") from None
+        return [int(i) for i in self._inner.encode(text, **how).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -86,7 +94,10 @@ def eos_of(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{file}: cannot be read: {error}") from None
     said = settings.get("chat_template")
     if isinstance(said, list):  # several by name
         said = next((t.get("template") for t in said if isinstance(t, Mapping) and t.get("name") == "default"), None)

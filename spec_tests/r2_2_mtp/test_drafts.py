@@ -15,13 +15,13 @@ def spied(monkeypatch):
     """A list that fills with what every draft was made from and the draft: (tokens decided, drafts before, logits, draft)."""
     said, propose = [], Drafter.propose
 
-    def spy(self, rows, hidden, tokens, draft):
+    def spy(self, rows, hidden, tokens, draft, most):
         def noting(b, logits, before):
             made = draft(b, logits, before)
             said.append((list(tokens[b]), list(before), logits, made))
             return made
 
-        return propose(self, rows, hidden, tokens, noting)
+        return propose(self, rows, hidden, tokens, noting, most)
 
     monkeypatch.setattr(Drafter, "propose", spy)
     return said
@@ -82,3 +82,14 @@ def test_drafts_are_made_under_the_precision_plan(monkeypatch):
     generate(it, requests(PROMPTS[0], tokens=4), speculate=Speculation(2, recycle=True))
     for _, _, logits, _ in said:
         np.testing.assert_array_equal(logits, logits.astype(ml_dtypes.bfloat16).astype(logits.dtype))
+
+
+def test_no_drafts_are_made_that_nobody_has_room_for(monkeypatch):
+    """Ten tokens at most: after the first there is room for 8 drafts. Catches a depth that is run to its end, here a billion."""
+    it, said = impl(1), spied(monkeypatch)
+    plain = generate(it, requests(*PROMPTS, temperature=0, tokens=10))
+    found = generate(
+        it, requests(*PROMPTS, temperature=0, tokens=10), speculate=Speculation(10**9, recycle=True, greedy=True)
+    )
+    assert [f.tokens for f in found] == [f.tokens for f in plain]
+    assert max(len(before) for _, before, _, _ in said) + 1 == 8

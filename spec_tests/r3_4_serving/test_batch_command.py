@@ -55,6 +55,9 @@ def test_every_line_gets_its_result(capsys, tmp_path, how):
         ('{"tokens": [1], "topk": 3}', "unknown keys: topk"),
         ('{"max_tokens": 3}', "expected either tokens or prompt"),
         ('{"tokens": 5}', "tokens is 5"),
+        pytest.param("[" * 100_000, "not JSON.*in line 1", id="deep"),
+        pytest.param('{"tokens": [' + "1" * 5000 + "]}", "not JSON.*in line 1", id="long"),
+        ('{"tokens": [1], "stop": ["a\u2028b"]}\n', "has no tokenizer.json"),
         ('{"tokens": [1], "temperature": -1}', "temperature is -1.*in line 1"),
         ('{"tokens": [1]}\n{"tokens": [999]}', "token id 999.*in request 1"),
         ('{"tokens": [1], "max_tokens": 9999}', "max_tokens|can never run"),
@@ -76,3 +79,5 @@ def test_bad_options(capsys, tmp_path):
     assert "known: first-come" in run(capsys, file, "--policy", "best")[2]
     assert "cannot be read" in run(capsys, tmp_path / "none")[2]
     assert "rows is 0" in run(capsys, file, "--rows", 0)[2]
+    for blocks in (10**13, 10**30):
+        assert "than there is memory for" in run(capsys, file, "--blocks", blocks)[2]

@@ -3,7 +3,9 @@
 import itertools
 
 import numpy as np
+import pytest
 
+from refimpl.autograd.errors import SpecError
 from refimpl.infer import beam_search, greedy
 from refimpl.spec_tests.cases.generation import CLOSE, PROMPTS, impl
 
@@ -66,3 +68,10 @@ def test_one_beam_is_greedy():
     """Catches a search that does not go on from the best."""
     it = impl(0)
     assert list(beam_search(it, PROMPTS[0], beams=1, max_tokens=9)[0].tokens) == greedy(it, [PROMPTS[0]], 9)[0].tolist()
+
+
+@pytest.mark.parametrize("penalty", [1e6, -1e6, float("nan"), "1"])
+def test_a_penalty_whose_power_is_no_float(penalty):
+    """Catches an OverflowError, a division by zero, a TypeError."""
+    with pytest.raises(SpecError, match="length_penalty"):
+        beam_search(impl(0), PROMPTS[0], beams=2, max_tokens=5, length_penalty=penalty)

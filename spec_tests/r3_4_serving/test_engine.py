@@ -297,3 +297,10 @@ def test_limits_that_let_nobody_run(limits):
     """Catches an engine that stands still."""
     with pytest.raises(SpecError, match=next(iter(limits))):
         Limits(**limits)
+
+
+@pytest.mark.parametrize("rows", [0, -1, "8", 2.0])
+def test_tiles_of_no_rows_are_refused(rows):
+    """Catches an error in the first step instead, with requests in it."""
+    with pytest.raises(SpecError, match="rows is"):
+        Tiled(rows)

@@ -191,3 +191,10 @@ def test_maps_of_another_model_are_refused(maps, how, complaint):
     """Catches broadcasting, an array as large as a number in a file, and a traceback."""
     with pytest.raises(SpecError, match=complaint):
         judged(whole()[0], maps, **how)
+
+
+def test_ranks_are_gpus():
+    """Maps of 4 ranks, judged for 2 GPUs. Catches a balance that is told of two ranks run together."""
+    loads, maps = whole()
+    (fault,) = check_maps(loads, Maps.of({"expert_maps": maps["expert_maps"]}), 2).faults
+    assert (fault.rule, fault.text) == ("slots", "expert_maps is of 4 ranks, not of 2 GPUs")

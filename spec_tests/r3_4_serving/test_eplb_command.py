@@ -169,3 +169,18 @@ def test_bad_sizes_end_with_code_3(loads, capsys, args, says):
     except SystemExit as end:
         code = end.code
     assert code == 3 and says in capsys.readouterr().err
+
+
+def test_devices_of_different_sizes_have_empty_slots(tmp_path):
+    """Three experts on one device and one on the other. Catches devices run together, so that the second half of four slots is
+    taken for a device, and the maps for whole.
+    """
+    devices = [{"device_expert": [0, 1, 2]}, {"device_expert": [3]}]
+    (tmp_path / "m.json").write_text(json.dumps({"layer_list": [{"device_list": devices}]}))
+    assert read_maps(tmp_path / "m.json").phy2log.tolist() == [[0, 1, 2, 3, -1, -1]]
+
+
+def test_no_slots_are_not_the_default(tmp_path):
+    """Catches --slots 0 planned with as many slots as are needed."""
+    np.save(tmp_path / "l.npy", LOADS)
+    assert main(["eplb", str(tmp_path / "l.npy"), "--gpus", "2", "--slots", "0"]) == 3

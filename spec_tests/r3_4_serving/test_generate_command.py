@@ -2,15 +2,18 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import refimpl
 from refimpl import Checkpoint, Impl
+from refimpl.autograd.errors import SpecError
 from refimpl.checkpoint import save
 from refimpl.cli import main
-from refimpl.infer import Request, Settings, beam_search, generate
+from refimpl.infer import Request, Settings, Tokenizer, beam_search, generate
 from refimpl.spec_tests.cases.configs import SMALL
 from refimpl.spec_tests.strategies.models import make_weights
 
@@ -122,6 +125,11 @@ def test_what_came_before_an_interruption_is_printed(capsys, tiny, monkeypatch):
         ([TINY, "--tokens", IDS, "--beams", "2", "--stream"], "--beams goes with"),
         ([TINY, "--tokens", IDS, "--beams", "2", "--temperature", "1"], "--beams goes with"),
         ([TINY, "--tokens", IDS, "--beams", "0"], "beams is 0"),
+        ([TINY, "--tokens", IDS, "--beams", "2", "--top-k", "5"], "--beams goes with none of --top-k"),
+        ([TINY, "--tokens", IDS, "--beams", "2", "--logprobs", "5", "--json"], "--beams goes with none of --logprobs"),
+        ([TINY, "--tokens", IDS, "--chat"], "--chat is about texts"),
+        ([TINY, "--tokens", IDS, "--system", "x"], "--system is a message of --chat"),
+        ([TINY, "--tokens", IDS, "--logprobs", "2"], "shown by --json"),
         ([TINY, "--tokens", IDS, "--stop", "x"], "no tokenizer.json"),
         ([TINY / "nowhere", "--tokens", IDS], "nowhere"),
     ],
@@ -131,3 +139,34 @@ def test_bad_input_is_exit_code_3_and_says_why(capsys, args, says):
     """Catches a traceback, a plain run in spite of the option, output before the error."""
     code, out, err = run(capsys, *args)
     assert (code, out) == (3, "") and says in err and "Traceback" not in err
+
+
+def test_a_text_that_is_none_is_refused():
+    """Bytes that are no UTF-8 come from a command line as lone surrogates. Catches the library's TypeError."""
+    with pytest.raises(SpecError, match="at 1, which is no character"):
+        Tokenizer(None, {}, None).encode("a\udcff")
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path):
+    """Catches a UnicodeDecodeError."""
+    pytest.importorskip("tokenizers").Tokenizer(pytest.importorskip("tokenizers").models.BPE()).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(SpecError, match=r"chat_template\.jinja: cannot be read"):
+        Tokenizer.open(tmp_path)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_is_no_bug():
+    """Catches a traceback, and the exit code 120 of a process whose last flush fails."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "refimpl", "generate", str(TINY), "--tokens", "3", "--max-tokens", "2"],
+            cwd=TINY.parents[2],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3 and "cannot be written: No space left" in done.stderr and "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.autograd.errors import require
 from refimpl.autograd.expert_ops import expert_spans
 from refimpl.autograd.nn_ops import product
 from refimpl.autograd.tensor import Array
@@ -63,6 +64,9 @@ class Tiled:
     """
 
     rows: int = field(default_factory=steady_rows)
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.rows, int) and self.rows >= 1, f"rows is {self.rows!r}; expected a whole number from 1")
 
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
         """run(*args, **static), in tiles where it sums."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refimpl.autograd.errors import require
+from refimpl.autograd.errors import SpecError, require
 from refimpl.autograd.tensor import Array
 from refimpl.layers.numerics.quantisation import pack_latent, unpack_latent
 from refimpl.model import Impl
@@ -20,10 +20,14 @@ class Pages:
 
     def __init__(self, impl: Impl, *, blocks: int, size: int) -> None:
         c = impl.model.config
-        self.blocks, self.model, self.kv_format = Blocks(blocks, size), impl.model, impl.kv_format
+        self.model, self.kv_format = impl.model, impl.kv_format
         self.dtype, self.latent, self.rope = np.dtype(impl.plan.dtype), c.kv_lora_rank, c.qk_rope_head_dim
         row = self._encode(np.zeros((1, self.latent), self.dtype), np.zeros((1, self.rope), self.dtype))
-        self._rows = [np.zeros((blocks * size, row.shape[1]), row.dtype) for _ in range(c.num_hidden_layers)]
+        try:
+            self.blocks = Blocks(blocks, size)
+            self._rows = [np.zeros((blocks * size, row.shape[1]), row.dtype) for _ in range(c.num_hidden_layers)]
+        except (MemoryError, OverflowError, ValueError):  # ValueError: more than NumPy can count
+            raise SpecError(f"{blocks} blocks of {size} tokens are more than there is memory for") from None
 
     @property
     def nbytes(self) -> int:

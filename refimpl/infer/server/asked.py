@@ -30,9 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **{"response_format": ({"type": "text"},), "metadata": ({},), "service_tier": ("auto", "default")},
 }
 """Fields that are understood only so far as to do nothing."""
-STOPS, STOP_LENGTH, TOP, PENALTIES = 16, 256, 20, (0.01, 100)
-"""At most so many stop texts of so many characters (looking for one costs its length at every token), so many likeliest tokens;
-penalties far outside make logits infinite."""
+STOPS, STOP_LENGTH, TOP = 16, 256, 20
+"""At most so many stop texts of so many characters (looking for one costs its length at every token), so many likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +168,9 @@ def _settings(service: Service, o: Mapping[str, Any], **own: Any) -> Settings:
     bad(isinstance(ends, list), "stop_token_ids: expected a list of ids", "stop_token_ids")
     eos = (*(() if _flag(o, "ignore_eos") else service.eos), *ends)
     try:
-        settings = Settings(top_k=top_k if top_k and top_k > 0 else None, stop=tuple(stop), eos=eos, **own)
+        return Settings(top_k=top_k if top_k and top_k > 0 else None, stop=tuple(stop), eos=eos, **own)
     except SpecError as error:
         raise Refusal(400, str(error), param=_blamed(error, o)) from None
-    least, most = PENALTIES
-    said = f"repetition_penalty is {settings.repetition_penalty}; expected {least} to {most}"
-    bad(least <= settings.repetition_penalty <= most, said, "repetition_penalty")
-    return settings
 
 
 def _blamed(error: SpecError, o: Mapping[str, Any]) -> str | None:
