@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TEXT = """Train a model by a recipe file, on token shards.
 
   refimpl data build books/*.txt -o shards --length 64
-  refimpl recipe --tokens 2M --sequence 64 --batch 40 --lr 3e-3 --toml > mine.toml
+  refimpl recipe --tokens 2M --sequence 64 --batch 40 --multiple 4 --lr 3e-3 --toml > mine.toml
   cat >> mine.toml <<END
   [model]
   preset = "tiny"

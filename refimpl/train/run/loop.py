@@ -65,8 +65,8 @@ def train(
     """Run a job, its files in `folder`: by itself, or as one of the ranks of `comm`, which all call this with the same job, on
     `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends. `tell` hears every record, on rank 0.
 
-    SpecError for a job that does not add up, a folder that holds a run already (or none, to resume), or that another
-    process trains in, a checkpoint of another run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
+    SpecError for a job that does not add up, a folder that holds a run already (or none, to resume) or in which another process
+    trains, a checkpoint of another run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
     """
     job.check()
     feed, folder, ranks = Feed(job), Path(folder), Ranks(comm)
