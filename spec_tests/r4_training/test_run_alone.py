@@ -51,3 +51,11 @@ def test_a_killed_run_keeps_nobody_out(tmp_path):
     assert f"process {other.pid} " in (tmp_path / "lock").read_text()
     with alone(tmp_path, None):
         assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+
+
+def test_a_folder_of_something_else_is_not_resumed(shards, tmp_path):
+    """Catches a mistyped folder in which --resume begins a run from nothing."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SpecError, match="no run to resume in"):
+        train(runs.job(shards), tmp_path, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -71,7 +71,7 @@ def train(
     job.check()
     feed, folder, ranks = Feed(job), Path(folder), Ranks(comm)
     more = Evaluator(job, feed.tokenizer), Sampler(job, feed.tokenizer)
-    require(not resume or folder.is_dir(), f"no run to resume in {folder}")
+    require(not resume or (folder / "checkpoints").is_dir(), f"no run to resume in {folder}")
     with ExitStack() as stack, where(f"while training in {folder}"):
         stack.enter_context(alone(folder, comm))
         keeper = stack.enter_context(Keeper(folder / "checkpoints", comm=comm, keep=job.checkpoints.retention))
