@@ -35,6 +35,9 @@ def add(commands: Commands) -> None:
         "--sequence", metavar="N", help="scale the first phase's sequences to this length, the others' with them"
     )
     p.add_argument("--batch", metavar="N", help="scale the first phase's largest batch to this, the others with it")
+    p.add_argument(
+        "--multiple", metavar="N", help="make every batch a multiple of N sequences, which N ranks can share"
+    )
     p.add_argument("--lr", type=float, help="scale the first phase's largest learning rate to this, the others with it")
     p.add_argument("--step", type=int, metavar="K", help="print only what holds in step K, from 0")
     form = p.add_mutually_exclusive_group()
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.checkpoint import Transaction
     from refimpl.train.recipe import load, read, render, scaled, to_json, to_toml
 
-    sizes = {name: _whole(name, getattr(args, name)) for name in ("tokens", "sequence", "batch")}
+    sizes = {name: _whole(name, getattr(args, name)) for name in ("tokens", "sequence", "batch", "multiple")}
     document = scaled(load(args.recipe), **sizes, lr=args.lr)
     with where(f"in {args.recipe}, scaled"):
         found = read(document)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TEXT = """Train a model by a recipe file, on token shards.
 
   refimpl data build books/*.txt -o shards --length 64
-  refimpl recipe --tokens 2M --sequence 64 --batch 40 --lr 3e-3 --toml > mine.toml
+  refimpl recipe --tokens 2M --sequence 64 --batch 40 --multiple 4 --lr 3e-3 --toml > mine.toml
   cat >> mine.toml <<END
   [model]
   preset = "tiny"
@@ -38,6 +38,7 @@ _TEXT = """Train a model by a recipe file, on token shards.
 A recipe file is what `refimpl recipe` prints and tables beside it: [model], [data], [train], [checkpoints], [evaluation],
 [samples], [log] (docs/training.md). A step is a line on standard output, a table where a person watches; everything about
 it is in RUN/metrics.jsonl. Ctrl-C ends after the step that is being taken, saves, and says how to resume.
+Under mpiexec, signal the process that RUN/lock names instead: mpiexec kills its processes at once (docs/training.md).
 
 exit code: 0; 3 bad input, a loss that is no number, a full disk; 130 interrupted"""
 

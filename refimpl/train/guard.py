@@ -24,6 +24,7 @@ from .training import Recipe, Report, State, step
 
 MASKED = ("mask", "mla.scores", "mla.scores_absorbed")
 """Stages whose output holds -inf where a key may not be seen; everywhere else an infinity is an overflow."""
+FINITE = "every stage and single gradient is finite: their norm overflows, or the loss of a task"
 
 
 class NotFinite(SpecError):
@@ -44,12 +45,18 @@ def guarded_step(
 
     `take`: another way to take the same step (`memory.step`); `rows`: labels, valid, documents, as there.
     """
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        new, report = take(c, state, tokens, recipe, in_place=in_place, **rows)
     try:
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            new, report = take(c, state, tokens, recipe, in_place=in_place, **rows)
         check(report)
     except NotFinite as error:
-        raise NotFinite(f"{error}\n  {first_bad(c, state, tokens, recipe, **rows)}") from None
+        raise NotFinite(f"{error}\n  {first_bad(c, state, tokens, recipe, **rows) or FINITE}") from None
+    except SpecError as error:  # quantisers refuse what is no number (FP8), before there is a loss
+        found = first_bad(c, state, tokens, recipe, **rows)
+        if not found:
+            raise
+        said = f"step {state.adam.t + 1}: no loss, for {error}; the state before it is unchanged\n  {found}"
+        raise NotFinite(said) from None
     return new, report
 
 
@@ -62,25 +69,26 @@ def check(report: Report) -> None:
 
 
 def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe, **rows: Array) -> str:
-    """The first weight, else the first stage forward, else the first in backward, that holds NaN or infinity, in words."""
-    held = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}
-    for name, w in held.items():
-        if not np.isfinite(w).all():
-            return f"the weight {name} holds it already: {_count(w)}"
-    model, watch = ForCausalLM.from_weights(c, held).with_gradients(), Watch()
+    """The first weight, else the first stage forward, else the first in backward, that holds NaN or infinity, in words; "" if none
+    does.
+    """
+    for name, master in state.weights.items():
+        for w in (master, recipe.plan.weight(name, master) if np.isfinite(master).all() else master):
+            if not np.isfinite(w).all():
+                return f"the weight {name} holds it already: {_count(w)}"
+    held, watch = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}, Watch()
+    model = ForCausalLM.from_weights(c, held).with_gradients()
     inputs = model.inputs(tokens, **({"labels": tokens} | rows))
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+    with contextlib.suppress(SpecError), np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         with observing(recipe.plan, watch):
             out = model.forward_and_loss(inputs, mtp_weight=recipe.mtp_weight, aux_weight=recipe.aux_weight)
         if not watch.found:
-            with contextlib.suppress(SpecError):
-                grads: Gradients = backward(out.loss)
-                leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads]
-                bad = [n for n, w in leaves if not np.isfinite(grads[w]).all()]
-                if bad and not watch.found:
-                    watch.found = f"backward: the gradient of {bad[0]}"
-    finite = "every stage and single gradient is finite: their norm overflows, or the loss of a task"
-    return f"first seen in {watch.found}" if watch.found else finite
+            grads: Gradients = backward(out.loss)
+            leaves = [(n, w) for n, w in model.named_weights() if isinstance(w, Parameter) and w in grads]
+            bad = [n for n, w in leaves if not np.isfinite(grads[w]).all()]
+            if bad and not watch.found:
+                watch.found = f"backward: the gradient of {bad[0]}"
+    return f"first seen in {watch.found}" if watch.found else ""
 
 
 class Watch:

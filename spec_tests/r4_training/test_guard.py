@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refimpl.autograd import ops, primitive
+from refimpl.autograd import SpecError, ops, primitive
 from refimpl.layers.precision import plan
 from refimpl.layers.presets import TINY
 from refimpl.layers.stage import STAGES
@@ -104,3 +104,24 @@ def test_a_report_is_checked(loss, norm):
     with pytest.raises(NotFinite, match="step 7"):
         check(Report(7, loss, norm, {}))
     check(Report(7, 2.0, 1.0, {}))
+
+
+@pytest.mark.parametrize(("stage", "says"), [("attn_out", "fwd/L0/attn_out"), ("mla.q_a", "fwd/L0/mla.q_a")])
+def test_what_an_fp8_quantiser_refuses_is_named_too(monkeypatch, good, stage, says):
+    """Catches a NaN under V3's own plan told as bad input of a product: no stage, and a run that does not keep the state before."""
+    monkeypatch.setattr(spoil, "period", 1)  # every call: the first try ends in the midst of a pass
+    spoil(monkeypatch, stage, 0, lambda y: ops.mul(y, np.float32(np.nan)))
+    with pytest.raises(NotFinite, match=rf"step 2: no loss, for .*holds NaN or Inf.*\n  first seen in forward: {says}"):
+        guarded_step(CONFIG, good[0], TOKENS, replace(RECIPE, plan=plan("fp8")))
+    assert good[0].adam.t == 1
+
+
+def test_bad_input_is_no_nan(good):
+    """Catches every refusal told as a loss that is no number, after which a run would save and look for a stage."""
+
+    def refuses(*args, **rows):
+        raise SpecError("a budget of 3 bytes")
+
+    with pytest.raises(SpecError, match="a budget of 3 bytes") as caught:
+        guarded_step(CONFIG, good[0], TOKENS, RECIPE, refuses)
+    assert not isinstance(caught.value, NotFinite)

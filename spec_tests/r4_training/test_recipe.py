@@ -338,3 +338,15 @@ def test_amounts_are_exact(text, number):
     """Catches binary rounding: 14.8e12 in floats is exact by luck, 333.3B is not."""
     assert amount(text) == number
     assert amount("333.3B") == 333_300_000_000
+
+
+def test_batches_that_ranks_can_share():
+    """Catches a small recipe whose batches no even number of ranks divides, as the ramp in steps of one sequence has, and a
+    multiple that holds in the first phase only.
+    """
+    small = {"tokens": 2_000_000, "sequence": 64, "batch": 40}
+    alone, shared = (read(scaled(load("deepseek-v3"), **small, multiple=m)) for m in (None, 4))
+    assert any(alone.at(k).batch % 4 for k in range(len(alone)))
+    assert {shared.at(k).batch % 4 for k in range(len(shared))} == {0} and shared.at(200).batch == 40
+    with pytest.raises(SpecError, match="multiple is 0; it must be positive"):
+        scaled(load("deepseek-v3"), multiple=0)

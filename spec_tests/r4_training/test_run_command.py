@@ -89,7 +89,7 @@ def test_what_went_wrong_says_how_to_go_on(recipe, whole, tmp_path, capfd):
     assert (
         "is whole" in said and f"when that is mended, go on with: refimpl train {recipe} -o {folder} --resume" in said
     )
-    for args in (["--ranks", "0"], ["--steps", "0"], ["--ranks", "3"]):
+    for args in (["--ranks", "0"], ["--steps", "0"], ["--steps", "-1"], ["--ranks", "3"]):
         assert main(["train", str(recipe), "-o", str(tmp_path / "no"), *args]) == BAD_INPUT
 
 

@@ -26,13 +26,21 @@ def scaled(
     sequence: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
+    multiple: int | None = None,
 ) -> dict[str, Any]:
     """The recipe with `tokens` in all its phases together, the first phase's sequences of `sequence` tokens, batches of `batch`
-    sequences at most in it, a learning rate of `lr` at most; what is None stays. -> a document for `read` or `to_toml`.
+    sequences at most in it, a learning rate of `lr` at most, every batch a `multiple` of so many sequences (data-parallel ranks
+    share them evenly); what is None stays. -> a document for `read` or `to_toml`.
     """
     first = run.phases[0]
     peaks = {"batch": _peak(first.batch), "lr": _peak(first.schedules["lr"])}
-    for name, value in (("tokens", tokens), ("sequence", sequence), ("batch", batch), ("lr", lr)):
+    for name, value in (
+        ("tokens", tokens),
+        ("sequence", sequence),
+        ("batch", batch),
+        ("lr", lr),
+        ("multiple", multiple),
+    ):
         require(value is None or value > 0, f"{name} is {value}; it must be positive")
     a = Fraction(tokens or run.tokens, run.tokens)
     b = Fraction(batch or round(peaks["batch"])) / Fraction(peaks["batch"])
@@ -46,7 +54,10 @@ def scaled(
         )
     if run.ema is not None:
         head["ema"] = run.ema
-    return head | {"optimizer": optimizer, "phase": [_phase(p, a, b, c, rate) for p in run.phases]}
+    phases = [_phase(p, a, b, c, rate) for p in run.phases]
+    for phase in phases:
+        phase["batch_multiple"] = multiple or phase["batch_multiple"]
+    return head | {"optimizer": optimizer, "phase": phases}
 
 
 def _peak(s: Schedule) -> float:

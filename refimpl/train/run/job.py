@@ -91,7 +91,7 @@ class Job:
 
     def __len__(self) -> int:
         """Steps that it takes."""
-        return len(self.run) if self.steps is None else min(self.steps, len(self.run))
+        return len(self.run) if self.steps is None else min(max(self.steps, 0), len(self.run))
 
     @property
     def mtp(self) -> set[bool]:

@@ -6,6 +6,7 @@ end = train(load_job("recipe.toml"), "run")            # or resume=True
 
 RUN/metrics.jsonl   a record a step (`monitor.py`)      RUN/samples.jsonl   texts the model made
 RUN/checkpoints/    `refimpl.train.checkpoints`         RUN/tensorboard/    the metrics once more
+RUN/lock            who trains here (`alone.py`)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from refimpl.train.checkpoints import Keeper, Saved, Snapshot, facts
 from refimpl.train.guard import NotFinite
 from refimpl.train.training import Recipe
 
+from .alone import alone
 from .engine import Engine, Serial
 from .evaluation import Evaluator
 from .feed import Cursors, Feed
@@ -63,14 +65,15 @@ def train(
     """Run a job, its files in `folder`: by itself, or as one of the ranks of `comm`, which all call this with the same job, on
     `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends. `tell` hears every record, on rank 0.
 
-    SpecError for a job that does not add up, a folder that holds a run already (or none, to resume), a checkpoint of another
-    run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
+    SpecError for a job that does not add up, a folder that holds a run already (or none, to resume) or in which another process
+    trains, a checkpoint of another run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
     """
     job.check()
     feed, folder, ranks = Feed(job), Path(folder), Ranks(comm)
     more = Evaluator(job, feed.tokenizer), Sampler(job, feed.tokenizer)
-    require(not resume or folder.is_dir(), f"no run to resume in {folder}")
+    require(not resume or (folder / "checkpoints").is_dir(), f"no run to resume in {folder}")
     with ExitStack() as stack, where(f"while training in {folder}"):
+        stack.enter_context(alone(folder, comm))
         keeper = stack.enter_context(Keeper(folder / "checkpoints", comm=comm, keep=job.checkpoints.retention))
         saved = _begun(keeper, resume)
         cursors = _cursors(job, feed, saved)
