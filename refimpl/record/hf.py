@@ -15,7 +15,7 @@ from refimpl.diff import Case, Header, Trace, digest
 from refimpl.layers.loss import IGNORE
 from refimpl.model.phases import in_part
 
-from .candidate import self_check
+from .candidate import self_check, written
 from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
 from .hf_probes import KERNELS, SEEN_INSIDE, dims
@@ -65,8 +65,9 @@ def record(
         with injected(net, patch):
             trace = trace_of(net, case, dtype=dtype, taps=taps, notes=notes, phases=phases, gradients=gradients)
     out = file_of(out, trace.header.parallel)
-    out.parent.mkdir(exist_ok=True)
-    trace.write(out)
+    with written(out):
+        out.parent.mkdir(exist_ok=True)
+        trace.write(out)
     return out
 
 

@@ -270,6 +270,12 @@ def test_a_class_that_is_none_is_refused(name, complaint, tmp_path, monkeypatch)
         hf.record(TINY, tmp_path / "t.safetensors", model=name)
 
 
+def test_a_trace_that_cannot_be_written_is_refused(tmp_path, capsys):
+    """Catches a traceback, called a bug of ours, for a folder that is not there."""
+    assert main(["record", "hf", str(TINY), "-o", str(tmp_path / "a" / "b" / "t")]) == 3
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
 # ---- What is said
 
 

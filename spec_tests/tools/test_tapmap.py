@@ -210,13 +210,16 @@ def test_the_command_lists_and_shows(capsys):
 @pytest.mark.parametrize(
     ("words", "module", "extra"),
     [
-        (["torch", "--map", "torchtitan"], "torch", "torch"),
+        (["torch", "--map", "torchtitan"], "torch", "torchtitan"),
+        (["torch", "--map", "megatron"], "torch", "megatron"),
+        (["torch", "--map", "transformers"], "torch", "interop"),
+        (["torch", "--map", "vllm", "--build", "json:dumps"], "torch", "torch"),
         (["mlx"], "mlx.core", "mlx"),
         (["llamacpp"], "llama_cpp", "llamacpp"),
     ],
 )
 def test_an_absent_framework_is_told_with_the_extra_that_brings_it(words, module, extra, monkeypatch, tmp_path, capsys):
-    """Catches a traceback of an import, and the name of an extra that pyproject.toml has not."""
+    """Catches a traceback of an import, and an extra that does not bring the framework of a shipped map."""
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["record", words[0], str(TINY), "-o", str(tmp_path / "t"), *words[1:]]) == 3
     assert f"pip install 'deepseek-v3-refimpl[{extra}]'" in capsys.readouterr().err
@@ -229,7 +232,7 @@ def test_the_extras_that_are_told_exist():
     source = "".join([file.read_text(encoding="utf-8") for file in (ROOT / "refimpl" / "record").glob("*.py")])
     told = set(re.findall(r'library\("[\w.]+", "(\w+)"\)', source))
     assert (
-        {"interop", "torch", "mlx", "llamacpp", "gguf", "torchtitan", "megatron"}
+        {"interop", "torch", "mlx", "llamacpp", "gguf", "torchtitan", "megatron", "text"}
         == told
         <= set(project()["project"]["optional-dependencies"])
     )
