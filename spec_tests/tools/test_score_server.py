@@ -242,7 +242,17 @@ def test_retries_are_few_and_only_where_they_may_help():
         assert len(s.asked) == 7 and pauses == [0.5, 1.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://", "http:///v1"])
+NO_ADDRESS = (
+    "ftp://127.0.0.1",
+    "http://",
+    "http:///v1",
+    "http://127.0.0.1:port",
+    "http://127.0.0.1:99999",
+    "http://[::1",
+)
+
+
+@pytest.mark.parametrize("url", NO_ADDRESS)
 def test_an_address_that_is_none_is_refused(url):
     """Catches a client that fails on its first request with Python's words."""
     with pytest.raises(SpecError):
