@@ -181,7 +181,7 @@ def test_what_was_not_seen_or_is_something_else_is_a_note_and_never_an_error():
     w.see(("layers.1.gate", ""), [], {}, {"other": 1})
     taps, notes = w.taps(), "\n".join(w.notes)
     assert set(taps) == {"fwd/final_norm"} and taps["fwd/final_norm"].shape == (5, 7)
-    for said in ("emb[1] is not there", "fwd/logits was not seen at head", "(5, 7); the map says B S D", "'ids'"):
+    for said in ("emb[1] is not there", "fwd/logits was not seen at head", "(5, 7), where the map says B S D", "'ids'"):
         assert said in notes
 
 
