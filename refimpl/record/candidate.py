@@ -113,7 +113,7 @@ def deliver(trace: Trace, out: str | Path) -> Recorded:
 
 @contextmanager
 def written(out: str | Path) -> Iterator[None]:
-    """A disk's refusal of a trace is no bug of ours: a folder that is not there, a place that may not be written."""
+    """A disk's refusal is no bug of ours: a folder that is not there, a place that may not be written."""
     try:
         yield
     except OSError as error:
