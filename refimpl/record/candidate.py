@@ -106,11 +106,18 @@ def deliver(trace: Trace, out: str | Path) -> Recorded:
     made = Recording(**dataclasses.asdict(trace.header))
     for tap, x in trace.taps.items():
         made.tap(tap, x)
-    try:
+    with written(out):
         file = made.write(out)
+    return Recorded(file, tuple(filter(None, trace.header.notes.split("; "))))
+
+
+@contextmanager
+def written(out: str | Path) -> Iterator[None]:
+    """A disk's refusal is no bug of ours: a folder that is not there, a place that may not be written."""
+    try:
+        yield
     except OSError as error:
         raise SpecError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return Recorded(file, tuple(filter(None, trace.header.notes.split("; "))))
 
 
 def version_of(package: str) -> str:
@@ -138,6 +145,8 @@ def builder(name: str) -> Callable[[Case], Any]:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"--build {name}: {error}") from None
+    except Exception as error:  # the user's module may raise anything
+        raise SpecError(f"--build {name}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     require(callable(found), f"--build {name}: not a function")
     return found  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from refimpl.diff import Case, Header, Trace, digest
 from refimpl.layers.loss import IGNORE
 from refimpl.model.phases import in_part
 
-from .candidate import self_check
+from .candidate import self_check, theirs, written
 from .hf_bugs import injected
 from .hf_load import checkpoint_names, load_model
 from .hf_probes import KERNELS, SEEN_INSIDE, dims
@@ -65,8 +65,9 @@ def record(
         with injected(net, patch):
             trace = trace_of(net, case, dtype=dtype, taps=taps, notes=notes, phases=phases, gradients=gradients)
     out = file_of(out, trace.header.parallel)
-    out.parent.mkdir(exist_ok=True)
-    trace.write(out)
+    with written(out):
+        out.parent.mkdir(exist_ok=True)
+        trace.write(out)
     return out
 
 
@@ -82,7 +83,8 @@ def trace_of(
 ) -> Trace:
     """The trace of a loaded model, whatever was done to it: three runs, of which two are watched."""
     batch, producer = _batch(case, phases, gradients), _producer()
-    plain = to_numpy(run_batch(model, batch)[0])
+    with theirs(f"{type(model).__name__} of transformers {producer['version']}"):
+        plain = to_numpy(run_batch(model, batch)[0])  # not watched, so that what is raised is not ours
     seen, again = (look_at(model, case.config, batch, taps) for _ in range(2))
     kinds = f"{model.config._attn_implementation} attention, {model.get_experts_implementation().get('')} experts"
     alike = _PADDING if case.valid and kinds.startswith("eager") else ""

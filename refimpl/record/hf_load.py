@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +15,7 @@ from refimpl.checkpoint.names import layer_of
 from refimpl.layers.config import Config, Dialect
 from refimpl.model import ForCausalLM
 
+from .candidate import theirs
 from .hf_class import is_v2, model_class
 from .torch_arrays import libraries, to_numpy, to_torch
 
@@ -47,7 +48,8 @@ def load_model(
     kinds = {"attn_implementation": attention, "experts_implementation": experts}
     ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
     state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
-    loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
+    with theirs(f"--model {model}") if model else nullcontext():
+        loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
     require(model is not None or not wrong, f"transformers did not take the weights as they are: {wrong}")
     if wrong:
         _fill(loaded, state)

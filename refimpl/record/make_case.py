@@ -20,6 +20,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.model import Impl, expected_tensors
 
+from .candidate import written
 from .drafts import Draft, Goal
 from .regimes import named
 
@@ -55,7 +56,8 @@ def new_case(
     run: dict[str, Any] = {"tokens": _draw(draft, seed, 0.04 * _mean_score(config) if margin is None else margin)}
     run |= {n: a.tolist() for n, a in (("positions", draft.positions), ("valid", draft.valid)) if a is not None}
     run |= {"regimes": [r.id for r in chosen]} if chosen else {}
-    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with Transaction() as files:
         write_into(files, folder / "weights.safetensors", draft.weights)
         for name, content in (("config.json", config.to_dict() | draft.written), ("tokens.json", run)):

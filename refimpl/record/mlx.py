@@ -16,7 +16,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.checkpoint.names import layer_of
 from refimpl.diff import Case, Trace
 
-from .candidate import Candidate, Recorded, deliver, library, plain_only, record_runs
+from .candidate import Candidate, Recorded, deliver, library, plain_only, record_runs, theirs
 from .tapmap import read
 from .watch import Watch, array
 from .wrapping import wrapped_functions
@@ -31,11 +31,12 @@ def record(case_dir: str | Path, out: str | Path) -> Recorded:
 
 def load(case: Case) -> Any:
     """mlx-lm's model holding the case's weights, through its own `sanitize`; MTP layers, which it has not, are left out."""
-    mx, theirs = library("mlx.core", "mlx"), library("mlx_lm.models.deepseek_v3", "mlx")
+    mx, source = library("mlx.core", "mlx"), library("mlx_lm.models.deepseek_v3", "mlx")
     depth = case.config.num_hidden_layers
     weights = {n: mx.array(np.asarray(w, np.float32)) for n, w in case.weights().items() if (layer_of(n) or 0) < depth}
-    model = theirs.Model(theirs.ModelArgs.from_dict(case.raw_config))
-    model.load_weights(list(model.sanitize(weights).items()))
+    with theirs("mlx-lm"):
+        model = source.Model(source.ModelArgs.from_dict(case.raw_config))
+        model.load_weights(list(model.sanitize(weights).items()))
     return model
 
 

@@ -23,7 +23,7 @@ from refimpl.checkpoint.safetensors import write_into
 from refimpl.diff import Case
 
 from . import gguf_weights
-from .candidate import library
+from .candidate import library, written
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 """What weights may be stored in; float32 holds what a case has exactly, and is all that MLX's CPU backend runs."""
@@ -42,7 +42,8 @@ def servable(case: Case, out: str | Path, *, dtype: str = "float32", gguf: bool 
     out, c, vocabulary = Path(out), case.config, tokens_of(case.config.vocab_size)
     weights = {n: w.astype(_held(n, dtype)) for n, w in case.weights().items() if _served(n, c.num_hidden_layers)}
     texts = _texts(case, vocabulary, dtype)
-    out.mkdir(parents=True, exist_ok=True)
+    with written(out):
+        out.mkdir(parents=True, exist_ok=True)
     if gguf:
         merges = merges_of(vocabulary) or [
             (_letters()[0xC4], _letters()[0x80])

@@ -18,11 +18,18 @@ from refimpl.autograd.tensor import Array
 from refimpl.diff import Case, Trace
 from refimpl.diff.names import Framework
 
-from .candidate import Candidate, Recorded, builder, deliver, library, plain_only, record_runs
+from .candidate import Candidate, Recorded, builder, deliver, library, plain_only, record_runs, theirs
 from .tapmap import read
 from .torch_arrays import one_thread
 from .watch import Watch, array
 from .wrapping import wrapped_functions
+
+_EXTRAS = {
+    "refimpl.record.build_transformers:build": "interop",
+    "refimpl.record.build_torchtitan:build": "torchtitan",
+    "refimpl.record.build_megatron:build": "megatron",
+}
+"""How a shipped map makes its model -> the extra that brings what it needs."""
 
 
 def record(case_dir: str | Path, out: str | Path, *, map_name: str, build: str | None = None) -> Recorded:
@@ -31,8 +38,8 @@ def record(case_dir: str | Path, out: str | Path, *, map_name: str, build: str |
     build: `pkg.mod:fn`, a function that is given the case (refimpl.diff.Case) and returns a torch module that holds its weights,
     or a Candidate; the maps that are shipped name their own. Raises SpecError for a map that names modules the model lacks.
     """
-    library("torch", "torch")
     case, map_ = Case.read(case_dir), read(map_name)
+    library("torch", _EXTRAS.get(build or map_.build, "torch"))
     require(build or map_.build, f"--build is needed: the map {map_.key} does not say how to make the model")
     with built(case, build or map_.build) as candidate:
         return deliver(trace_of(candidate, case, map_), out)
@@ -43,7 +50,9 @@ def built(case: Case, build: str) -> Iterator[Candidate]:
     """What the builder makes of the case, until it is released. What frameworks warn of meanwhile is theirs and not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = builder(build)(case)
+        make = builder(build)
+        with theirs(f"--build {build}"):
+            made = make(case)
         candidate = made if isinstance(made, Candidate) else Candidate(made)
         try:
             yield candidate

@@ -128,7 +128,7 @@ class Watch:
         if not shape or x.size == np.prod(shape):
             self.axes |= {tap: place.axes} if shape else {}
             return x.reshape(shape or x.shape)
-        self.notes[f"{tap} has shape {x.shape}; the map says {place.axes}, {shape}"] = None
+        self.notes[f"{tap} has shape {x.shape}, where the map says {place.axes}, {shape}"] = None
         return x
 
     def repeated(self) -> list[str]:

@@ -89,11 +89,12 @@ def ask(
     client: Client, tokens: list[list[int]], spelling: Spelling, *, model: str = "", top: int = 20, track: Track = iter
 ) -> Shown:
     """Everything the server shows of the rows, alone, and again: each row a second time, all at once, after a prefix of itself with
-    another end. SpecError where it answers in no way.
+    another end. SpecError where it answers in no way. The longest beginning of a row comes first: mlx-lm 0.32.2 ends where a prompt
+    is a cached one and the token that followed it.
     """
     asker = _found(client, tokens[0], spelling, model or _only_model(client), top)
     prompts = [
-        (b, n) for b, row in enumerate(tokens) for n in ([len(row)] if asker.way.prompt else range(1, len(row) + 1))
+        (b, n) for b, row in enumerate(tokens) for n in ([len(row)] if asker.way.prompt else range(len(row), 0, -1))
     ]
     alone = {(b, n): asker(tokens[b][:n]) for b, n in track(prompts)}
     rows = [(b, len(row)) for b, row in enumerate(tokens)]

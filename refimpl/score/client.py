@@ -36,8 +36,7 @@ class Client:
     pause: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        require(parts.scheme in ("http", "https") and parts.hostname, f"{self.url!r}; expected http://HOST:PORT")
+        require(_is_http(self.url), f"{self.url!r}; expected http://HOST:PORT")
         require(self.timeout > 0 and self.retries >= 0, "the timeout must be positive, retries not negative")
 
     def get(self, path: str) -> Any:
@@ -101,3 +100,12 @@ class Client:
                 return bytes(found)
             found += part
             require(len(found) <= LARGEST, f"{self.url}: an answer of more than {LARGEST >> 20} MiB")
+
+
+def _is_http(url: str) -> bool:
+    """Whether a URL has http's scheme, a host, and a port that is one if any."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return False

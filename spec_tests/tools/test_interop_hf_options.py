@@ -270,6 +270,22 @@ def test_a_class_that_is_none_is_refused(name, complaint, tmp_path, monkeypatch)
         hf.record(TINY, tmp_path / "t.safetensors", model=name)
 
 
+@pytest.mark.parametrize("place", ["def __init__(self, config)", "def forward(self, **inputs)"])
+def test_what_a_class_of_the_users_own_raises_is_said_of_it(place, tmp_path, capsys):
+    """Catches an exception of the user's file that is called a bug of ours."""
+    file = tmp_path / "modeling_bad.py"
+    body = f"class BadForCausalLM(DeepseekV3ForCausalLM):\n    {place}:\n        raise KeyError('boom')\n"
+    file.write_text(f"from transformers import DeepseekV3ForCausalLM\n\n\n{body}")
+    assert main(["record", "hf", str(TINY), "-o", str(tmp_path / "t"), "--model", str(file)]) == 3
+    assert "raises KeyError: 'boom'" in (said := capsys.readouterr().err) and "modeling_bad.py:6)" in said
+
+
+def test_a_trace_that_cannot_be_written_is_refused(tmp_path, capsys):
+    """Catches a traceback, called a bug of ours, for a folder that is not there."""
+    assert main(["record", "hf", str(TINY), "-o", str(tmp_path / "a" / "b" / "t")]) == 3
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
 # ---- What is said
 
 

@@ -90,3 +90,13 @@ def test_a_case_with_positions_of_its_own_is_refused(tmp_path, capsys):
     (tmp_path / "tokens.json").write_text(json.dumps(run))
     assert main(["record", "mlx", str(tmp_path), "-o", str(tmp_path / "t")]) == 3
     assert "positions of its own" in capsys.readouterr().err
+
+
+def test_a_config_that_mlx_lm_does_not_take_is_said_of_mlx_lm(tmp_path, capsys, case):
+    """Catches its exception called a bug of ours."""
+    for name in ("weights.safetensors", "tokens.json"):
+        shutil.copy(TINY / name, tmp_path / name)
+    config = case.raw_config | {"topk_method": "group_limited_greedy"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["record", "mlx", str(tmp_path), "-o", str(tmp_path / "t")]) == 3
+    assert "mlx-lm raises AssertionError: Unsupported topk method" in capsys.readouterr().err

@@ -191,10 +191,14 @@ def test_a_module_that_the_model_lacks_is_refused_with_what_it_has(case):
         (["--map", "vllm", "--build", "nowhere.at:all"], "No module named 'nowhere'"),
         (["--map", "vllm", "--build", "json:nothing"], "has no attribute 'nothing'"),
         (["--map", "vllm", "--build", "builtins:str"], "gave str, not a torch module"),
+        (["--map", "vllm", "--build", "json:dumps"], "--build json:dumps raises TypeError"),
+        (["--map", "vllm", "--build", "brokenbuild:fn"], "brokenbuild cannot be imported: ZeroDivisionError"),
     ],
 )
-def test_the_command_refuses(words, complaint, tmp_path, capsys):
-    """Catches a traceback where a sentence was needed, and a file written all the same."""
+def test_the_command_refuses(words, complaint, tmp_path, capsys, monkeypatch):
+    """Catches a traceback where a sentence was needed, a user's exception called a bug of ours, a file written all the same."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "brokenbuild.py").write_text("1 / 0")
     assert main(["record", "torch", str(TINY), "-o", str(tmp_path / "t"), *words]) == 3
     assert complaint in capsys.readouterr().err and not (tmp_path / "t").exists()
 

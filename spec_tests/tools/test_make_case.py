@@ -143,3 +143,10 @@ def test_the_files_are_those_of_a_checkpoint():
     assert sum(w.size for n, w in weights.items() if not n.endswith("correction_bias")) == 128_436
     size = sum(p.stat().st_size for p in TINY.iterdir())
     assert size < 3_000_000  # it travels in every wheel
+
+
+def test_a_place_that_can_hold_no_folder_is_refused(tmp_path):
+    """Catches a traceback, called a bug of ours, where a file is in the way."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match="cannot be written: Not a directory"):
+        new_case(tmp_path / "file" / "case", PRESETS["tiny"])

@@ -105,6 +105,29 @@ def test_a_server_is_asked_in_the_way_it_answers(case, e, right, kind, shown):
     assert all(a.largest == 0 for a in found.again)
 
 
+def test_a_server_is_not_asked_what_it_has_just_completed(case, e, right):
+    """Catches beginnings asked for from the shortest on: mlx-lm's server keeps a prompt and what it generated and ends when that is
+    the next prompt. This one generates the case's own next token always, and keeps ten.
+    """
+    answers, kept, ended = engine(case, right, "next"), [], []
+
+    def answer(body):
+        tokens = body["prompt"]
+        ended.extend([tokens] if tokens in kept[-10:] else [])
+        if ended:
+            return 404
+        said = answers(body)
+        if said != 400:
+            kept.append(
+                next((t[: len(tokens) + 1] for t in case.tokens if t[: len(tokens)] == tokens and t != tokens), [])
+            )
+        return said
+
+    with Server(answer) as s:
+        found = measure(ask(Client(s.url, timeout=20), case.tokens, IDS), e)
+    assert found.verdict == "CONSISTENT" and not ended
+
+
 def test_a_stale_prefix_is_found(case, e, right):
     """Catches a client that never asks behind another prompt: here the engine answers otherwise from the third time on."""
     seen = []
@@ -219,7 +242,17 @@ def test_retries_are_few_and_only_where_they_may_help():
         assert len(s.asked) == 7 and pauses == [0.5, 1.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://", "http:///v1"])
+NO_ADDRESS = (
+    "ftp://127.0.0.1",
+    "http://",
+    "http:///v1",
+    "http://127.0.0.1:port",
+    "http://127.0.0.1:99999",
+    "http://[::1",
+)
+
+
+@pytest.mark.parametrize("url", NO_ADDRESS)
 def test_an_address_that_is_none_is_refused(url):
     """Catches a client that fails on its first request with Python's words."""
     with pytest.raises(SpecError):

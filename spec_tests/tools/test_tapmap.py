@@ -181,7 +181,7 @@ def test_what_was_not_seen_or_is_something_else_is_a_note_and_never_an_error():
     w.see(("layers.1.gate", ""), [], {}, {"other": 1})
     taps, notes = w.taps(), "\n".join(w.notes)
     assert set(taps) == {"fwd/final_norm"} and taps["fwd/final_norm"].shape == (5, 7)
-    for said in ("emb[1] is not there", "fwd/logits was not seen at head", "(5, 7); the map says B S D", "'ids'"):
+    for said in ("emb[1] is not there", "fwd/logits was not seen at head", "(5, 7), where the map says B S D", "'ids'"):
         assert said in notes
 
 
@@ -210,13 +210,16 @@ def test_the_command_lists_and_shows(capsys):
 @pytest.mark.parametrize(
     ("words", "module", "extra"),
     [
-        (["torch", "--map", "torchtitan"], "torch", "torch"),
+        (["torch", "--map", "torchtitan"], "torch", "torchtitan"),
+        (["torch", "--map", "megatron"], "torch", "megatron"),
+        (["torch", "--map", "transformers"], "torch", "interop"),
+        (["torch", "--map", "vllm", "--build", "json:dumps"], "torch", "torch"),
         (["mlx"], "mlx.core", "mlx"),
         (["llamacpp"], "llama_cpp", "llamacpp"),
     ],
 )
 def test_an_absent_framework_is_told_with_the_extra_that_brings_it(words, module, extra, monkeypatch, tmp_path, capsys):
-    """Catches a traceback of an import, and the name of an extra that pyproject.toml has not."""
+    """Catches a traceback of an import, and an extra that does not bring the framework of a shipped map."""
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["record", words[0], str(TINY), "-o", str(tmp_path / "t"), *words[1:]]) == 3
     assert f"pip install 'deepseek-v3-refimpl[{extra}]'" in capsys.readouterr().err
