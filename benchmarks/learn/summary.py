@@ -151,8 +151,9 @@ def samples_text(folder: Path) -> list[str]:
     """Text at the start, in the middle and at the end."""
     texts = list(records(folder, SAMPLES))
     steps = sorted({s["step"] for s in texts})
+    middle = min(steps, key=lambda step: abs(2 * step - steps[-1]))
     lines = []
-    for step in (steps[0], steps[len(steps) // 2], steps[-1]):
+    for step in (steps[0], middle, steps[-1]):
         said = [printable(f"{s['prompt']} ‖ {s['text']}") for s in texts if s["step"] == step]
         lines += ["", f"After step {step}:", "", "```text", *[line for text in said for line in wrapped(text)], "```"]
     return lines[1:]
