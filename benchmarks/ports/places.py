@@ -25,8 +25,6 @@ def places(port: str, seen: list[str]) -> dict[str, list[str]]:
 
 
 def _there(entry: dict[str, Any]) -> list[str]:
-    if "says" in entry:
-        return [entry["says"]]
     if "module" in entry:
         return _lines(entry["module"], entry["text"], entry.get("after", ""))
     (name, version), *_ = PORTS[entry["port"]].versions().items()

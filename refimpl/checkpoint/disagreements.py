@@ -41,9 +41,15 @@ def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagree
             f"engines that build FP8 layers from it (vLLM, SGLang, transformers) look for weight{SCALE}: KeyError, or scales "
             "left uninitialised; take the entry out",
         )
-    if codes and not told:
+    bare = [n for n in codes if ckpt.scale(n) is None]
+    if bare:
         yield Disagreement(
-            f"{len(codes)} tensors are FP8 codes with scales, but config.json has no quantization_config",
+            f"{len(bare)} of {len(codes)} tensors of FP8 codes have no scale, the first {bare[0]}",
+            f"engines look for weight{SCALE} and stop, or multiply by what memory held; write the scales beside the codes",
+        )
+    if len(codes) > len(bare) and not told:
+        yield Disagreement(
+            f"{len(codes) - len(bare)} tensors are FP8 codes with scales, but config.json has no quantization_config",
             "vLLM, SGLang and transformers build plain layers, cast the codes to their dtype without the scales, or refuse "
             f"weight{SCALE} as unexpected",
         )

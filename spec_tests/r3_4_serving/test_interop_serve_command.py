@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,9 @@ def _libraries():
 def test_from_the_command_line_to_generate_s_tokens(how):
     """Catches an address that is printed too early or not flushed, an option that is forgotten, an interrupt that hangs."""
     command = [sys.executable, "-m", "refimpl", "serve", str(TINY), "--port", "0", *how]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background are started deaf to it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, preexec_fn=heard, **pipes) as process:
         try:
             name, _, address = process.stdout.readline().split()
             fields = {"model": name, "prompt": [3, 1, 4], "max_tokens": 9, "temperature": 0}

@@ -357,6 +357,18 @@ def test_quantisation_announced_or_present_alone_is_warned_of(tmp_path, weights,
     assert "no quantization_config" in only
 
 
+def test_codes_that_lost_their_scales_are_warned_of(tmp_path, weights):
+    """Catches codes without scales that are told as "with scales", which nobody can decode."""
+    save(tmp_path / "fp8", weights, TINY, dtype="fp8")
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    tensors = {n: t for n, t in parse_file(file)[0].items() if not n.endswith("_scale_inv")}
+    make_file(file, tensors)
+    found = told(rewritten(tmp_path / "fp8", quantization_config=FP8))
+    codes = sum(t[0] == "F8_E4M3" for t in tensors.values())
+    assert [f for f in found if f"{codes} of {codes} tensors of FP8 codes have no scale" in f]
+    assert not [f for f in told(rewritten(tmp_path / "fp8", quantization_config=None)) if "codes with scales" in f]
+
+
 @pytest.mark.parametrize(
     ("counted", "kept", "what"), [(1, 3, "MTP is absent"), (0, 4, "present, but"), (2, 4, "but 1 MTP")]
 )

@@ -50,7 +50,7 @@ def test_masked_groups_filled_with_zero_show_where_every_score_is_negative(tmp_p
 
 
 def test_its_sums_are_in_order():
-    """Catches the page of the ports in a lie: where mlx-lm's norms lean one way it is the order of a float32 sum that does."""
+    """Catches a twin that sums in an order which no engine has (`refimpl/diff/orders.py`): MLX adds one number after the other."""
     import mlx.core as mx
 
     squares = np.random.default_rng(0).standard_normal((48, 160)).astype(np.float32) ** 2
