@@ -64,8 +64,9 @@ def _online(s: Array) -> Array:
 
 def _exp2(s: Array) -> Array:
     bits = s * np.asarray(np.log2(np.e), s.dtype)
-    p = np.exp2(bits - bits.max(-1, keepdims=True))
-    return np.asarray(p / p.sum(-1, keepdims=True))
+    top = bits.max(-1, keepdims=True)
+    p = np.exp2(bits - np.where(np.isneginf(top), 0, top))  # a query of padding sees no key
+    return np.asarray(p / np.maximum(p.sum(-1, keepdims=True), np.finfo(s.dtype).tiny))
 
 
 def _split_keys(p: Array, kv: Array, *, v_dim: int) -> Array:

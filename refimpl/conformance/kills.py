@@ -48,7 +48,11 @@ class Kill:
 def unusable() -> dict[str, str]:
     """Bugs of the corpus that are no implementation by themselves -> why."""
     reads = {i: f"reads {', '.join(m.reads)} beside its stage's arguments" for i, m in MUTANTS.items() if m.reads}
-    parts = {i: f"{m.stage} is a part of a quantised product" for i, m in MUTANTS.items() if not usable(m)}
+    parts = {
+        i: f"{m.stage} is {'the optimiser' if m.stage.startswith('optim.') else 'a part of a quantised product'}"
+        for i, m in MUTANTS.items()
+        if not usable(m)
+    }
     return parts | reads | dict(NOT_STAGES)
 
 
@@ -65,11 +69,7 @@ def regimes_of(id: str) -> list[str]:
     """The plain case and those whose business a bug is; for a rewrite two that are hard."""
     if id in INNOCENTS:
         return [PLAIN, "bias-negative", "extreme-logits"]
-    return [PLAIN, *[r.id for r in REGIMES.values() if id in r.shows or _family(id) in r.shows]]
-
-
-def _family(id: str) -> str:
-    return id.rstrip("abcdefgh")
+    return [PLAIN, *[r.id for r in REGIMES.values() if any(id == s or id.startswith(f"{s}-") for s in r.shows)]]
 
 
 def kill(id: str, run: Run, cases: Path) -> Kill:

@@ -70,7 +70,7 @@ def _judged(of: Subject, step: Step, g: Grounds, units: Units) -> Finding | Lack
     if call.stage == "mask":
         x = np.where(x < MASKED, np.asarray(-np.inf, x.dtype), x)
     found = compare(step, x, units, {})
-    others = [] if found.ok or call.of.compare in ("exact", "set") else alternatives(call, x, step.exact, g.config)
+    others = [] if found.ok or call.of.compare != "gauge" else alternatives(call, x, step.exact, g.config)
     return next((f for _, other in others if (f := compare(step, other, units, {})).ok), found)
 
 
