@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import refimpl
 from refimpl.cli import main
 from refimpl.cli.jobs import Files
 from refimpl.diff import Case, Trace, to_json
@@ -23,7 +24,7 @@ from refimpl.layers import PRESETS
 from refimpl.parallel_emulation.comm.launcher import mpiexec_command
 from refimpl.record import new_case, trace_case
 
-TINY = Path(__file__).parents[2] / "refimpl" / "cases" / "tiny"
+TINY = Path(refimpl.__file__).parent / "cases" / "tiny"
 BUG = [str(TINY), str(TINY / "hf-bug.safetensors")]
 FOUND = importlib.util.find_spec("mpi4py") is not None and (
     (Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")

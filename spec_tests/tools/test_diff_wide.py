@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import refimpl
 from refimpl.diff import Case, Trace, to_json, wide
 from refimpl.diff.judge import judge
 from refimpl.diff.tolerance import Noise, distance
 from refimpl.layers.stage import STAGES, Call
 
-CASE = Path(__file__).parents[2] / "refimpl" / "cases" / "tiny"
+CASE = Path(refimpl.__file__).parent / "cases" / "tiny"
 
 
 def _report(case: Case, trace: Trace) -> Any:
