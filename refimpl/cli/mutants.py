@@ -6,8 +6,12 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import Commands, deliver
+
+if TYPE_CHECKING:
+    from refimpl.conformance.kills import Kill
 
 _TEXT = """Run the conformance suite on the specification with one known bug in it, for every bug of the corpus that is a
 stage, and on innocent rewrites, which it must leave alone: which claims kill which bug, and whether at its own stage.
@@ -54,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _say(row: object) -> None:
-    from refimpl.conformance.kills import Kill
-
-    assert isinstance(row, Kill)
+def _say(row: Kill) -> None:
     print(
         f"{row.id}: {len(row.claims)} claims fail{', its own stage among them' if row.located else ''}", file=sys.stderr
     )

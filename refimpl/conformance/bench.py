@@ -11,11 +11,9 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.diff import Case
 from refimpl.diff.compare import Finding
-from refimpl.diff.grounds import Grounds
-from refimpl.diff.precision import precision_of
+from refimpl.diff.precision import declared_precision
 from refimpl.diff.tolerance import FACTOR, ROUNDINGS, distance
-from refimpl.diff.trace import Header
-from refimpl.layers import PRESETS, Config
+from refimpl.layers import PRESETS
 from refimpl.model import Impl
 from refimpl.record import new_case
 
@@ -58,12 +56,8 @@ class Bench:
     def stages(self, regime: str) -> dict[str, list[Finding | Lacking]]:
         """Stage -> its calls, judged."""
         if regime not in self._stages:
-            self._stages[regime] = stage_findings(self.of, self.ground(regime))
+            self._stages[regime] = stage_findings(self.of, ground(self.case(regime), self.of.precision))
         return self._stages[regime]
-
-    def ground(self, regime: str) -> Grounds:
-        """Our own run of the case."""
-        return ground(self.case(regime), self.of.precision)
 
     def near(self, regime: str, x: Array, e: Array) -> str:
         """Why logits x cannot be another correct run's than e, or "".
@@ -81,18 +75,16 @@ class Bench:
         """How far our logits at the declared precision are from those in float64."""
         if regime not in self._spread:
             case = self.case(regime)
-            p = precision_of(Header(case.raw_config, case.tokens, precision=self.of.precision), {})
+            p = declared_precision(self.of.precision)
             runs = [Impl(precision=name).load(case.raw_config, case.weights()) for name in (p.plan.name, "float64")]
             given: dict[str, Any] = {"positions": case.positions, "valid": case.valid}
             ours, exact = (r.forward(case.tokens, **given)["logits"] for r in runs)
             self._spread[regime] = max(distance("logits", ours, exact).worst, ROUNDINGS * p.unit("fwd/logits"))
         return self._spread[regime]
 
-    def changed(self, case: Case, weights: dict[str, Array], config: Config | None = None) -> Array:
-        """The subject's logits of the case's tokens with other weights (and config)."""
-        self.of.case = None
-        raw = case.raw_config if config is None else case.raw_config | config.to_dict()
-        self.of.call("load", raw, weights)
+    def changed(self, case: Case, weights: dict[str, Array]) -> Array:
+        """The subject's logits of the case's tokens with other weights."""
+        self.of.hold(case.raw_config, weights)
         return self.of.logits(case.tokens)
 
 

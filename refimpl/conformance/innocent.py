@@ -27,12 +27,9 @@ class Innocent:
     fn: Form
 
 
-def _finite(mask: Array) -> Array:
+def _finite(*args: Any, **static: Any) -> Array:
+    mask = STAGES["mask"].fn(*args, **static)
     return np.where(np.isneginf(mask), np.asarray(-1e9, mask.dtype), mask)
-
-
-def _mask(*args: Any, **static: Any) -> Array:
-    return _finite(STAGES["mask"].fn(*args, **static))
 
 
 def _scale_on_q(q: Array, q_rope: Array, kv: Array, k_rope: Array, mask: Array, *, scale: float) -> Array:
@@ -142,7 +139,7 @@ def _last_first(down: Array, ids: Array, weights: Array | None) -> Array:
     return y
 
 
-def _log_weights(s: Array, ids: Array, *, normalise: bool, eps: float, scale: float) -> Array:
+def _scaled_first(s: Array, ids: Array, *, normalise: bool, eps: float, scale: float) -> Array:
     """Renormalised by a sum in another order, scaled before."""
     g = np.take_along_axis(s, ids, -1) * np.asarray(scale, s.dtype)
     total = g[..., ::-1].sum(-1, keepdims=True) / np.asarray(scale, s.dtype) + np.asarray(eps, s.dtype)
@@ -160,7 +157,7 @@ def _blocks_of_vocabulary(x: Array, w: Array) -> Array:
 INNOCENTS: dict[str, Innocent] = {
     i.id: i
     for i in (
-        Innocent("mask-1e9", "masked with -1e9 instead of -inf", "mask", _mask),
+        Innocent("mask-1e9", "masked with -1e9 instead of -inf", "mask", _finite),
         Innocent("scale-on-q", "the softmax scale on the queries", "mla.scores", _scale_on_q),
         Innocent("one-product", "nope and rotated parts in one product", "mla.scores", _one_product),
         Innocent("online-softmax", "the softmax in blocks of keys", "mla.probs", _online),
@@ -177,7 +174,9 @@ INNOCENTS: dict[str, Innocent] = {
         Innocent("one-hot", "the embedding as a product", "embed", _one_hot),
         Innocent("ascending-ids", "experts listed in ascending order", "router.ids", _ascending),
         Innocent("last-first", "experts added from the last to the first", "moe.routed", _last_first),
-        Innocent("scaled-first", "routing weights scaled before they are renormalised", "router.weights", _log_weights),
+        Innocent(
+            "scaled-first", "routing weights scaled before they are renormalised", "router.weights", _scaled_first
+        ),
         Innocent("shared-first", "the shared expert added first", "moe.out", _sum_other_way),
         Innocent("vocabulary", "logits in blocks of the vocabulary", "logits", _blocks_of_vocabulary),
     )

@@ -7,6 +7,7 @@ suite: which claims kill which bug, and whether at the right stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 from refimpl.autograd.errors import require
@@ -64,12 +65,7 @@ class Mutated:
             return self.impl.stage(name, inputs, params)
 
 
-def bug(id: str) -> type[Mutated]:
-    """A class for `--impl`."""
-    return type(id, (Mutated,), {"__init__": lambda self: Mutated.__init__(self, id)})
-
-
-def __getattr__(name: str) -> type[Mutated]:
+def __getattr__(name: str) -> partial[Mutated]:
     if name not in (*MUTANTS, *INNOCENTS):
         raise AttributeError(name)
-    return bug(name)
+    return partial(Mutated, name)

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.errors import SpecError
-from refimpl.diff import Case, Header
+from refimpl.diff import Case
 from refimpl.diff.compare import Finding, Units, compare, unusable
 from refimpl.diff.gauges import alternatives
 from refimpl.diff.grounds import Grounds
 from refimpl.diff.judge import judge
 from refimpl.diff.lanes import Lane, Recorded
-from refimpl.diff.precision import precision_of
+from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import integers
 from refimpl.diff.replay import Step, replay
-from refimpl.diff.wide import MASKED
-from refimpl.layers.mla import Attend
+from refimpl.diff.wide import with_infinity
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Call
 from refimpl.record import trace_case
@@ -35,10 +34,9 @@ _OURS = ("dtype", "kernel")
 """Settings that say how we compute, not what."""
 
 
-def ground(case: Case, precision: Mapping[str, str], *, attend: Attend = "expanded") -> Grounds:
+def ground(case: Case, precision: Mapping[str, str]) -> Grounds:
     """Our own run of a case at a declared precision, with all that is needed to run its stages again."""
-    declared = precision_of(Header(case.raw_config, case.tokens, precision=dict(precision)), {})
-    found = judge(case, trace_case(case, precision=declared.plan.name, attend=attend)).grounds
+    found = judge(case, trace_case(case, precision=declared_precision(precision).plan.name)).grounds
     assert found is not None
     return found
 
@@ -68,7 +66,7 @@ def _judged(of: Subject, step: Step, g: Grounds, units: Units) -> Finding | Lack
     if flaw:
         return Finding(call.tap, call.stage, False, np.inf, note=flaw)
     if call.stage == "mask":
-        x = np.where(x < MASKED, np.asarray(-np.inf, x.dtype), x)
+        x = with_infinity(x)
     found = compare(step, x, units, {})
     others = [] if found.ok or call.of.compare != "gauge" else alternatives(call, x, step.exact, g.config)
     return next((f for _, other in others if (f := compare(step, other, units, {})).ok), found)

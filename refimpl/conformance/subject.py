@@ -8,16 +8,16 @@ NotImplementedError is `Lacking`: no failure, but not a pass either.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from refimpl.autograd.errors import SpecError, require
+from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
 from refimpl.diff import Case, Header, Trace, digest
+from refimpl.record.candidate import named_object
 
 from .process import Lacking, Process
 
@@ -56,8 +56,13 @@ class Subject:
     def load(self, case: Case) -> None:
         """Give it a case's config and weights, unless it has them."""
         if self.case is not case:
-            self.call("load", case.raw_config, case.weights())
+            self.hold(case.raw_config, case.weights())
             self.case = case
+
+    def hold(self, config: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+        """Give it any config and weights."""
+        self.case = None
+        self.call("load", config, weights)
 
     def call(self, method: str, *args: Any, **settings: Any) -> Any:
         """A method's answer. Lacking if it has none."""
@@ -114,10 +119,6 @@ def subject(name: str = "", command: str = "") -> Subject:
     require(not (name and command), "an implementation and a command are given; expected one of them")
     if command:
         return Subject(Process(command))
-    module, colon, attribute = (name or "refimpl.model:Impl").partition(":")
-    require(colon and module and attribute, f"implementation {name!r}; expected pkg.mod:Class")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"implementation {name}: {error}") from None
+    name = name or "refimpl.model:Impl"
+    found = named_object(name, f"implementation {name}", "pkg.mod:Class")
     return Subject(found() if callable(found) else found)

@@ -21,7 +21,7 @@ from .gauges import ROPE_TAPS, swap_pairs
 from .program import integers
 from .reading import Pick, Reading, read
 from .trace import Header, Trace
-from .wide import MASKED
+from .wide import with_infinity
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
 
@@ -150,7 +150,7 @@ def _canonical(call: Call, x: Array, layouts: Mapping[str, str], c: Config) -> A
     k leaves every score as it is, so this is a layout, not a bug (DeepSeek-V3 #938, transformers #39687).
     """
     if call.stage == "mask":
-        return np.where(x.astype(np.float32) < MASKED, np.asarray(-np.inf, x.dtype), x)
+        return with_infinity(x)
     ours = "interleaved" if c.rope_interleave else "half"
     theirs = layouts.get("rope", ours)
     if theirs == ours or call.tap.rpartition("/")[2] not in ROPE_TAPS:

@@ -73,6 +73,11 @@ def _ends(tap: str, pattern: str) -> bool:
     return "/" not in pattern and tap_matches(tap.rpartition("/")[2], pattern)
 
 
+def declared_precision(told: Mapping[str, str]) -> Precision:
+    """What a header's `precision` says by itself, of a run of which nothing was recorded."""
+    return precision_of(Header({}, [], precision=dict(told)), {})
+
+
 def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     """What the header declares, corrected where the values say otherwise: bfloat16 or float16 numbers in float32 arrays."""
     parts = {k: v for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)

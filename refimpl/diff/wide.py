@@ -24,6 +24,11 @@ KEPT = 1 << 25
 """Bytes of blocks that an array keeps, so that they need not be made again."""
 
 
+def with_infinity(mask: Array) -> Array:
+    """An additive mask with -inf where it masks."""
+    return np.where(mask.astype(np.float32) < MASKED, np.asarray(-np.inf, mask.dtype), mask)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a block of a wide array (`wide`) lies: rows start to stop of one sequence, in all heads."""

@@ -139,16 +139,21 @@ def library(name: str, extra: str) -> Any:
 
 def builder(name: str) -> Callable[[Case], Any]:
     """The function `pkg.mod:fn`. SpecError if there is none of that name."""
-    module, colon, function = name.partition(":")
-    require(colon and module and function, f"--build {name!r}; expected pkg.mod:fn, a function of the case")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"--build {name}: {error}") from None
-    except Exception as error:  # the user's module may raise anything
-        raise SpecError(f"--build {name}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    found = named_object(name, f"--build {name}", "pkg.mod:fn, a function of the case")
     require(callable(found), f"--build {name}: not a function")
     return found  # type: ignore[no-any-return]
+
+
+def named_object(name: str, said: str, expected: str) -> Any:
+    """What `pkg.mod:attribute` names; SpecError, in the words that were `said`, if there is none or its module raises."""
+    module, colon, attribute = name.partition(":")
+    require(colon and module and attribute, f"{said}; expected {expected}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{said}: {error}") from None
+    except Exception as error:  # the user's module may raise anything
+        raise SpecError(f"{said}: {module} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def plain_only(case: Case, what: str) -> None:

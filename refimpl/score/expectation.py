@@ -14,9 +14,9 @@ import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
-from refimpl.diff import Case, Header
+from refimpl.diff import Case
 from refimpl.diff.lanes import Recorded
-from refimpl.diff.precision import precision_of
+from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import program_of
 from refimpl.diff.replay import replay
 from refimpl.diff.streamed import StageWeights
@@ -66,7 +66,7 @@ def declared(text: str) -> dict[str, str]:
 def expected(case: Case, precision: str = "float32", *, track: Callable[[list[Any]], Iterable[Any]] = iter) -> Expected:
     """Run the case's tokens in float64 and in the twins. SpecError for an unknown precision, and for inputs that are not sound."""
     told = declared(precision)
-    noise, plan = _noise(case, told)
+    noise, plan = _noise(told)
     config = case.config
     inputs = read_inputs(config, case.tokens, case.positions, case.valid)
     parts = parts_of(["fwd"], inputs.tokens.shape[1])
@@ -85,11 +85,11 @@ def expected(case: Case, precision: str = "float32", *, track: Callable[[list[An
     return Expected(case.tokens, log_softmax(exact), twins, doubtful, unit, size, precision)
 
 
-def _noise(case: Case, told: Mapping[str, str]) -> tuple[Noise, Any]:
+def _noise(told: Mapping[str, str]) -> tuple[Noise, Any]:
     """The roundings of a declared precision, and its plan."""
     codes = CODES.get(told["storage"])
     plain = {k: "float32" if v in CODES else v for k, v in told.items()}
-    p = precision_of(Header(case.raw_config, case.tokens, precision=plain), {})
+    p = declared_precision(plain)
     if codes is None:
         return Noise(p.unit, p.format), p.plan
     return Noise(lambda tap: max(codes, p.unit(tap)), _unrounded), p.plan

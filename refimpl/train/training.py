@@ -23,6 +23,9 @@ from .in_place import adamw_over
 from .optimizer import AdamState, AdamW, adamw, clipping, global_norm, scaled
 from .shares import part_of
 
+Found = tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]
+"""Loss, gradients by checkpoint name, tokens per expert by layer, parts of the loss."""
+
 
 def constant(step: int) -> float:
     """1 at every step."""
@@ -109,7 +112,7 @@ def gradients(
     valid: Array | None = None,
     documents: Array | None = None,
     scale: float = 1.0,
-) -> tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]:
+) -> Found:
     """What a step updates by: the loss, the gradients of `scale` times the loss, tokens per expert by layer, the loss's parts.
     Inputs as `step`.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from refimpl.checkpoint import Transaction
 from refimpl.conformance.process import Lacking
 from refimpl.conformance.report import Outcome, Report, listed, unreasoned
 from refimpl.conformance.subject import subject
@@ -156,7 +157,8 @@ class Collector:
         self.report.implementation = _named(self.config)
         for option, text in (("--conformance-json", self.report.to_json), ("--badge", self.report.badge)):
             if path := self.config.getoption(option):
-                path.write_text(text())
+                with Transaction() as files, files.new(path) as f:
+                    f.write(text().encode())
         if foreign(self.config) and session.exitstatus == 0 and not self.report.conforms:
             session.exitstatus = 1
 

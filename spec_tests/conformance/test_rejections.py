@@ -11,9 +11,8 @@ from .plugin import claim
 def refused(bench, weights):
     """Whether loading these weights is an error."""
     case = bench.case()
-    bench.of.case = None
     try:
-        bench.of.call("load", case.raw_config, weights)
+        bench.of.hold(case.raw_config, weights)
     except Lacking:
         raise
     except Exception:

@@ -113,6 +113,23 @@ def test_a_process_that_says_nothing_is_given_up():
     process.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("json", "implementation json; expected pkg.mod:Class"),
+        ("no_such_port:Impl", "implementation no_such_port:Impl: No module"),
+        ("json:Impl", "no attribute 'Impl'"),
+        ("raising_port:Impl", "raising_port cannot be imported: ZeroDivisionError"),
+    ],
+)
+def test_an_implementation_that_is_none_is_named(tmp_path, monkeypatch, name, says):
+    """Catches a traceback for a name that is misspelt, and for a port whose module raises."""
+    (tmp_path / "raising_port.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpecError, match=says):
+        subject(name)
+
+
 def test_a_command_that_is_none_is_named():
     """Catches a traceback of subprocess."""
     with pytest.raises(SpecError, match="cannot be started"):

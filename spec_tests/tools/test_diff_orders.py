@@ -7,10 +7,9 @@ import pytest
 from refimpl.diff.compare import Units, compare
 from refimpl.diff.lanes import Recorded
 from refimpl.diff.orders import ORDERS
-from refimpl.diff.precision import precision_of
+from refimpl.diff.precision import declared_precision
 from refimpl.diff.replay import replay
 from refimpl.diff.tolerance import UNIT, Noise
-from refimpl.diff.trace import Header
 from refimpl.layers import STAGES
 from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
@@ -29,7 +28,7 @@ def by_loop(x, w, eps):
 
 def judged(x, w, given):
     """The finding on a norm that a port gave for rows x."""
-    p = precision_of(Header({}, [[0]]), {})
+    p = declared_precision({})
     weights = {"norm": w}
     r = Recorded(
         {TAP: given}, {"x": x}, lambda n, plan: weights[n].astype(plan.dtype), FLOAT32, Noise(p.unit, p.format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,91 +78,74 @@ def _experts_once(*grads: Array) -> Any:
     return stage(_NORM)(*grads[: len(grads) // 2])
 
 
+_bug = partial(Mutant, regime="training")
 MUTANTS = (
-    Mutant("O01", "eps is added to the second moment inside the square root", _STEP, _eps_inside, (), "training"),
-    Mutant("O01b", "eps is added before the bias correction", _STEP, _eps_before_correction, (), "training"),
-    Mutant(
+    _bug("O01", "eps is added to the second moment inside the square root", _STEP, _eps_inside),
+    _bug("O01b", "eps is added before the bias correction", _STEP, _eps_before_correction),
+    _bug(
         "O02",
         "weight decay is added to the gradient (L2) instead of taken from the weight",
         _CLIP,
         _l2,
-        (),
-        "training",
         reads=("master",),
         also={_STEP: setting(_STEP, decay=0.0)},
     ),
-    Mutant("O03", "no weight decays", _STEP, setting(_STEP, decay=0.0), (), "training"),
-    Mutant(
+    _bug("O03", "no weight decays", _STEP, setting(_STEP, decay=0.0)),
+    _bug(
         "O03b",
         "weights decay that should not (norms, biases)",
         _STEP,
         _step(lambda s: {"decay": s["decay"] or _DECAY}),
-        (),
-        "training",
     ),
-    Mutant(
+    _bug(
         "O03c",
         "weight decay is not multiplied by the learning rate",
         _STEP,
         _step(lambda s: {"decay": s["decay"] / s["lr"] if s["lr"] else s["decay"]}),
-        (),
-        "training",
     ),
-    Mutant("O04", "the moments are not corrected for their start at 0", _STEP, _uncorrected, (), "training"),
-    Mutant("O04b", "the first moment is not corrected for its start at 0", _STEP, _first_uncorrected, (), "training"),
-    Mutant(
+    _bug("O04", "the moments are not corrected for their start at 0", _STEP, _uncorrected),
+    _bug("O04b", "the first moment is not corrected for its start at 0", _STEP, _first_uncorrected),
+    _bug(
         "O04c",
         "the bias correction counts one step too many",
         _STEP,
         _step(lambda s: {"steps": s["steps"] + 1}),
-        (),
-        "training",
     ),
-    Mutant(
+    _bug(
         "O04d",
         "the bias correction counts one step too few",
         _STEP,
         _step(lambda s: {"steps": s["steps"] - 1}),
-        (),
-        "training",
     ),
-    Mutant("O05", "gradients are clipped tensor by tensor, not by their global norm", _CLIP, _alone, (), "training"),
-    Mutant(
+    _bug("O05", "gradients are clipped tensor by tensor, not by their global norm", _CLIP, _alone),
+    _bug(
         "O05b",
         "gradients are not clipped before the moments see them",
         _CLIP,
         setting(_CLIP, max_norm=None),
-        (),
-        "training",
     ),
-    Mutant("O05c", "gradients below the clipping norm are scaled up to it", _CLIP, _always, (), "training"),
-    Mutant("O06", "the gradient norm is the sum of the tensors' norms", _NORM, _sum_of_norms, (), "training"),
-    Mutant("O06b", "the gradient norm is the largest value", _NORM, _largest, (), "training"),
-    Mutant("O06c", "the gradient norm is that of the first half of the tensors", _NORM, _experts_once, (), "training"),
-    Mutant(
+    _bug("O05c", "gradients below the clipping norm are scaled up to it", _CLIP, _always),
+    _bug("O06", "the gradient norm is the sum of the tensors' norms", _NORM, _sum_of_norms),
+    _bug("O06b", "the gradient norm is the largest value", _NORM, _largest),
+    _bug("O06c", "the gradient norm is that of the first half of the tensors", _NORM, _experts_once),
+    _bug(
         "O07",
         "moments are cut to bfloat16's bits instead of rounded",
         _M,
         _truncated(_M),
-        (),
-        "training",
         also={_V: _truncated(_V)},
     ),
-    Mutant(
+    _bug(
         "O08",
         "beta2 is 0.999",
         _V,
         setting(_V, beta=0.999),
-        (),
-        "training",
         also={_STEP: setting(_STEP, beta2=0.999)},
     ),
-    Mutant(
+    _bug(
         "O09",
         "the step starts from the bfloat16 weight instead of its master",
         _STEP,
         lambda w, m, v, **static: stage(_STEP)(to_bf16(w).astype(w.dtype), m, v, **static),
-        (),
-        "training",
     ),
 )

@@ -18,14 +18,12 @@ from refimpl.layers.config import Config
 from refimpl.layers.stage import observing
 from refimpl.model import ForCausalLM, Inputs, Output
 from refimpl.train.shares import Share, shared, shares
-from refimpl.train.training import Recipe, Report, State, loads, named, parts, update
+from refimpl.train.training import Found, Recipe, Report, State, loads, named, parts, update
 
 from .policies import Frugal, Policy
 
 Objective = Callable[[int, Output, Share], Any]
 """Number of a micro-batch, what the model gave, its shares -> what it adds to the loss of the whole batch ()."""
-Found = tuple[float, dict[str, Array], dict[str, Array], dict[str, float]]
-"""Loss, gradients by checkpoint name, tokens per expert by layer, parts of the loss: as `training.gradients`."""
 
 
 def step(
