@@ -1,0 +1,23 @@
+"""`pytest docs/book -k chapter3`: the hidden tests of a chapter's exercises run on what you wrote in exercises/chapter3.py.
+
+BOOK_SOLUTIONS=1 runs them on solutions/ instead, as continuous integration does.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def mine(request):
+    """The module with the reader's answers (or the solutions) for the test file that asks."""
+    folder = "solutions" if os.environ.get("BOOK_SOLUTIONS") else "exercises"
+    name = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", HERE / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
