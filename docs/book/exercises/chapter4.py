@@ -16,7 +16,7 @@ def absorb(q, w_uk):
 
 
 def cheaper(c, new, keys):
-    """"expanded" or "absorbed": the form with fewer multiplications, for `new` queries that all see `keys` keys of one layer.
+    """ "expanded" or "absorbed": the form with fewer multiplications, for `new` queries that all see `keys` keys of one layer.
 
     Expanded: unfold every key's latent, then scores and values. Absorbed: move the queries in, scores and values in latent
     space, move the results out. Of equals "expanded".

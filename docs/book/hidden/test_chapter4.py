@@ -20,7 +20,9 @@ def test_absorb(mine):
     rng = np.random.default_rng(0)
     q, w = rng.normal(size=(3, 4, 6)), rng.normal(size=(4 * (6 + 2), 5))
     wanted = mla.q_absorbed(q[None], w, nope=6)[0]
-    np.testing.assert_allclose(mine.absorb(q, w.reshape(4, 8, 5)[:, :6]), wanted, rtol=1e-12)  # the same sums of 6 terms
+    np.testing.assert_allclose(
+        mine.absorb(q, w.reshape(4, 8, 5)[:, :6]), wanted, rtol=1e-12
+    )  # the same sums of 6 terms
 
 
 def test_cheaper(mine):
@@ -28,7 +30,7 @@ def test_cheaper(mine):
     c = PRESETS["deepseek-v3"]
     assert mine.cheaper(c, 1, 4096) == "absorbed"
     assert mine.cheaper(c, 4096, 4096) == "expanded"
-    turns = [n for n in range(1, 4097) if mine.cheaper(c, n, 4096) == "expanded"][0]
+    turns = next(n for n in range(1, 4097) if mine.cheaper(c, n, 4096) == "expanded")
     for n in (turns - 1, turns):  # the costs, written out for this configuration
         unfolded = 4096 * 128 * 512 * 256 + n * 4096 * 128 * 320
         moved = n * 128 * 512 * 256 + n * 4096 * 128 * 1088
