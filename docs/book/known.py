@@ -24,7 +24,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], caption: str) -
 def _cell(x: object) -> str:
     if isinstance(x, int | float):
         says = f"{x:,}".replace(",", " ") if isinstance(x, int) else f"{x:.4g}"
-        return f'<td style="text-align:right">{says}</td>'
+        return f'<td style="text-align:right;white-space:nowrap">{says}</td>'
     return f"<td>{html.escape(str(x))}</td>"
 
 
