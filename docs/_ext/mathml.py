@@ -16,9 +16,7 @@ def _inline(self: Any, node: nodes.math) -> None:
 
 def _block(self: Any, node: nodes.math_block) -> None:
     number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
-    self.body.append(
-        f'<div class="math" style="overflow-y:hidden">{convert(node.astext(), display="block")}{number}</div>'
-    )
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}{number}</div>')
     raise nodes.SkipNode
 
 
