@@ -15,7 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 project = "DeepSeek-V3, executable specification"
 author = "The deepseek-v3-refimpl authors"
 release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "stage_pages", "api_pages", "accessible"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "stage_pages", "api_pages", "interactive", "accessible"]
 exclude_patterns = ["_ext", "book/exercises", "book/solutions", "book/hidden", "examples", "claims"]
 suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
@@ -40,7 +40,8 @@ html_show_sphinx = False
 
 def _outside(app, name, source):
     """Links to files that are in the repository and not on the site are said, not linked."""
-    source[0] = re.sub(r"\[([^\]]*)\]\((?:\.\./)+([^)]*)\)", r"\1 (`\2` in the repository)", source[0])
+    up = name.count("/") + 1  # as many times `../` as lead out of docs/
+    source[0] = re.sub(rf"\[([^\]]*)\]\((?:\.\./){{{up}}}([^)]*)\)", r"\1 (`\2` in the repository)", source[0])
 
 
 def setup(app):

@@ -11,7 +11,7 @@ EDITS = [
     (r'<aside class="sidebar-drawer">', '<aside class="sidebar-drawer" aria-label="All pages">'),
     (r'<aside class="toc-drawer( no-toc)?">', r'<aside class="toc-drawer\1" aria-label="This page">'),
     # What can be scrolled sideways can be reached by keyboard.
-    (r'<(pre|div class="(?:math|table)-wrapper[^"]*")>', r'<\1 tabindex="0">'),
+    (r'<(pre|div class="(?:math|(?:math|table)-wrapper[^"]*)")>', r'<\1 tabindex="0">'),
     (r'<th class="head"><p></p></th>', '<td class="head"></td>'),
 ]
 _OF_NOTEBOOKS = re.compile(r"<link [^>]*mystnb\.[0-9a-f]+\.css[^>]*>\n?")
