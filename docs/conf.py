@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 # The kernels of the chapters import the tree that is being documented, one thread each, so that outputs repeat.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE / "book"), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 project = "DeepSeek-V3, executable specification"
 author = "The deepseek-v3-refimpl authors"
 release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
-extensions = ["myst_nb", "mathml"]
+extensions = ["myst_nb", "mathml", "interactive"]
 exclude_patterns = ["_ext", "book/exercises", "book/solutions", "book/hidden", "examples", "claims"]
 suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
