@@ -13,7 +13,9 @@ def test_worst_row_is_that_of_the_tool(mine):
     rng = np.random.default_rng(1)
     e = rng.normal(size=(2, 5, 7)) * 10.0 ** rng.integers(-8, 2, (2, 5, 1))
     x = e + rng.normal(size=e.shape) * 1e-5
-    assert mine.worst_row(x, e) == pytest.approx(row_errors("resid", x, e).max(), rel=1e-12)  # the same formula in another order
+    assert mine.worst_row(x, e) == pytest.approx(
+        row_errors("resid", x, e).max(), rel=1e-12
+    )  # the same formula in another order
 
 
 def test_worst_row_of_zeros_and_holes(mine):
