@@ -1,7 +1,7 @@
 """The DualPipe player: one HTML page in which a reader steps through a pipeline schedule, ranks down, time to the right.
 
-Everything shown is computed here from `refimpl.parallel_emulation.pipeline`; the page fetches nothing, and without scripts the whole
-schedule is still there as a picture.
+Everything shown is computed here from `refimpl.parallel_emulation.pipeline`; the page fetches nothing, and without scripts the
+whole schedule is still there as a picture.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 8px 12px;
 h1 { font-size: 1.15rem; margin: 4px 0; }
 .controls { display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: center; margin: 8px 0; }
 .controls[hidden], .said[hidden] { display: none; }
-button, select { font: inherit; padding: 6px 10px; min-height: 36px; border: 1px solid #444; border-radius: 5px; background: #f6f6f6; }
+button, select { font: inherit; padding: 6px 10px; min-height: 36px; border: 1px solid #444; border-radius: 5px;
+  background: #f6f6f6; }
 button:focus-visible, select:focus-visible, input:focus-visible, .scroll:focus-visible { outline: 3px solid #0072B2; }
 input[type=range] { flex: 1 1 180px; min-height: 36px; }
 .scroll { overflow-x: auto; border: 1px solid #bbb; }
@@ -142,10 +143,12 @@ svg .tick { text-anchor: middle; fill: #444; }
 rect { height: 26px; } .bar { height: 4px; fill: #111; }
 .W + text, .W + .bar + text { fill: #fff; } .W + .bar { fill: #fff; stroke: #111; stroke-width: .5; }
 .edge { fill: none; stroke: #333; stroke-width: .7; }
-.play .box { opacity: .3; } .play .box.past { opacity: .6; } .play .box.on { opacity: 1; } .play .box.on .edge { stroke-width: 2.5; }
+.play .box { opacity: .3; } .play .box.past { opacity: .6; } .play .box.on { opacity: 1; }
+.play .box.on .edge { stroke-width: 2.5; }
 .play .box.other { opacity: .08; } .play .box.mine { opacity: 1; }
 .now { stroke: #d55e00; stroke-width: 2; }
-.said { padding: 0; margin: 8px 0; list-style: none; display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 2px 18px; }
+.said { padding: 0; margin: 8px 0; list-style: none; display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 2px 18px; }
 .said li { min-height: 1.5em; border-bottom: 1px solid #eee; } .idle { color: #595959; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; padding: 0; list-style: none; } .legend svg { vertical-align: middle; }
 .hide { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
@@ -188,7 +191,8 @@ _SCRIPT = """
 const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
 let name = "dualpipe", t = 0, timer = null, begun = false;
 const quiet = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-const word = (op, two) => D.kinds[op[0]] + " of " + op[2] + (two ? (op[1] ? " (from rank " + (D.ranks - 1) + ")" : " (from rank 0)") : "");
+const from = op => " (from rank " + (op[1] ? D.ranks - 1 : 0) + ")";
+const word = (op, two) => D.kinds[op[0]] + " of " + op[2] + (two ? from(op) : "");
 function at(rank) { return D.schedules[name].rows[rank].findIndex(s => s[0] <= t && t < s[1]); }
 function say(rank) {
   const i = at(rank);
@@ -211,7 +215,8 @@ function show() {
   }
   const x = D.left + t * D.unit, now = svg.querySelector(".now"), pane = $("scroll");
   now.setAttribute("x1", x); now.setAttribute("x2", x); now.setAttribute("visibility", "visible");
-  if (x < pane.scrollLeft + D.left || x > pane.scrollLeft + pane.clientWidth - 3 * D.unit) pane.scrollLeft = x - pane.clientWidth / 2;
+  const ahead = x - pane.scrollLeft;
+  if (ahead < D.left || ahead > pane.clientWidth - 3 * D.unit) pane.scrollLeft = x - pane.clientWidth / 2;
   let busy = 0; const steps = new Set();
   for (let r = 0; r < D.ranks; r++) {
     const line = $("said").children[r], text = say(r), i = at(r);
@@ -219,19 +224,22 @@ function show() {
     line.textContent = "rank " + r + ": " + text; line.className = i < 0 ? "idle" : "";
   }
   const list = [...steps].sort().map(k => "step " + k + ", " + D.steps[k]);
-  $("about").textContent = t >= S.end ? S.name + " is over after " + S.end + " time units; a rank was idle for " + Math.min(...S.idle) +
-    " of them." : "Time " + t + ": " + busy + " of " + D.ranks + " ranks compute." + (list.length ? " In " + list.join("; in ") + "." : "");
+  const over = S.name + " is over after " + S.end + " time units; a rank was idle for " + Math.min(...S.idle) + " of them.";
+  const words = "Time " + t + ": " + busy + " of " + D.ranks + " ranks compute.";
+  $("about").textContent = t >= S.end ? over : words + (list.length ? " In " + list.join("; in ") + "." : "");
 }
 function two() { return name === "dualpipe"; }
 function any() { const [d, c] = $("follow").value.split(".").map(Number); return "0." + (c + d * D.half); }
-function go(to) { begun = true; t = Math.max(0, Math.min(D.schedules[name].end, to)); if (t >= D.schedules[name].end) stop(); show(); }
-function stop() { if (timer) clearInterval(timer); timer = null; $("play").textContent = "Play"; $("play").setAttribute("aria-pressed", "false");
+function go(to) { begun = true; t = Math.max(0, Math.min(D.schedules[name].end, to));
+  if (t >= D.schedules[name].end) stop(); show(); }
+function label(text, pressed) { $("play").textContent = text; $("play").setAttribute("aria-pressed", pressed); }
+function stop() { if (timer) clearInterval(timer); timer = null; label("Play", "false");
   $("about").setAttribute("aria-live", "polite"); }
 function play() {
   if (timer) return stop();
   if (t >= D.schedules[name].end) t = 0;
   begun = true; $("about").setAttribute("aria-live", "off");
-  timer = setInterval(() => go(t + 1), quiet ? 1200 : 500); $("play").textContent = "Pause"; $("play").setAttribute("aria-pressed", "true"); show();
+  timer = setInterval(() => go(t + 1), quiet ? 1200 : 500); label("Pause", "true"); show();
 }
 function pick() {
   name = $("which").value; stop(); t = 0; begun = false;
@@ -240,7 +248,8 @@ function pick() {
 }
 for (let r = 0; r < D.ranks; r++) $("said").append(document.createElement("li"));
 document.querySelector(".controls").hidden = $("said").hidden = false;
-$("first").onclick = () => go(0); $("last").onclick = () => go(1e9); $("back").onclick = () => go(t - 1); $("next").onclick = () => go(t + 1);
+$("first").onclick = () => go(0); $("last").onclick = () => go(1e9); $("back").onclick = () => go(t - 1);
+$("next").onclick = () => go(t + 1);
 $("play").onclick = play; $("time").oninput = e => go(+e.target.value); $("which").onchange = pick; $("follow").onchange = show;
 document.addEventListener("keydown", e => {
   if (["SELECT", "INPUT"].includes(e.target.tagName) || e.ctrlKey || e.metaKey || e.altKey) return;
