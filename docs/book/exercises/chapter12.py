@@ -4,8 +4,8 @@
 def blocks_needed(prompts, size):
     """How many blocks of `size` tokens hold all prompts, if full blocks at the beginning of equal prefixes are shared.
 
-    prompts: a list of lists of ints. A block is shared by prompts that agree in all tokens up to and including it; a block that is not full
-    is never shared. -> int
+    prompts: a list of lists of ints. A block is shared by prompts that agree in all tokens up to and including it; a block that is
+    not full is never shared. -> int
     """
     raise NotImplementedError("exercise 12.1")
 
@@ -23,5 +23,5 @@ def schedule(requests, rows, tokens):
 
 
 def touched(experts, k, tokens):
-    """Expected number of different experts that `tokens` tokens choose, k different ones each, evenly and independently. -> float"""
+    """Expected number of different experts that `tokens` tokens choose, each k different ones, evenly, independently. -> float"""
     raise NotImplementedError("exercise 12.3")
