@@ -12,7 +12,7 @@ from refimpl.layers.rope import RopeScaling, inv_freq
         (64, 10000.0, 40.0, 4096, 32, 1),
         (8, 100.0, 40.0, 64, 32, 1),
         (64, 10000.0, 4.0, 4096, 32, 32),
-        (16, 10000.0, 8.0, 512, 8, 2),
+        (8, 100.0, 40.0, 64, 32, 11),
     ],
 )
 def test_yarn(mine, dim, theta, factor, original, fast, slow):

@@ -35,6 +35,18 @@ def test_a_stage_that_cancels_is_allowed_more(mine):
     assert 100 < cancel / copy < 10000  # the inputs are 1000 times their difference
 
 
+def test_the_limit_is_four_times_the_worst_twin(mine):
+    """Catches the worst twin itself as the limit, and twins that all move alike (then a scale cancels nothing)."""
+    a = np.linspace(1, 2, 64, dtype=np.float32).reshape(4, 16)
+    b, rng, worst = a * np.float32(1 - 1e-3), np.random.default_rng(9), 0.0
+    exact = a.astype(np.float64) - b
+    for _ in range(64):
+        x, y = ((v * (1 + 2.0**-24 * rng.uniform(-1, 1, v.shape))).astype(np.float32) for v in (a, b))
+        worst = max(worst, row_errors("resid", x - y, exact).max())
+    limit = mine.allowed(lambda x, y: x - y, [a, b], 64, 0)
+    assert 3 < limit / worst < 5.3  # the worst of 64 others is a few per cent away, never a third
+
+
 def _engine(wrong):
     """Three stages in float32, some with a mistake; the recording and the specification's program."""
     rng = np.random.default_rng(2)

@@ -18,7 +18,7 @@ def test_top_k(mine, seed):
     assert mine.top_k(scores.tolist(), 60) == router.top_k(scores, 60).tolist()
 
 
-@pytest.mark.parametrize("factor, m", [(40.0, 1.0), (40.0, 0.707), (1.0, 1.0), (4.0, 0.0)])
+@pytest.mark.parametrize("factor, m", [(40.0, 1.0), (40.0, 0.707), (1.0, 1.0), (0.5, 1.0), (4.0, 0.0)])
 @pytest.mark.parametrize("longest", [2048, 4096, 163840])
 @pytest.mark.parametrize("applies", ["configured", "beyond_original"])
 def test_softmax_scale(mine, factor, m, longest, applies):
