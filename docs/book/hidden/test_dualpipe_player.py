@@ -94,6 +94,10 @@ def test_keys_step_play_and_jump(opened):
     page.wait_for_function("document.getElementById('time').value >= 2")
     page.keyboard.press(" ")
     assert page.get_attribute("#play", "aria-pressed") == "false"
+    page.focus("#follow")
+    page.keyboard.press("End")
+    assert page.input_value("#follow") == "1.9" and page.input_value("#time") != "66"
+    page.select_option("#follow", "")
     page.focus("#time")
     page.keyboard.press("Home")
     assert page.input_value("#time") == "0"
@@ -106,6 +110,8 @@ def test_a_followed_micro_batch_passes_every_stage_once(opened):
     page.select_option("#follow", "1.4")
     marked = page.locator("#pic-dualpipe .box.mine").all_text_contents()
     page.select_option("#follow", "")
+    ops = [step for row in build("dualpipe", 8, 20).ranks for step in row]
+    assert len(marked) == sum(any((op.direction, op.chunk) == (1, 4) for op in step) for step in ops)
     labels = sorted(label for text in marked for label in re.findall(r"[a-zA-Z]4(?!\d)", text) if label.islower())
     assert (
         labels.count("f4") == 8
