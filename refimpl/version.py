@@ -1,3 +1,3 @@
 """The version, by itself: anything may import it without importing the package's facade."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

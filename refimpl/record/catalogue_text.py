@@ -98,7 +98,8 @@ def rewritten(page: str) -> str:
     return _MARKS.sub(fill, page)
 
 
-def _group(e: Entry) -> str:
+def group(e: Entry) -> str:
+    """The key of GROUPS under which a tap is listed."""
     first = e.stage.name.partition(".")[0]
     return _HOME.get(first, first if first in GROUPS else "")
 
@@ -113,7 +114,7 @@ def _taps() -> Iterator[str]:
             "|---|---|---|---|---|---|---|",
         )
         for e in entries:
-            if _group(e) == key:
+            if group(e) == key:
                 text = f"{e.equation} ({e.stage.eq})"
                 sources = ", ".join(f"`{s}`" for s in _folded(e.sources))
                 yield _row(f"`{e.tap}`", e.stage.what, _axes(e), e.kind, e.stage.compare, text, sources)
@@ -135,7 +136,7 @@ def _elsewhere() -> Iterator[str]:
 def _variants() -> Iterator[str]:
     yield from ("| stage | computes | axes | source |", "|---|---|---|---|")
     for e in everything():
-        if _group(e) == "variant":
+        if group(e) == "variant":
             yield _row(f"`{e.stage.name}`", e.equation, _axes(e), e.stage.eq)
 
 

@@ -30,7 +30,7 @@ static float *array(const char *name, long *count, long *last) { /* {"dtype": "f
         p += *p == ',';
     } while (*p != ']');
     if (sscanf(strstr(p, "\"path\": \"") + 9, "%4095[^\"]", path) != 1) return NULL;
-    float *x = malloc(*count * sizeof *x + 1);
+    float *x = (float *)malloc(*count * sizeof *x + 1);
     FILE *f = fopen(path, "rb");
     if (!f || fread(x, sizeof *x, *count, f) != (size_t)*count) return NULL;
     fclose(f);

@@ -1,12 +1,25 @@
-"""Read the recorded cases in spec_tests/golden: config, weights by checkpoint name, arrays."""
+"""Read the recorded cases in spec_tests/golden: config, weights by checkpoint name, arrays.
+
+They lie in two folders, each a distribution of its own beside the package; where one was not installed, what needs it is skipped.
+"""
 
 import functools
 import json
 import pathlib
 
 import numpy as np
+import pytest
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDERS = [pathlib.Path(__file__).parent / name for name in ("models", "arithmetic")]
+
+
+def file(name):
+    """The path of a recorded file, such as "hf_tiny.json"."""
+    for folder in FOLDERS:
+        if (folder / name).exists():
+            return folder / name
+    wanted = " ".join(f"deepseek-v3-refimpl-golden-{folder.name}" for folder in FOLDERS)
+    return pytest.skip(f"golden/{name} is not here: pip install {wanted}", allow_module_level=True)
 
 
 def tensors(path):
@@ -24,13 +37,13 @@ def tensors(path):
 
 @functools.cache
 def arrays(name):
-    """{key: array} of golden/NAME.npz."""
-    with np.load(FOLDER / f"{name}.npz") as file:
-        return dict(file)
+    """{key: array} of NAME.npz."""
+    with np.load(file(f"{name}.npz")) as recorded:
+        return dict(recorded)
 
 
 @functools.cache
 def case(name):
     """(config, weights, arrays) of a recorded case such as "hf_tiny"; share, do not change."""
-    config = json.loads((FOLDER / f"{name}.json").read_text())
-    return config, tensors(FOLDER / f"{name}.weights.safetensors"), arrays(name)
+    config = json.loads(file(f"{name}.json").read_text())
+    return config, tensors(file(f"{name}.weights.safetensors")), arrays(name)

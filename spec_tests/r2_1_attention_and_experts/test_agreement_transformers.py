@@ -182,7 +182,7 @@ def test_mtp_modules(hand_over):
 
 
 def mtp_weights():
-    return golden.tensors(golden.FOLDER / "hf_tiny_mtp.weights.safetensors")
+    return golden.tensors(golden.file("hf_tiny_mtp.weights.safetensors"))
 
 
 def mtp_gradients(config, weights, ids):

@@ -12,10 +12,10 @@ from refimpl.parallel_emulation.pipeline import Times, check, facts, simulate
 from refimpl.parallel_emulation.pipeline.bubbles import published
 from refimpl.parallel_emulation.pipeline.dualpipe import dualpipe, dualpipev
 from refimpl.parallel_emulation.pipeline.schedule import Op, step_text
-from refimpl.spec_tests.golden import FOLDER
+from refimpl.spec_tests import golden
 
 BUILD = {"dualpipe": dualpipe, "dualpipev": dualpipev}
-RECORDED = json.loads((FOLDER / "dualpipe.json").read_text(encoding="utf-8"))["cases"]
+RECORDED = json.loads(golden.file("dualpipe.json").read_text(encoding="utf-8"))["cases"]
 
 
 def recorded(name):

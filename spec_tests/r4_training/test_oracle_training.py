@@ -22,7 +22,7 @@ from refimpl.spec_tests.r2_1_attention_and_experts.test_oracle_golden import CAS
 @functools.cache
 def mtp_case():
     config, weights, _ = golden.case("hf_tiny")
-    extra = golden.tensors(golden.FOLDER / "hf_tiny_mtp.weights.safetensors")
+    extra = golden.tensors(golden.file("hf_tiny_mtp.weights.safetensors"))
     return config, weights | extra, golden.arrays("hf_tiny_mtp")
 
 

@@ -268,10 +268,10 @@ def record():
 
     logits, loss, grads = peft_run(peft_model(post.adapters()))
     lora_part = {"lora/logits": logits, "lora/loss": loss} | {f"lora/grad/{n}": g for n, g in grads.items()}
-    np.savez_compressed(golden.FOLDER / "post.npz", **theirs(post.draw()), **lora_part)
+    np.savez_compressed(golden.file("post.npz"), **theirs(post.draw()), **lora_part)
     with tempfile.TemporaryDirectory() as folder:
         peft_model(post.adapters()).save_pretrained(folder, save_embedding_layers=False)
         for name in (peft_format.CONFIG, peft_format.TENSORS):
-            shutil.copy(f"{folder}/{name}", golden.FOLDER / f"post.{name}")
-    config = golden.FOLDER / f"post.{peft_format.CONFIG}"
+            shutil.copy(f"{folder}/{name}", golden.file(f"post.{name}"))
+    config = golden.file(f"post.{peft_format.CONFIG}")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": ""}, indent=1) + "\n")

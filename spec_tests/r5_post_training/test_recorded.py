@@ -46,9 +46,9 @@ def test_adapted_model():
 
 def peft_folder(tmp_path, **changes):
     """The adapter that PEFT saved, under the names that PEFT gave it."""
-    config = json.loads((golden.FOLDER / f"post.{peft_format.CONFIG}").read_text())
+    config = json.loads((golden.file(f"post.{peft_format.CONFIG}")).read_text())
     (tmp_path / peft_format.CONFIG).write_text(json.dumps(config | changes))
-    shutil.copy(golden.FOLDER / f"post.{peft_format.TENSORS}", tmp_path / peft_format.TENSORS)
+    shutil.copy(golden.file(f"post.{peft_format.TENSORS}"), tmp_path / peft_format.TENSORS)
     return tmp_path
 
 
@@ -65,13 +65,13 @@ def test_what_we_save_has_pefts_names_and_bytes(tmp_path):
     """Catches a prefix or suffix that PEFT would not find: it starts such adapters anew, with a warning only."""
     peft_format.save(tmp_path, post.adapters(), post.LORA)
     ours, theirs = (
-        golden.tensors(f) for f in (tmp_path / peft_format.TENSORS, golden.FOLDER / f"post.{peft_format.TENSORS}")
+        golden.tensors(f) for f in (tmp_path / peft_format.TENSORS, golden.file(f"post.{peft_format.TENSORS}"))
     )
     assert ours.keys() == theirs.keys()
     for n in ours:
         np.testing.assert_array_equal(ours[n], theirs[n])
     config, recorded = (
-        json.loads(f.read_text()) for f in (tmp_path / peft_format.CONFIG, golden.FOLDER / f"post.{peft_format.CONFIG}")
+        json.loads(f.read_text()) for f in (tmp_path / peft_format.CONFIG, golden.file(f"post.{peft_format.CONFIG}"))
     )
     same = set(config) - {"target_modules"}  # PEFT writes a set, in any order
     assert same <= set(recorded) and all(config[k] == recorded[k] for k in same)

@@ -163,8 +163,8 @@ def trained(precision):
 def torch_step(tmp_path_factory):
     """transformers' weights, tokens and gradients as recorded in golden/: a case and a trace of weights' gradients."""
     folder, recorded = tmp_path_factory.mktemp("hf_tiny"), golden.arrays("hf_tiny")
-    shutil.copy(golden.FOLDER / "hf_tiny.json", folder / "config.json")
-    shutil.copy(golden.FOLDER / "hf_tiny.weights.safetensors", folder / "model.safetensors")
+    shutil.copy(golden.file("hf_tiny.json"), folder / "config.json")
+    shutil.copy(golden.file("hf_tiny.weights.safetensors"), folder / "model.safetensors")
     tokens = recorded["input_ids"].tolist()
     (folder / "tokens.json").write_text(json.dumps({"tokens": tokens}))
     c = Case.read(folder)

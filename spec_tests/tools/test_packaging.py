@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pathlib
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -50,11 +51,15 @@ def test_a_package_is_installed_under_its_folders_name(name):
 @in_repository
 def test_every_data_file_is_packaged():
     """Catches a golden file or a case that tests read in the tree and that no wheel contains."""
-    patterns = project()["tool"]["setuptools"]["package-data"]
+    folders, patterns = dict(FOLDERS), dict(project()["tool"]["setuptools"]["package-data"])
+    for apart in (ROOT / "spec_tests").rglob("pyproject.toml"):  # a distribution of its own
+        (name,) = (setup := tomllib.loads(apart.read_text())["tool"]["setuptools"])["packages"]
+        folders[name] = apart.parent
+        patterns[name] = [*setup["package-data"][name], apart.name]
     forgotten = []
     for file in data_files():
-        owner = max((n for n in FOLDERS if file.is_relative_to(FOLDERS[n])), key=len)
-        inside = file.relative_to(FOLDERS[owner]).as_posix()
+        owner = max((n for n in folders if file.is_relative_to(folders[n])), key=len)
+        inside = file.relative_to(folders[owner]).as_posix()
         globs = [g.replace("**/", "") for g in patterns.get(owner, [])]
         if not any(fnmatch.fnmatchcase(inside, g) for g in globs):
             forgotten.append(shown(file))
@@ -68,6 +73,14 @@ def data_files() -> Iterator[pathlib.Path]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
             if file.is_file() and file.suffix != ".py" and not hidden:
                 yield file
+
+
+@in_repository
+def test_the_distributions_of_one_release_have_one_version():
+    """Catches recordings of another version than the tests that read them."""
+    others = (ROOT / "spec_tests" / "golden").glob("*/pyproject.toml")
+    versions = {tomllib.loads(f.read_text())["project"]["version"] for f in others}
+    assert versions == {project()["project"]["version"]}
 
 
 @in_wheel
