@@ -29,6 +29,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / ".book_cache")
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_theme_options = {"top_of_page_buttons": []}
