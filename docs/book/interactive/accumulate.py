@@ -123,7 +123,7 @@ when it is written.</p>
 <label>example <select id="example">{options}</select></label>
 <button id="back">Back</button> <button id="next">Next</button> <button id="all">All</button></div>
 <p class="says" id="says" aria-live="polite"></p></div>
-<div id="picture" style="overflow-x:auto">{first["picture"]}</div>
+<div id="picture" class="scroll" tabindex="0" role="group" aria-label="the addends">{first["picture"]}</div>
 <p class="says" id="result"></p>
 <p id="still">Without scripts: {first["exact"]!r} is the exact sum above, {first["written"][0]!r} is what a Hopper tensor core
 writes.</p>

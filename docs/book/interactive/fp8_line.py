@@ -40,9 +40,9 @@ def page() -> str:
     body = f"""
 <p>Every positive number that eight bits can hold, twice: E4M3 has eight values a doubling, E5M2 four and a longer reach.
 At the left end of each the subnormals: equally spaced, so ever fewer a doubling.</p>
-<svg viewBox="0 0 600 118" role="img"
+<div class="scroll" tabindex="0" role="group" aria-label="all values"><svg viewBox="0 0 600 118" role="img"
 aria-label="Two rows of ticks on a logarithmic axis, E4M3 from 2^-9 to 448 and E5M2 from 2^-16 to 57344">
-{axis(E4M3, 20)}{axis(E5M2, 66)}{names}<path id="here" class="line" style="stroke:var(--warm)" stroke-width="2.5" d=""/></svg>
+{axis(E4M3, 20)}{axis(E5M2, 66)}{names}<path id="here" class="line" style="stroke:var(--warm)" stroke-width="2.5" d=""/></svg></div>
 <div id="live" hidden>
 <div class="controls"><label>format
 <select id="format"><option value="e4m3">E4M3</option><option value="e5m2">E5M2</option></select></label>
