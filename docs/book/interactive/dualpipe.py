@@ -162,8 +162,8 @@ svg .W + text, svg .W + .bar + text { fill: #fff; } .W + .bar { fill: #fff; stro
 """
 
 _BODY = """<style>{style}</style>
-<p>A box is what a rank computes, time runs to the right, an empty place is idle time. F = 1, B = 2, of which W = 1; a forward and a backward
-in one frame are executed together. Keys: <kbd>space</kbd> plays, <kbd>&larr;</kbd> <kbd>&rarr;</kbd> step,
+<p>A box is what a rank computes, time runs to the right, an empty place is idle time. F = 1, B = 2, of which W = 1; a forward and a
+backward in one frame are executed together. Keys: <kbd>space</kbd> plays, <kbd>&larr;</kbd> <kbd>&rarr;</kbd> step,
 <kbd>Home</kbd> and <kbd>End</kbd> jump.</p>
 <div class="controls" role="group" aria-label="Player" hidden>
 <label>Schedule <select id="which">{options}</select></label>
