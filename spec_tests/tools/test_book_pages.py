@@ -15,7 +15,7 @@ from .tree import ROOT, in_repository
 pytestmark = in_repository
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PAGES = ("router", "fp8_line", "accumulate")
+PAGES = ("router", "fp8_line", "accumulate", "dualpipe")
 
 
 def module(name):
