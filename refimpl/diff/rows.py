@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import Call
 
 from .holes import torn
@@ -17,13 +19,11 @@ from .wide import FORMS, Form, Place, Wide, filled, is_large, places, seen
 Block = Callable[[Place], Array]
 
 
-def run(lane: Lane, call: Call, r: Recorded, *, keep: bool = False) -> Array | Wide:
-    """The call's stage in this lane. What is wide and large comes as a `Wide`, which keeps its blocks if wanted."""
-    form = FORMS.get(call.stage)
-    shape = _grid(lane, call, r, form) if form else ()
-    if form is None or not is_large(shape) or lane.naive or (lane.given and _torn(lane, call, r)):
+def run(lane: Lane, call: Call, r: Recorded, *, keep: int = 0) -> Array | Wide:
+    """The call's stage in this lane. What is wide and large comes as a `Wide` that keeps its blocks so."""
+    if not by_blocks(lane, call, r):
         return lane.run(call, r)
-    block = _stage(lane, call, r, form)
+    form, shape, block = FORMS[call.stage], grid(lane, call, r), blocks(lane, call, r)
     if form.gives is not None:
         return Wide(shape, np.dtype(lane.plan.dtype), form.gives, block, keep)
     made = [(p, block(p)) for p in places(shape)]
@@ -33,22 +33,34 @@ def run(lane: Lane, call: Call, r: Recorded, *, keep: bool = False) -> Array | W
     return whole
 
 
+def by_blocks(lane: Lane, call: Call, r: Recorded) -> bool:
+    """Whether the call's stage is taken apart: it is large, and holds nothing but numbers."""
+    if call.stage not in FORMS or lane.naive or not is_large(grid(lane, call, r)):
+        return False
+    return not (lane.given and _torn(lane, call, r))
+
+
 def _torn(lane: Lane, call: Call, r: Recorded) -> bool:
     """Whether an argument holds what is no number; what is wide is made of arguments that do not."""
     return any(torn(n, lane.held(n, r)) for n in names(call.args) if not n.startswith("w/"))
 
 
-def _grid(lane: Lane, call: Call, r: Recorded, form: Form) -> tuple[int, ...]:
+def grid(lane: Lane, call: Call, r: Recorded) -> tuple[int, ...]:
     """The shape (B, H, S, T) that is gone through in blocks."""
+    form = FORMS[call.stage]
     b, h, s, t = lane.held(call.args[form.wide], r).shape
     return (b, lane.held(call.args[form.queries[0]], r).shape[2] if form.queries else h, s, t)
 
 
-def _stage(lane: Lane, call: Call, r: Recorded, form: Form) -> Block:
+def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     """What the stage gives at a place."""
+    form = FORMS[call.stage]
     whole = {i: lane.value(call.args[i], call, r) for i in (*form.queries, *form.keys)}
     sound = all(np.isfinite(a.sum()) for a in whole.values())  # only then is what nobody sees worth nothing
     operand = _operand(lane, call, r, form, short=sound)
+    if lane.plan is FLOAT64 and call.stage == "mla.scores":
+        made = _joined(*[whole[i] for i in range(4)], **call.static)
+        return lambda place: made(place, operand(place))
 
     def block(place: Place) -> Array:
         sequence, w = slice(place.sequence, place.sequence + 1), operand(place)
@@ -58,6 +70,30 @@ def _stage(lane: Lane, call: Call, r: Recorded, form: Form) -> Block:
         with np.errstate(all="ignore"):
             out: Array = call.of.fn(*[args[i] for i in range(len(args))], **call.static)
         return out
+
+    return block
+
+
+def _joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -> Callable[[Place, Array], Array]:
+    """The stage `mla.scores` (which says the shapes) by one product of queries and keys with their rotated channels behind the
+    others, a mask (1, 1, rows, t) added where it is not 0.
+    """
+    own = q.shape[-1] - q_rope.shape[-1]
+    queries = np.concatenate([q[..., :own], q_rope], axis=-1).swapaxes(1, 2) * scale  # (B, H, S, Dn+Dr)
+    shape = (kv.shape[2], queries.shape[-1], kv.shape[1])
+
+    @lru_cache(maxsize=1)
+    def keys(sequence: int) -> Array:
+        found = np.empty(shape)
+        found[:, :own], found[:, own:] = kv[sequence, ..., :own].transpose(1, 2, 0), k_rope[sequence].T
+        return found  # (H, Dn+Dr, T)
+
+    def block(place: Place, mask: Array) -> Array:
+        s: Array = queries[place.sequence, :, place.start : place.stop] @ keys(place.sequence)[..., : mask.shape[-1]]
+        counts = (mask != 0).any(axis=(0, 1, 2))
+        first = int(np.argmax(counts)) if counts.any() else len(counts)
+        s[..., first:] += mask[0, ..., first:]
+        return s[None]
 
     return block
 
