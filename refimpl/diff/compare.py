@@ -141,7 +141,7 @@ def _values(
     call, family, leans = step.call, 0.0, 0.0
     if not isinstance(e, Wide) and e.size and np.isnan(e).all():
         return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
-    seen = looked_at(x, e)
+    seen = looked_at(x, e, step.ends)
     found = tolerance.distance(call.stage, seen, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)

@@ -12,7 +12,7 @@ lanes run side by side, one stage at a time, and forget what no later stage read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,14 +28,15 @@ from .lanes import Lane, Recorded
 from .program import last_use, names, needed
 from .settled import Unsettled
 from .tolerance import TWINS
-from .wide import Wide
+from .wide import Place, Wide
 
 
 @dataclass(frozen=True)
 class Step:
     """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S) that
     rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's; `naive`, our
-    output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every twin, if there is use in one.
+    output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every twin, if there is use in one;
+    `ends`, to note where the tap's blocks end (`wide.looked_at`).
     """
 
     call: Call
@@ -46,6 +47,7 @@ class Step:
     inputs: Callable[[], Iterator[list[Any]]]
     naive: Array | None = None
     glimpses: Callable[[], Iterator[Glimpse]] = lambda: iter(())
+    ends: dict[Place, int] = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> Array:
@@ -114,7 +116,7 @@ class _Lanes:
         e, ours = self.exact.values[call.tap], self.chained.values[call.tap]
         inputs = _inputs(call, (self.exact, *self.twins), r)
         twins, some = _lazy(call, self.twins, r), _parts(call, self.twins, r)
-        return Step(call, e, ours, twins, doubt, inputs, self.spread(call.tap), some)
+        return Step(call, e, ours, twins, doubt, inputs, self.spread(call.tap), some, r.ends.setdefault(call.tap, {}))
 
     def spread(self, tap: str) -> Array | None:
         """The tap with NaN spread as floating point spreads it, if there is any."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers import mla
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import Call
 
@@ -16,6 +17,8 @@ from .lanes import Lane, Recorded
 from .program import names
 from .wide import FORMS, Form, Place, Wide, filled, is_large, places, seen
 
+LARGE = 500.0
+"""float64 holds e^709, and e^-709 beside it."""
 Block = Callable[[Place], Array]
 
 
@@ -42,7 +45,7 @@ def by_blocks(lane: Lane, call: Call, r: Recorded) -> bool:
 
 def _torn(lane: Lane, call: Call, r: Recorded) -> bool:
     """Whether an argument holds what is no number; what is wide is made of arguments that do not."""
-    return any(torn(n, lane.held(n, r)) for n in names(call.args) if not n.startswith("w/"))
+    return any(torn(n, lane.held(n, r)) for n in names(call.args) if not n.startswith("w/") and not r.is_sound(n))
 
 
 def grid(lane: Lane, call: Call, r: Recorded) -> tuple[int, ...]:
@@ -58,9 +61,11 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     whole = {i: lane.value(call.args[i], call, r) for i in (*form.queries, *form.keys)}
     sound = all(np.isfinite(a.sum()) for a in whole.values())  # only then is what nobody sees worth nothing
     operand = _operand(lane, call, r, form, short=sound)
-    if lane.plan is FLOAT64 and call.stage == "mla.scores":
-        made = _joined(*[whole[i] for i in range(4)], **call.static)
+    if lane.twin is None and call.stage == "mla.scores":
+        made = joined(*[whole[i] for i in range(4)], **call.static)
         return lambda place: made(place, operand(place))
+    if lane.plan is FLOAT64 and call.stage == "mla.probs":
+        return lambda place: shares(operand(place))
 
     def block(place: Place) -> Array:
         sequence, w = slice(place.sequence, place.sequence + 1), operand(place)
@@ -74,7 +79,7 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     return block
 
 
-def _joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -> Callable[[Place, Array], Array]:
+def joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -> Callable[[Place, Array], Array]:
     """The stage `mla.scores` (which says the shapes) by one product of queries and keys with their rotated channels behind the
     others, a mask (1, 1, rows, t) added where it is not 0.
     """
@@ -84,7 +89,7 @@ def _joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) 
 
     @lru_cache(maxsize=1)
     def keys(sequence: int) -> Array:
-        found = np.empty(shape)
+        found = np.empty(shape, queries.dtype)
         found[:, :own], found[:, own:] = kv[sequence, ..., :own].transpose(1, 2, 0), k_rope[sequence].T
         return found  # (H, Dn+Dr, T)
 
@@ -98,20 +103,35 @@ def _joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) 
     return block
 
 
+def shares(s: Array) -> Array:
+    """The stage `mla.probs` without a subtraction: where no score is large, e^s overflows as little as e^(s - max s).  s (..., T)
+    float64 -> (..., T).
+    """
+    if not np.abs(s.max(axis=-1)).max() < LARGE:
+        return np.asarray(mla.probs.fn(s))
+    p: Array = np.exp(s)
+    p *= 1 / p.sum(axis=-1, keepdims=True)
+    return p
+
+
 def _operand(lane: Lane, call: Call, r: Recorded, form: Form, *, short: bool) -> Block:
     """The wide argument at a place, without the keys that nobody sees if it may be short."""
     name = call.args[form.wide]
     a, given = lane.held(name, r), lane.is_given(name, r)
+    ends = r.ends[name] if r.is_sound(name) else {}
 
     def block(place: Place) -> Array:
         if isinstance(a, Wide):
             found = a.block(place)
             return found if short else filled(found, a.shape[-1], a.fill)
-        part = a[place.index]
-        if part.dtype.itemsize < 4:
-            part = part.astype(np.float32)  # exact, and quicker to look through
-        part = part[..., : seen(part, form.fill)] if short else part
         own = Place(a.shape, place.sequence, place.start, place.stop)
+        part = a[place.index]
+        if short and own in ends:
+            part = part[..., : ends[own]]
+        elif short:
+            if part.dtype.itemsize < 4:
+                part = part.astype(np.float32)  # exact, and quicker to look through
+            part = part[..., : seen(part, form.fill)]
         return r.noise.given(call, part.astype(lane.plan.dtype, copy=False), lane.twin, own) if given else part
 
     return block

@@ -36,6 +36,8 @@ LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
 BLOCK = 1 << 16
 """Numbers that are compared at a time."""
+ROOM = 1 << 18
+"""Numbers whose differences are made in the same memory: fresh memory costs more than they do."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
 CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.lse", "mla.rope_tables", "router.weights", "moe.routed")
@@ -169,37 +171,40 @@ def row_errors(stage: str, x: Array, e: Array) -> Array:
 def _sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
     """|x - e|^2, |e|^2 and <x - e, e> of every row."""
     sums = np.zeros((3, *(e.shape[:-1] if e.ndim else ())))
+    room = np.empty(min(max(x.size, 1), ROOM))
     for place, a, b in paired(x, e):
-        _add_up(np.atleast_1d(a), np.atleast_1d(b), sums if place is None else sums[(slice(None), *place.index)])
+        at = sums if place is None else sums[(slice(None), *place.index)]
+        _add_up(np.atleast_1d(a), np.atleast_1d(b), at, room)
     return sums[0], sums[1], sums[2]
 
 
-def _add_up(x: Array, e: Array, sums: Array) -> None:
+def _add_up(x: Array, e: Array, sums: Array, room: Array) -> None:
     """Add the three sums of every row, a few rows at a time so that what is computed stays in a cache.  sums (3, ...)."""
     if x.size > BLOCK and x.flags.c_contiguous and e.flags.c_contiguous:
         n, rows = e.shape[-1], math.prod(e.shape[:-1])
         found, part = np.zeros((3, rows)), max(BLOCK // max(n, 1), 1)
         x, e = x.reshape(rows, n), e.reshape(rows, n)
         for at in range(0, rows, part):
-            _three(x[at : at + part], e[at : at + part], found[:, at : at + part])
+            _three(x[at : at + part], e[at : at + part], found[:, at : at + part], room)
         sums += found.reshape(sums.shape)
     else:
         found = np.empty(sums.shape)
-        _three(x, e, found)
+        _three(x, e, found, room)
         sums += found
 
 
-def _three(x: Array, e: Array, out: Array) -> None:
-    """|x - e|^2, |e|^2 and <x - e, e> of every row.  x (..., i), e (..., i), out (3, ...)."""
+def _three(x: Array, e: Array, out: Array, room: Array) -> None:
+    """|x - e|^2, |e|^2 and <x - e, e> of every row.  x (..., i), e (..., i), out (3, ...); room for x - e, if it is enough."""
     with np.errstate(over="ignore", invalid="ignore"):  # infinitely far is far enough
-        _dots(x, e.astype(np.float64, copy=False), out)
+        _dots(x, e.astype(np.float64, copy=False), out, room)
         if not np.isfinite(out).all():
-            _dots(*comparable(x, e), out)
+            _dots(*comparable(x, e), out, room)
 
 
-def _dots(x: Array, e: Array, out: Array) -> None:
+def _dots(x: Array, e: Array, out: Array, room: Array) -> None:
     """The same; not finite where an entry is not."""
-    d = x.astype(np.float64)
+    d = room[: x.size].reshape(x.shape) if x.size <= room.size else np.empty(x.shape)
+    np.copyto(d, x)
     d -= e
     for to, (left, right) in zip(out, ((d, d), (e, e), (d, e)), strict=True):
         np.vecdot(left, right, out=to)

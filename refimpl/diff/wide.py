@@ -167,15 +167,19 @@ def paired(x: Array | Wide, e: Array | Wide) -> Iterator[tuple[Place | None, Arr
         yield place, a[..., middle:], b[..., middle:]
 
 
-def looked_at(x: Array, like: Array | Wide) -> Array | Wide:
-    """A recorded array as it is to be compared with one: without the keys that nobody sees if that one may leave them out."""
+def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None) -> Array | Wide:
+    """A recorded array as it is to be compared with one: without the keys that nobody sees if that one may leave them out. Where
+    they hold nothing but what fills them, `ends` is told how many others there are.
+    """
     if not isinstance(like, Wide):
         return x
 
     def view(place: Place) -> Array:
         whole, n = x[place.index], like.block(place).shape[-1]
         rest = whole[..., n:]
-        clean = not rest.size or (not rest.any() if like.fill == 0 else bool(rest.max() < MASKED))
-        return whole[..., :n] if clean else whole
+        top = rest.max(initial=like.fill) if like.fill else float(rest.any())
+        if ends is not None and top == like.fill:
+            ends[place] = n
+        return whole[..., :n] if top == like.fill or top < MASKED else whole
 
     return Wide(x.shape, x.dtype, like.fill, view)
