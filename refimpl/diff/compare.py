@@ -139,7 +139,7 @@ def _values(
 ) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
-    if not isinstance(e, Wide) and e.size and np.isnan(e).all():
+    if not isinstance(e, Wide) and e.size and np.isnan(e.flat[0]) and np.isnan(e).all():
         return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
     seen = looked_at(x, e, step.ends)
     found = tolerance.distance(call.stage, seen, e, settled)
