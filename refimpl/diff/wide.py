@@ -177,9 +177,10 @@ def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None
     def view(place: Place) -> Array:
         whole, n = x[place.index], like.block(place).shape[-1]
         rest = whole[..., n:]
-        top = rest.max(initial=like.fill) if like.fill else float(rest.any())
-        if ends is not None and top == like.fill:
+        top = rest.max(initial=like.fill)
+        same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
+        if ends is not None and same:
             ends[place] = n
-        return whole[..., :n] if top == like.fill or top < MASKED else whole
+        return whole[..., :n] if same or top < MASKED else whole
 
     return Wide(x.shape, x.dtype, like.fill, view)
