@@ -19,7 +19,7 @@ from refimpl.model import Streamed, effective
 
 from .pages import Pages
 
-LARGE = 1 << 24
+LARGE = 1 << 20
 """Numbers from which on a matrix is read a block at a time."""
 EXPERT = 1 << 16
 """Numbers from which on an expert's matrix is read when it is multiplied by, and not kept: the next one takes its place in the
