@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -95,7 +96,11 @@ def _picked(a: Array | Wide, pick: Pick) -> Array | Wide:
 
 def _without(step: Step, doubt: Array) -> Step:
     """The step, of which no twin says anything where there is doubt."""
-    return replace(step, twins=lambda: (np.where(doubt, step.exact, np.asarray(twin)) for twin in step.twins()))
+
+    def twins() -> Iterator[Array]:
+        return (np.where(doubt, step.exact, np.asarray(twin)) for twin in step.twins())
+
+    return replace(step, twins=twins, glimpses=lambda: iter(()))
 
 
 def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: Units, pick: Pick) -> Finding:
@@ -134,12 +139,17 @@ def _values(
 ) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
     call, family, leans = step.call, 0.0, 0.0
-    if not isinstance(e, Wide) and e.size and np.isnan(e).all():
+    if not isinstance(e, Wide) and e.size and np.isnan(e.flat[0]) and np.isnan(e).all():
         return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
-    seen = looked_at(x, e)
+    seen = looked_at(x, e, step.ends)
     found = tolerance.distance(call.stage, seen, e, settled)
     limit = tolerance.allowed(call.stage, units.own, 0.0)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
+    parts = iter(()) if pick else step.glimpses()
+    while found.worst > limit and (part := next(parts, None)):  # the worst of a part is no more than that of all
+        rows = None if settled is None else settled[part.index]
+        family = max(family, tolerance.distance(call.stage, *part.of(e), rows, found.largest).worst)
+        limit = tolerance.allowed(call.stage, units.own, family)
     twins = step.twins()
     while not (ok := found.worst <= limit and found.lean <= upright):  # only now is a twin worth its cost
         twin = next(twins, None)
@@ -166,23 +176,32 @@ def _values(
 def _drift(x: Array | Wide, ours: Array | Wide) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
     far, size = 0.0, 0.0
-    for _, theirs, mine in paired(x, ours):
-        u, v = theirs.reshape(-1), mine.reshape(-1)
-        for at in range(0, len(u), tolerance.BLOCK):
-            a, b = (_shown(w[at : at + tolerance.BLOCK]) for w in (u, v))
-            size += float(b @ b)
-            a = a - b
-            far += float(a @ a)
+    for place, theirs, mine in paired(x, ours):
+        blocks = [(theirs, mine)] if place else _blocks(theirs, mine)
+        for u, v in blocks:
+            a, b = (w.astype(np.float32, copy=False) for w in (u, v))
+            away, own = _squares(a - b), _squares(b)
+            if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
+                a, b = _shown(a), _shown(b)
+                away, own = _squares(a - b), _squares(b)
+            far, size = far + away, size + own
     return math.sqrt(far) / max(math.sqrt(size), 1e-300)
 
 
+def _blocks(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
+    """Both as rows of numbers that a cache holds."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    for at in range(0, len(x), tolerance.BLOCK):
+        yield x[at : at + tolerance.BLOCK], y[at : at + tolerance.BLOCK]
+
+
+def _squares(a: Array) -> float:
+    """|a|^2."""
+    return float(np.vecdot(a, a).sum())
+
+
 def _shown(a: Array) -> Array:
-    """As float32, what is masked or no number as 0."""
-    a = a.astype(np.float32, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        small = float(a @ a) < MASKED**2
-    if small or (np.isfinite(a.sum()) and a.min(initial=0) > MASKED):
-        return a
+    """As it is, what is masked or no number as 0."""
     return np.where(np.isfinite(a) & (a > MASKED), a, 0)
 
 

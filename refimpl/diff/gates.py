@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from refimpl.autograd.errors import SpecError
@@ -58,7 +59,7 @@ def _positions(run: Case | Header) -> list[list[int]]:
     if run.positions is not None:
         return run.positions
     real = run.valid or [[1] * len(row) for row in run.tokens]
-    return [[sum(row[: i + 1]) - 1 if one else 0 for i, one in enumerate(row)] for row in real]
+    return [[n - 1 if one else 0 for n, one in zip(accumulate(row), row, strict=True)] for row in real]
 
 
 def weights_gate(weights: Mapping[str, Array], header: Header, storage: str) -> tuple[Gate, dict[str, str]]:

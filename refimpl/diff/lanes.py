@@ -17,7 +17,7 @@ from .holes import mended, torn
 from .orders import ORDERS
 from .reading import Pick
 from .tolerance import TWINS, Noise
-from .wide import Wide
+from .wide import Place, Wide
 
 Weights = Callable[[str, Plan], Array]
 """Checkpoint name and plan -> the weight as that plan holds it."""
@@ -28,6 +28,7 @@ class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
     roundings; how many `layers` the main model has; of which taps a `partial` array was recorded, and of which entries.
+    Of wide taps that were compared: those that are `sound`, and of their blocks, where the keys end that are seen (`wide`).
     """
 
     taps: dict[str, Array]
@@ -39,6 +40,12 @@ class Recorded:
     withdrawn: dict[str, Array] = field(default_factory=dict)
     layers: int = 0
     partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
+    sound: dict[str, Array] = field(default_factory=dict)
+    ends: dict[str, dict[Place, int]] = field(default_factory=dict)
+
+    def is_sound(self, name: str) -> bool:
+        """Whether it is known of a recorded tap, as it is now, that it holds nothing but numbers and what is masked."""
+        return name in self.sound and self.sound[name] is self.taps.get(name)
 
     def weight(self, unit: str, end: str) -> str:
         """The name of a unit's weight: MTP module k is the checkpoint's layer `layers` + k - 1."""

@@ -12,7 +12,7 @@ lanes run side by side, one stage at a time, and forget what no later stage read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,18 +23,20 @@ from refimpl.layers.precision import FLOAT32, FLOAT64, Plan
 from refimpl.layers.stage import Call
 
 from . import rows
+from .glimpse import Glimpse, glimpse
 from .lanes import Lane, Recorded
 from .program import last_use, names, needed
 from .settled import Unsettled
 from .tolerance import TWINS
-from .wide import Wide
+from .wide import Place, Wide
 
 
 @dataclass(frozen=True)
 class Step:
     """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S) that
     rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's; `naive`, our
-    output with NaN spread as floating point spreads it, if there is any.
+    output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every twin, if there is use in one;
+    `ends`, to note where the tap's blocks end (`wide.looked_at`).
     """
 
     call: Call
@@ -44,6 +46,8 @@ class Step:
     unsettled: Array | None
     inputs: Callable[[], Iterator[list[Any]]]
     naive: Array | None = None
+    glimpses: Callable[[], Iterator[Glimpse]] = lambda: iter(())
+    ends: dict[Place, int] = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> Array:
@@ -69,19 +73,18 @@ def replay(
     exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
     end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[:end]):
-        chained.values[call.tap] = rows.run(chained, call, r, keep=True)
+        chained.values[call.tap] = rows.run(chained, call, r, keep=1)
         if watch and i >= start:
             watch(call.tap, np.asarray(chained.values[call.tap]))
         alone = all(n in r.inputs for n in names(call.args))
         if call.tap in wanted and (alone or i >= start):
-            lanes.compute(call, r, ours=alone and call.of.compare == "exact", keep=call.tap in recorded)
+            keep = 2 if call.tap in recorded else 0  # most blocks are asked for once
+            lanes.compute(call, r, ours=alone and call.of.compare == "exact", keep=keep)
             if call.tap not in r.taps:
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
-            inputs = _inputs(call, (exact, *twins), r)
-            ours, doubt = chained.values[call.tap], unsettled.of(call)
-            yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, lanes.spread(call.tap))
+            yield lanes.step(call, r, unsettled.of(call))
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
             if call.tap in r.partial:  # what reads it reads the candidate's entries
@@ -99,7 +102,7 @@ class _Lanes:
         self.exact, self.chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
         self.naive, self.twins = Lane(FLOAT64, naive=True), [Lane(plan, k) for k in range(TWINS)]
 
-    def compute(self, call: Call, r: Recorded, *, ours: bool, keep: bool) -> None:
+    def compute(self, call: Call, r: Recorded, *, ours: bool, keep: int) -> None:
         """The call in float64, or by our own run where that is the same."""
         exact, naive = self.exact, self.naive
         before = {} if exact.torn else dict(exact.values)
@@ -107,6 +110,13 @@ class _Lanes:
         if exact.torn:
             naive.values |= before
             naive.values[call.tap] = naive.run(call, r)
+
+    def step(self, call: Call, r: Recorded, doubt: Array | None) -> Step:
+        """The call's step, when all lanes have been through it that have to be."""
+        e, ours = self.exact.values[call.tap], self.chained.values[call.tap]
+        inputs = _inputs(call, (self.exact, *self.twins), r)
+        twins, some = _lazy(call, self.twins, r), _parts(call, self.twins, r)
+        return Step(call, e, ours, twins, doubt, inputs, self.spread(call.tap), some, r.ends.setdefault(call.tap, {}))
 
     def spread(self, tap: str) -> Array | None:
         """The tap with NaN spread as floating point spreads it, if there is any."""
@@ -128,6 +138,15 @@ def _compute(call: Call, twins: list[Lane], r: Recorded) -> None:
 def _lazy(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Array | Wide]]:
     outer = partial(r.noise.outer, call)
     return lambda: (_each(rows.run(lane, call, r), lambda a, place: outer(a)) for lane in twins)
+
+
+def _parts(call: Call, twins: list[Lane], r: Recorded) -> Callable[[], Iterator[Glimpse]]:
+    def make() -> Iterator[Glimpse]:
+        for lane in twins:
+            if found := glimpse(lane, call, r):
+                yield replace(found, values=r.noise.outer(call, found.values))
+
+    return make
 
 
 def _each(a: Array | Wide, fn: Callable[..., Array]) -> Array | Wide:

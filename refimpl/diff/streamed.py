@@ -19,7 +19,7 @@ from refimpl.model import Streamed, effective
 
 from .pages import Pages
 
-LARGE = 1 << 24
+LARGE = 1 << 20
 """Numbers from which on a matrix is read a block at a time."""
 EXPERT = 1 << 16
 """Numbers from which on an expert's matrix is read when it is multiplied by, and not kept: the next one takes its place in the
@@ -47,6 +47,7 @@ class StageWeights:
     def __init__(self, checkpoint: Checkpoint, rounded: Mapping[str, str]) -> None:
         self.checkpoint, self.rounded = checkpoint, rounded
         self.held: dict[tuple[str, str], Array] = {}
+        self.sound: set[tuple[str, int, int]] = set()
         self.stage, self.size, self.pages = "", 0, Pages(checkpoint)
 
     def __call__(self, name: str, plan: Plan) -> Any:
@@ -69,7 +70,12 @@ class StageWeights:
     def read(self, name: str, plan: Plan, start: int, stop: int) -> Array:
         """Rows of a weight as the plan holds them."""
         w = self.checkpoint.rows(name, start, stop)
-        kept = self.rounded.get(name)
-        found = effective({name: narrowed(name, w, kept) if kept else w}, plan)[name]
+        if kept := self.rounded.get(name):
+            w = narrowed(name, w, kept)
+        if (name, start, stop) in self.sound and w.dtype == np.float32:
+            found = plan.weight(name, w)
+        else:  # which looks through all of it for what is no number
+            found = effective({name: w}, plan)[name]
+            self.sound.add((name, start, stop))
         self.pages.read(found.nbytes)
         return found

@@ -36,6 +36,8 @@ LEAN = 1.0
 """Units of roundoff by which a whole tap may be too large or too small: roundings go either way and cancel."""
 BLOCK = 1 << 16
 """Numbers that are compared at a time."""
+ROOM = 1 << 18
+"""Numbers whose differences are made in the same memory: fresh memory costs more than they do."""
 FEW = 16
 """Numbers of a tap, a loss for instance, below which roundings need not cancel."""
 CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.lse", "mla.rope_tables", "router.weights", "moe.routed")
@@ -115,24 +117,30 @@ def _draws(seeds: list[int], start: int, n: int) -> Array:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a tap is from another: the worst row's |x - e| / |e|, and by how much all of it leans, a - 1 in x = a e."""
+    """How far a tap is from another: the worst row's |x - e| / |e|, and by how much all of it leans, a - 1 in x = a e. `largest`,
+    the largest row's |e|^2.
+    """
 
     worst: float
     lean: float
+    largest: float
 
 
-def distance(stage: str, x: Array | Wide, e: Array | Wide, settled: Array | None = None) -> Distance:
+def distance(
+    stage: str, x: Array | Wide, e: Array | Wide, settled: Array | None = None, largest: float = 0.0
+) -> Distance:
     """Of a stage's output x from e, rows along the last axis, only the settled rows if they are told.
 
-    A row counts as at least a share of the largest (`FLOOR`).
+    A row counts as at least a share of the largest (`FLOOR`), which is not among the rows if `largest` tells its |e|^2.
     """
     far, size, along = _sums(x, e)
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
-    errors = _relative(far, size, floor_of(stage)[0])
+    largest = max(largest, float(size.max(initial=0)))
+    errors = _relative(far, size, floor_of(stage)[0], largest)
     total = float(size.sum())
     leans = total > 0 and e.size >= FEW
-    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0)
+    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0, largest)
 
 
 def elements_of(stage: str, unit: float, inputs: Callable[[], Iterator[list[Any]]]) -> Elements | None:
@@ -157,40 +165,48 @@ def strays(x: Array, e: Array, limit: Elements | None) -> int:
 def row_errors(stage: str, x: Array, e: Array) -> Array:
     """|x - e| / |e| of every row."""
     far, size, _ = _sums(x, e)
-    return _relative(far, size, floor_of(stage)[0])
+    return _relative(far, size, floor_of(stage)[0], float(size.max(initial=0)))
 
 
 def _sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
     """|x - e|^2, |e|^2 and <x - e, e> of every row."""
     sums = np.zeros((3, *(e.shape[:-1] if e.ndim else ())))
+    room = np.empty(min(max(x.size, 1), ROOM))
     for place, a, b in paired(x, e):
-        _add_up(np.atleast_1d(a), np.atleast_1d(b), sums if place is None else sums[(slice(None), *place.index)])
+        at = sums if place is None else sums[(slice(None), *place.index)]
+        _add_up(np.atleast_1d(a), np.atleast_1d(b), at, room)
     return sums[0], sums[1], sums[2]
 
 
-def _add_up(x: Array, e: Array, sums: Array) -> None:
+def _add_up(x: Array, e: Array, sums: Array, room: Array) -> None:
     """Add the three sums of every row, a few rows at a time so that what is computed stays in a cache.  sums (3, ...)."""
-    n, rows = e.shape[-1], math.prod(e.shape[:-1])
-    found, part = np.zeros((3, rows)), max(BLOCK // max(n, 1), 1)
-    x, e = _as_rows(x, rows, n), _as_rows(e, rows, n)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinitely far is far enough
+    if x.size > BLOCK and x.flags.c_contiguous and e.flags.c_contiguous:
+        n, rows = e.shape[-1], math.prod(e.shape[:-1])
+        found, part = np.zeros((3, rows)), max(BLOCK // max(n, 1), 1)
+        x, e = x.reshape(rows, n), e.reshape(rows, n)
         for at in range(0, rows, part):
-            a, b = x[at : at + part].astype(np.float64), e[at : at + part].astype(np.float64, copy=False)
-            out = found[:, at : at + part]
-            _three(a, b, out)
-            if not np.isfinite(out).all():
-                _three(*comparable(a, b), out)
-    sums += found.reshape(sums.shape)
+            _three(x[at : at + part], e[at : at + part], found[:, at : at + part], room)
+        sums += found.reshape(sums.shape)
+    else:
+        found = np.empty(sums.shape)
+        _three(x, e, found, room)
+        sums += found
 
 
-def _as_rows(a: Array, rows: int, n: int) -> Array:
-    return (a if a.flags.c_contiguous else a.astype(np.float64)).reshape(rows, n)
+def _three(x: Array, e: Array, out: Array, room: Array) -> None:
+    """|x - e|^2, |e|^2 and <x - e, e> of every row.  x (..., i), e (..., i), out (3, ...); room for x - e, if it is enough."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinitely far is far enough
+        _dots(x, e.astype(np.float64, copy=False), out, room)
+        if not np.isfinite(out).all():
+            _dots(*comparable(x, e), out, room)
 
 
-def _three(a: Array, b: Array, out: Array) -> None:
-    """|a - b|^2, |b|^2 and <a - b, b> of every row; not finite where an entry is not.  a (n, i), b (n, i), out (3, n)."""
-    d = a - b
-    for to, (left, right) in zip(out, ((d, d), (b, b), (d, b)), strict=True):
+def _dots(x: Array, e: Array, out: Array, room: Array) -> None:
+    """The same; not finite where an entry is not."""
+    d = room[: x.size].reshape(x.shape) if x.size <= room.size else np.empty(x.shape)
+    np.copyto(d, x)
+    d -= e
+    for to, (left, right) in zip(out, ((d, d), (e, e), (d, e)), strict=True):
         np.vecdot(left, right, out=to)
 
 
@@ -208,10 +224,10 @@ def element_errors(stage: str, x: Array, e: Array) -> Array:
         return np.abs(x - e) / np.maximum(size, least)
 
 
-def _relative(far: Array, size: Array, floor: float) -> Array:
+def _relative(far: Array, size: Array, floor: float, largest: float) -> Array:
     """Square roots of the quotient; NaN counts as infinite."""
     far = np.where(np.isfinite(far), far, np.inf)
-    least = max(floor**2 * float(size.max(initial=0)), np.finfo(np.float64).tiny)
+    least = max(floor**2 * largest, np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):
         return np.sqrt(far / np.maximum(size, least))
 
@@ -225,8 +241,12 @@ def comparable(x: Array, e: Array) -> tuple[Array, Array]:
     x, e = x.astype(np.float64), e.astype(np.float64, copy=False)
     if np.isfinite(e.sum()) and np.isfinite(x.sum()):
         return x, e
+    agreed = np.isneginf(e) & (x < MASKED)
+    x, e = np.where(agreed, 0, x), np.where(agreed, 0, e)
+    if np.isfinite(e.sum()) and np.isfinite(x.sum()):
+        return x, e
     masked, unknown = np.isneginf(e), ~np.isfinite(e) & ~np.isneginf(e)
-    x = np.where(unknown, 0, np.where(masked, np.where(x < MASKED, 0, np.inf), x))
+    x = np.where(unknown, 0, np.where(masked, np.inf, x))
     return np.where(np.isfinite(x), x, 1e300), np.where(unknown | masked, 0, e)
 
 

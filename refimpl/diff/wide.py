@@ -6,6 +6,7 @@ is half of all the work of a causal model, and what is left of a block stays in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,14 +72,17 @@ FORMS = {
 
 @dataclass
 class Wide:
-    """An array (B, H, S, T) of which `make(place)` gives a block (1, H, rows, t), t up to T; behind that, all is `fill`."""
+    """An array (B, H, S, T) of which `make(place)` gives a block (1, H, rows, t), t up to T; behind that, all is `fill`. A block
+    is kept when it is made for the `keep`-th time, 0 never: fresh memory costs as much as a stage does.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     fill: float
     make: Callable[[Place], Array]
-    keep: bool = True
+    keep: int = 1
     _blocks: dict[Place, Array] = field(default_factory=dict, repr=False)
+    _made: Counter[Place] = field(default_factory=Counter, repr=False)
     _held: int = 0
 
     def block(self, place: Place) -> Array:
@@ -86,14 +90,15 @@ class Wide:
         found = self._blocks.get(place)
         if found is None:
             found = self.make(place)
+            self._made[place] += 1
             own = found.nbytes if found.base is None else 0  # a view takes nothing
-            if self.keep and self._held + own <= KEPT:
+            if 0 < self.keep <= self._made[place] and self._held + own <= KEPT:
                 self._blocks[place], self._held = found, self._held + own
         return found
 
     def each(self, fn: Callable[[Array, Place], Array]) -> Wide:
         """The array with every block changed, which keeps no block."""
-        return Wide(self.shape, self.dtype, self.fill, lambda place: fn(self.block(place), place), keep=False)
+        return Wide(self.shape, self.dtype, self.fill, lambda place: fn(self.block(place), place), keep=0)
 
     @property
     def ndim(self) -> int:
@@ -162,15 +167,20 @@ def paired(x: Array | Wide, e: Array | Wide) -> Iterator[tuple[Place | None, Arr
         yield place, a[..., middle:], b[..., middle:]
 
 
-def looked_at(x: Array, like: Array | Wide) -> Array | Wide:
-    """A recorded array as it is to be compared with one: without the keys that nobody sees if that one may leave them out."""
+def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None) -> Array | Wide:
+    """A recorded array as it is to be compared with one: without the keys that nobody sees if that one may leave them out. Where
+    they hold nothing but what fills them, `ends` is told how many others there are.
+    """
     if not isinstance(like, Wide):
         return x
 
     def view(place: Place) -> Array:
         whole, n = x[place.index], like.block(place).shape[-1]
         rest = whole[..., n:]
-        clean = not rest.size or (not rest.any() if like.fill == 0 else bool(rest.max() < MASKED))
-        return whole[..., :n] if clean else whole
+        top = rest.max(initial=like.fill)
+        same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
+        if ends is not None and same:
+            ends[place] = n
+        return whole[..., :n] if same or top < MASKED else whole
 
-    return Wide(x.shape, x.dtype, like.fill, view, keep=True)
+    return Wide(x.shape, x.dtype, like.fill, view)

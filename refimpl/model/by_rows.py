@@ -1,7 +1,7 @@
 """Matrices that are not in memory: a block of rows is read where it is multiplied by or looked up, and not kept.
 
-To a stage such a matrix is a weight like any other. A block of a million numbers is decoded and multiplied by while it is in the
-processor's cache, which costs less than decoding the whole first.
+To a stage such a matrix is a weight like any other. A block of a quarter of a million numbers is decoded and multiplied by while
+it is in the processor's cache, which costs less than decoding the whole first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refimpl.autograd.nn_ops import product
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import Plan
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Numbers a block of rows holds at most, but at least 128 rows: those of a block of FP8 codes."""
 
 

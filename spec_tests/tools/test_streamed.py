@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from refimpl.autograd.errors import SpecError
 from refimpl.checkpoint import Checkpoint, save
 from refimpl.diff import render
 from refimpl.diff import streamed as module
@@ -83,3 +84,22 @@ def test_a_digest_does_not_depend_on_how_much_is_read_at_a_time():
     for a in (np.arange(12, dtype=np.float32).reshape(3, 4), np.float32(3), np.zeros((5, 0)), np.arange(5000001)):
         a = np.asarray(a, np.float32)
         assert digest(a) == "sha256:" + hashlib.sha256(str(a.shape).encode() + a.tobytes()).hexdigest()
+
+
+def test_a_number_that_is_none_is_found_in_rows_read_later():
+    """Catches a block that is not looked through since its first row, or another plan's, was."""
+    held = np.ones((4, 8), np.float32)
+    held[2, 3] = np.nan
+
+    class Kept:
+        def shape(self, name):
+            return held.shape
+
+        def rows(self, name, start, stop):
+            return held[start:stop]
+
+    weights = StageWeights(Kept(), {})
+    for plan in (FLOAT32, FLOAT64):
+        assert (weights.read("w", plan, 0, 1) == 1).all() and weights.read("w", plan, 0, 1).dtype == plan.dtype
+        with pytest.raises(SpecError, match="NaN or infinite"):
+            weights.read("w", plan, 0, 4)
