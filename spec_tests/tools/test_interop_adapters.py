@@ -223,7 +223,6 @@ OTHERWISE = {
     ("mlx", "padding"): "padding",
     ("mlx", "offset"): "positions of its own",
     ("mlx", "long-positions"): "positions of its own",
-    ("llamacpp", "full-rank-q"): "q_lora_rank is null",
     ("llamacpp", "mscale"): {"mla.q_rope", "mla.k_rope"},
     ("llamacpp", "mtp-2"): set(),  # MTP's weights are not in the file
     ("llamacpp", "extreme-logits"): {"router.weights"},  # the sum is clamped to 6.1e-5
