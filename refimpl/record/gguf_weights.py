@@ -47,8 +47,8 @@ _BLOCK = {
 _OTHERS = {"attn_kv_b.weight": "self_attn.kv_b_proj.weight"}
 """The same for a tensor that only other converters write: kv_b_proj whole."""
 _LITE = (26, 27)
-"""Layers of DeepSeek-V2-Lite and its kin, by whose number llama.cpp tells that queries have no latent; elsewhere the key must be there,
-and is 0.
+"""Layers of DeepSeek-V2-Lite and its kin, by whose number llama.cpp tells that queries have no latent; elsewhere the key must be
+there, and is 0.
 """
 _EXPERTS = {f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")}
 

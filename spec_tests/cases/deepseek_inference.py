@@ -1,8 +1,8 @@
 """A stand-in for DeepSeek's inference/model.py in plain torch: its module tree and the names that the tap map `deepseek` reads.
 
-The released file is no package, and its FP8 products need a GPU; this one was written here, from the names of its modules, functions
-and attributes (commit 9b4e978), for one process and float32. What it computes is held to outputs that were recorded of the released
-code (golden/official_tiny.npz) by test_interop_deepseek.py.
+The released file is no package, and its FP8 products need a GPU; this one was written here, from the names of its modules,
+functions and attributes (commit 9b4e978), for one process and float32. What it computes is held to outputs that were recorded of
+the released code (golden/official_tiny.npz) by test_interop_deepseek.py.
 """
 
 import math
@@ -145,7 +145,11 @@ class Gate(nn.Module):
 
     def __init__(self, a):
         super().__init__()
-        self.topk, self.n_groups, self.topk_groups = a["n_activated_experts"], a["n_expert_groups"], a["n_limited_groups"]
+        self.topk, self.n_groups, self.topk_groups = (
+            a["n_activated_experts"],
+            a["n_expert_groups"],
+            a["n_limited_groups"],
+        )
         self.score_func, self.route_scale = a["score_func"], a["route_scale"]
         self.weight = nn.Parameter(torch.empty(a["n_routed_experts"], a["dim"]))
         self.bias = nn.Parameter(torch.empty(a["n_routed_experts"]))

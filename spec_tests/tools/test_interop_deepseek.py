@@ -1,6 +1,5 @@
-"""The stand-in for DeepSeek's inference/model.py (cases/deepseek_inference.py) is what it stands in for: the outputs that were recorded
-of the released code. What the shipped map sees of it, and three faults placed in it: test_interop_adapters.py.
-"""
+"""The stand-in for DeepSeek's inference/model.py (cases/deepseek_inference.py) gives what was recorded of the
+released code. What the shipped map sees of it, and three faults placed in it: test_interop_adapters.py."""
 
 import numpy as np
 import pytest
