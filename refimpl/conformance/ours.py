@@ -9,10 +9,8 @@ def bf16() -> Impl:
 
 
 def fp8() -> Impl:
-    """The report's recipe: products of 1 x 128 tiles and 128 x 128 blocks in FP8, the rest in bfloat16 and float32. Attention is
-    expanded in decoding, too: the absorbed form rounds otherwise, and single tokens of a case then meet other experts.
-    """
-    return Impl(precision="fp8", attend="expanded")
+    """The report's recipe: products of 1 x 128 tiles and 128 x 128 blocks in FP8, the rest in bfloat16 and float32."""
+    return Impl(precision="fp8")
 
 
 def absorbed() -> Impl:

@@ -2,7 +2,8 @@
 
 info() -> {"name", "version", "precision", "layouts"}; load(config, weights); forward(tokens, positions, cache, taps, valid=)
 -> {tap: array} with "logits"; step(token, cache, taps); loss_and_grads(tokens, labels, taps, mtp_weight=, aux_weight=);
-stage(name, inputs, params) -> array. `refimpl.model.Impl` has them all. A method that is absent or raises
+stage(name, inputs, params) -> array; ranks(tokens, axes, taps) -> every rank's taps. `refimpl.model.Impl` has all but the last,
+`refimpl.conformance.ranks.Impl` that, too. A method that is absent or raises
 NotImplementedError is `Lacking`: no failure, but not a pass either.
 """
 
@@ -24,7 +25,7 @@ from refimpl.record.candidate import named_object
 from .process import Lacking, Process
 from .shipped import SHIPPED
 
-METHODS = ("load", "forward", "step", "loss_and_grads", "stage")
+METHODS = ("load", "forward", "step", "loss_and_grads", "stage", "ranks")
 """What may be asked of an implementation, besides `info`."""
 DIMS = "dims"
 """The key of an answer that is no tap: {tap: its axes, as `dims` of a trace's header}."""
