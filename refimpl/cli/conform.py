@@ -31,7 +31,10 @@ def add(commands: Commands) -> None:
     p.add_argument("impl", nargs="?", default="", help="pkg.mod:Class, or a name of ours; ourselves by default")
     p.add_argument("--cmd", default="", help="a command that speaks the process protocol")
     p.add_argument(
-        "--profile", default="core,yarn,fp8,mtp,cache,train,parallel", help="with commas between (default: %(default)s)"
+        "--profile",
+        default="",
+        help="core, yarn, fp8, mtp, cache, train, parallel, with commas between; by default all, or those of which an "
+        "implementation that comes with us has something",
     )
     p.add_argument("--certified", action="store_true", help="a skip within the profiles is a failure")
     p.add_argument("--quick", action="store_true", help="four regimes instead of all; a report says so")
@@ -46,12 +49,13 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code: 0 conforms, 1 does not, 3 for bad input."""
+    from refimpl.conformance.shipped import profiles_of
     from refimpl.conformance.suite import command, environment
 
     options = {
         "--impl": args.impl,
         "--impl-cmd": args.cmd,
-        "--profile": args.profile,
+        "--profile": args.profile or ",".join(profiles_of(args.impl)),
         "--skips-file": args.skips,
         "--xfails-file": args.xfails,
         "--conformance-json": args.json,

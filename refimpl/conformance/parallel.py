@@ -8,7 +8,6 @@ together by the marks in its dims.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,8 @@ from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array, data_of
 from refimpl.diff import Case, Trace
 from refimpl.layers.config import Config
-from refimpl.layers.stage import Stage, observing
 from refimpl.layers.precision import FLOAT32
+from refimpl.layers.stage import Stage, observing
 from refimpl.model import ForCausalLM, effective
 from refimpl.parallel_emulation.axes.mesh import Mesh, enter
 from refimpl.parallel_emulation.comm import Comm, spmd
@@ -105,7 +104,11 @@ def _heads(case: Case, world: int, rank: int) -> Cut:
             return w.reshape(len(w), c.num_attention_heads, -1)[:, mine].reshape(len(w), -1)
         return w
 
-    heads = {k: c.num_attention_heads // world for k in ("num_attention_heads", "num_key_value_heads") if k in case.raw_config}
+    heads = {
+        k: c.num_attention_heads // world
+        for k in ("num_attention_heads", "num_key_value_heads")
+        if k in case.raw_config
+    }
     return Cut(case.raw_config | heads, {n: cut(n, np.asarray(w)) for n, w in case.weights().items()})
 
 
@@ -123,7 +126,9 @@ def _experts(case: Case, world: int, rank: int) -> Cut:
     """My experts, the others giving 0; shared experts are the first rank's."""
     c = case.config
     mine = range(c.n_routed_experts)[_share(c.n_routed_experts, world, rank, "experts")]
-    mine_too = tuple(f".mlp.experts.{e}.down_proj.weight" for e in mine) + (".mlp.shared_experts.down_proj.weight",) * (rank == 0)
+    mine_too = tuple(f".mlp.experts.{e}.down_proj.weight" for e in mine) + (".mlp.shared_experts.down_proj.weight",) * (
+        rank == 0
+    )
     held = {n: np.asarray(w) for n, w in case.weights().items()}
     away = [n for n in held if "experts" in n and n.endswith("down_proj.weight") and not n.endswith(mine_too)]
     return Cut(dict(case.raw_config), held | {n: np.zeros_like(held[n]) for n in away})

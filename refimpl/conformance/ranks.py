@@ -1,4 +1,4 @@
-"""Ourselves on ranks of the simulator, as an implementation whose own ranks are tested: `refimpl conform ranks --profile parallel`."""
+"""Ourselves on ranks of the simulator, whose own ranks are tested: `refimpl conform ranks --profile parallel`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from refimpl.parallel_emulation.axes.mesh import Mesh, enter
 from refimpl.parallel_emulation.comm import Comm, spmd
 from refimpl.train.mesh_model import spread
 
-_HEADS = {"mla.q": "B S H@tp Dn+Dr", "mla.q_rope": "B S H@tp Dr", "mla.kv_b": "B T H@tp Dn+Dv", "mla.ctx": "B S H@tp Dv"}
+_HEADS = {
+    "mla.q": "B S H@tp Dn+Dr",
+    "mla.q_rope": "B S H@tp Dr",
+    "mla.kv_b": "B T H@tp Dn+Dv",
+    "mla.ctx": "B S H@tp Dv",
+}
 _SPLIT = _HEADS | {
     **dict.fromkeys(("mla.scores", "mla.probs"), "B H@tp S T"),
     **dict.fromkeys(("mlp.gate", "mlp.up", "mlp.act"), "B S F@tp"),

@@ -78,9 +78,7 @@ def arguments(call: Call, r: Recorded) -> tuple[dict[str, Any], dict[str, Any]]:
     return named_arguments(call.of, [lane.value(a, call, r) for a in call.args], call.static)
 
 
-def named_arguments(
-    stage: Stage, given: list[Any], static: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def named_arguments(stage: Stage, given: list[Any], static: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays by the names of the stage's own arguments (a list for a starred one), and its settings, of plain types."""
     inputs: dict[str, Any] = {}
     for p in inspect.signature(stage.fn).parameters.values():

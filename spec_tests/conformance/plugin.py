@@ -10,11 +10,10 @@ import pytest
 from refimpl.checkpoint import Transaction
 from refimpl.conformance.process import Lacking
 from refimpl.conformance.report import Outcome, Report, listed, unreasoned
-from refimpl.conformance.shipped import SHIPPED
+from refimpl.conformance.shipped import PROFILES, SHIPPED
 from refimpl.conformance.subject import subject
 from refimpl.version import __version__
 
-PROFILES = ("core", "yarn", "fp8", "mtp", "cache", "train", "parallel")
 _REPORT = pytest.StashKey[Report]()
 NAME = pytest.StashKey[str]()
 """What the implementation calls itself."""

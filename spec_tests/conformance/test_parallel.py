@@ -31,7 +31,7 @@ def test_loads_of_a_ranks_part_each_add_up_to_the_whole(bench, what, world):
 @pytest.mark.parametrize("axis", AXES)
 @claim("PA-003-{axis}", "parallel", "R 3.2")
 def test_its_own_ranks_are_one_rank(bench, axis, tmp_path):
-    """Catches a collective left out, taken twice or over other ranks, and parts that lie in another order than they are put together."""
+    """Catches a collective left out, taken twice or over other ranks, and parts in another order than they are put together in."""
     case = bench.loaded()
     found = joined(bench.of, case, {axis: 2}, tmp_path)
     judgement = judge(case, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class Engine:
     """
 
     package = ""
-    layouts: Mapping[str, str] = {}
+    layouts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         self.held: tuple[dict[str, Any], Mapping[str, Any]] | None = None

@@ -6,9 +6,10 @@ refimpl conform --cmd "python -m refimpl.conformance.serve refimpl.conformance.p
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Impl(Engine):
     """One sequence a context, with a float32 cache and without flash attention."""
 
     package = "llama_cpp_python"
-    layouts = {"mla": "absorbed"}
+    layouts: ClassVar[Mapping[str, str]] = {"mla": "absorbed"}
 
     def __init__(self) -> None:
         super().__init__()

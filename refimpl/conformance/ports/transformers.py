@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Impl(Engine):
     """Loads as transformers does: of weights that are missing or too many it warns."""
 
     package = "transformers"
-    layouts = {"rope": "half", "mla": "expanded"}
+    layouts: ClassVar[Mapping[str, str]] = {"rope": "half", "mla": "expanded"}
 
     def make(self, case: Case) -> Any:
         """Without MTP layers, which transformers has not."""
