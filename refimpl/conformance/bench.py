@@ -61,6 +61,7 @@ class Bench:
 
     def stages(self, regime: str) -> dict[str, list[Finding | Lacking]]:
         """Stage -> its calls, judged."""
+        self.of.must_have("stage")
         if regime not in self._stages:
             self._stages[regime] = stage_findings(self.of, ground(self.case(regime), self.of.precision))
         return self._stages[regime]

@@ -63,6 +63,7 @@ class Theirs:
 
 def by_stages(of: Subject, case: Case, axis: str = "", world: int = 1) -> Array:
     """Logits (B, S, V) of the case, layers cut over `world` ranks along an axis. Lacking where the implementation has no stage."""
+    of.must_have("stage")
     held, mesh = effective(case.weights(), FLOAT32), Mesh(**({axis: world} if axis else {}))
     theirs = Theirs(of)
 

@@ -141,7 +141,7 @@ class Process:
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
         except (OSError, ValueError) as error:
-            raise SpecError(f"{self.command} takes no more input: {error}") from None
+            raise SpecError(f"{self.command} has ended and takes no more input: {error}") from None
 
     def _ask(self, do: str, **given: Any) -> Any:
         self._seq += 1
@@ -163,6 +163,6 @@ class Process:
         require(sound, f"{self.command} answered {do!r} with {line[:80]!r}; expected seq {self._seq}")
         status, text = told.get("status"), str(told.get("text", ""))
         if status == "lacking":
-            raise Lacking(f"{do}: {text}")
+            raise Lacking(text if text.startswith(do) else f"{do}: {text}")
         require(status == "ok", f"{self.command} answered {do!r} with {status}: {text}")
         return take(told.get("result"), self.folder)

@@ -61,6 +61,11 @@ class Subject:
         storage = _STORAGE.get(told, told)
         return {"storage": storage, "accumulate": "float64" if storage == "float64" else "float32"}
 
+    def must_have(self, method: str) -> None:
+        """Lacking at once where asking would need long preparations; a process is asked."""
+        if getattr(self.impl, method, None) is None:
+            raise Lacking(f"{method} is not implemented")
+
     def load(self, case: Case) -> None:
         """Give it a case's config and weights, unless it has them."""
         if self.case is not case:
@@ -74,11 +79,9 @@ class Subject:
 
     def call(self, method: str, *args: Any, **settings: Any) -> Any:
         """A method's answer. Lacking if it has none."""
-        fn = getattr(self.impl, method, None)
-        if fn is None:
-            raise Lacking(f"{method} is not implemented")
+        self.must_have(method)
         try:
-            return fn(*args, **settings)
+            return getattr(self.impl, method)(*args, **settings)
         except NotImplementedError as error:
             raise Lacking(f"{method}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Other people's implementations held to the suite's claims, by the names under which they come with us: what each does otherwise is
+"""Other people's implementations held to the claims, by the names under which they come with us: what each does otherwise is
 listed, and nothing else fails. Their verdicts by the diff: test_interop_adapters.py.
 """
 

@@ -57,7 +57,7 @@ class Impl(Engine):
     def more(self, tokens: Array, cache: Cache) -> Array:
         """On contexts that stay until the model is let go."""
         if "contexts" not in cache:
-            cache |= {"contexts": [self._context() for _ in tokens], "length": 0}
+            cache.update(contexts=[self._context() for _ in tokens], length=0)
         first = cache["length"]
         cache["length"] = first + tokens.shape[1]
         places = range(first, cache["length"])
