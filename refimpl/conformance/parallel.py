@@ -126,12 +126,14 @@ def _channels(case: Case, world: int, rank: int) -> Cut:
 def _experts(case: Case, world: int, rank: int) -> Cut:
     """My experts, the others giving 0; shared experts are the first rank's."""
     c = case.config
-    mine = range(c.n_routed_experts)[_share(c.n_routed_experts, world, rank, "experts")]
-    mine_too = tuple(f".mlp.experts.{e}.down_proj.weight" for e in mine) + (".mlp.shared_experts.down_proj.weight",) * (
-        rank == 0
-    )
+    shared = ["shared_experts"] if rank == 0 else []
+    home = [
+        *(f"experts.{e}" for e in range(c.n_routed_experts)[_share(c.n_routed_experts, world, rank, "experts")]),
+        *shared,
+    ]
+    mine = tuple([f".mlp.{where}.down_proj.weight" for where in home])
     held = {n: np.asarray(w) for n, w in case.weights().items()}
-    away = [n for n in held if "experts" in n and n.endswith("down_proj.weight") and not n.endswith(mine_too)]
+    away = [n for n in held if "experts" in n and n.endswith("down_proj.weight") and not n.endswith(mine)]
     return Cut(dict(case.raw_config), held | {n: np.zeros_like(held[n]) for n in away})
 
 

@@ -498,8 +498,13 @@ def test_codes_without_scales_are_told_of_one_by_one(ours, tmp_path, capsys):
     seen = found(ours, path)
     assert {n: f.status for n, f in seen.items()} == dict.fromkeys(bare, "no scale") | {GATE: "scaled"}
     assert not seen[Q].ok and seen[Q].stored == "F8_E4M3"
-    theirs = held_against(Checkpoint.open(path), CONFIG, open_weights(ours.path, CONFIG))
-    assert {f.name: f.how for f in theirs if f.status == "no scale"} == dict.fromkeys(bare, "the case's own")
+    noise = {Q.replace(".1.", ".0."): np.random.default_rng(9).normal(size=WEIGHTS[Q].shape).astype(np.float32)}
+    other = open_weights(
+        folder(tmp_path / "noise", WEIGHTS | noise), CONFIG
+    )  # looked for among all tensors of its shape
+    theirs = {f.name: f for f in held_against(Checkpoint.open(path), CONFIG, other)}
+    assert {n: f.how for n, f in theirs.items() if f.status == "no scale"} == dict.fromkeys(bare, "the case's own")
+    assert theirs[next(iter(noise))].status == "differs"
     weights = dict(Case.read(TINY_CASE).weights())
     other = weights | {Q: np.asarray(weights[Q], ml_dtypes.float8_e4m3fn), GATE: 2 * weights[GATE]}
     assert main(["weights", str(TINY_CASE), str(folder(tmp_path / "impact", other)), "--impact", "--json"]) == 1
