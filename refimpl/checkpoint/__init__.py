@@ -3,7 +3,7 @@
 from .atomic import Transaction
 from .checks import Report, check, copies_that_differ, scan_nonfinite
 from .info import count_parameters, describe
-from .mapping import Checkpoint
+from .mapping import Checkpoint, Unscaled
 from .reading import Reader, Rows
 from .safetensors import SafetensorsFile, open_file, write_file
 from .saving import save
@@ -16,6 +16,7 @@ __all__ = [
     "Rows",
     "SafetensorsFile",
     "Transaction",
+    "Unscaled",
     "check",
     "copies_that_differ",
     "count_parameters",

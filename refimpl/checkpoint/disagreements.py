@@ -35,13 +35,13 @@ def disagreements(ckpt: Checkpoint, config: Config) -> list[Disagreement]:
 def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagreement]:
     told = raw.get("quantization_config") or {}
     codes = [n for n in ckpt if ckpt.dtype(n) in _CODES]
-    if told.get("quant_method") == "fp8" and not codes:
+    if told.get("quant_method") == "fp8" and not codes and not ckpt.absent:
         yield Disagreement(
             "config.json announces quantization_config fp8, but no tensor is FP8",
             f"engines that build FP8 layers from it (vLLM, SGLang, transformers) look for weight{SCALE}: KeyError, or scales "
             "left uninitialised; take the entry out",
         )
-    bare = [n for n in codes if ckpt.scale(n) is None]
+    bare = [n for n in codes if ckpt.unscaled(n) and n + SCALE not in ckpt.absent]
     if bare:
         yield Disagreement(
             f"{len(bare)} of {len(codes)} tensors of FP8 codes have no scale, the first {bare[0]}",
@@ -57,7 +57,7 @@ def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagree
 
 def _mtp(ckpt: Checkpoint, c: Config) -> Iterator[Disagreement]:
     depth, counted = c.num_hidden_layers, c.num_nextn_predict_layers or 0
-    present = {i for n in ckpt if (i := layer_of(n)) is not None and i >= depth}
+    present = {i for n in (*ckpt, *ckpt.absent) if (i := layer_of(n)) is not None and i >= depth}
     if counted and not present:
         yield Disagreement(
             f"num_nextn_predict_layers is {counted}, but no layer follows the {depth} of the model: MTP is absent",
@@ -86,16 +86,17 @@ def _bias(ckpt: Checkpoint) -> Iterator[Disagreement]:
 
 
 def _index(ckpt: Checkpoint) -> Iterator[Disagreement]:
-    """An index beside the file that was named. One that was opened itself is refused where a shard is absent."""
+    """An index that was opened, or that lies beside the file that was."""
     folder = ckpt.files[0].parent
     index = folder / INDEX
-    if len(ckpt.files) > 1 or not index.exists():
-        return
-    shards = json_object(index).get("weight_map")
-    named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    absent = sorted(n for n in named if not (folder / Path(n).name).exists())
+    absent = sorted(set(ckpt.absent.values()))
+    if len(ckpt.files) == 1 and not absent and index.exists():
+        shards = json_object(index).get("weight_map")
+        named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        absent = sorted(n for n in named if not (folder / Path(n).name).exists())
     if absent:
+        lost = f", with {len(ckpt.absent)} tensors" if ckpt.absent else ""
         yield Disagreement(
-            f"{INDEX} names {len(absent)} files that are not there: {', '.join(absent[:3])}",
+            f"{INDEX} names {len(absent)} files that are not there{lost}: {', '.join(absent[:3])}",
             "transformers, vLLM and SGLang go by the index where there is one, and stop at the first absent file",
         )

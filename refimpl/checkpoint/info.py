@@ -67,17 +67,17 @@ class Info:
 
 
 def describe(path: str | os.PathLike[str], *, scan: bool = False, progress: Progress | None = None) -> Info:
-    """Look at a checkpoint's headers and config; no tensor is read unless `scan` looks for NaN and infinity. Raises
-    SpecError if it cannot be opened.
+    """Look at a checkpoint's headers and config; no tensor is read unless `scan` looks for NaN and infinity. Files that an index
+    names and that are not there are told of. Raises SpecError if it cannot be opened.
     """
-    ckpt = Checkpoint.open(path)
+    ckpt = Checkpoint.open(path, partial=True)
     dtypes = count_dtypes(ckpt)
     config = None
     if ckpt.config is not None:
         with where(f"while reading the config.json of {path}"):
             config = Config.from_dict(ckpt.config)
     layers = config.num_hidden_layers if config else 0
-    mtp = any((layer_of(name) or 0) >= layers for name in ckpt) if config else False
+    mtp = any((layer_of(name) or 0) >= layers for name in (*ckpt, *ckpt.absent)) if config else False
     report = check(expected_tensors(config, mtp=mtp), ckpt) if config else None
     if scan and report is not None:
         report = replace(report, nan=scan_nonfinite(ckpt, progress))

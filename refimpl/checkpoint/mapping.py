@@ -22,6 +22,10 @@ from .sources import Source
 _CODES = ("F8_E4M3", "F8_E5M2")
 
 
+class Unscaled(SpecError):
+    """FP8 codes whose scales are nowhere: no numbers."""
+
+
 class Checkpoint(Mapping[str, Array]):
     """Canonical name -> array. FP8 weights come as float32, dequantised; everything else as it is
     stored.
@@ -36,22 +40,23 @@ class Checkpoint(Mapping[str, Array]):
         self.path = path
         self.config = config
         self.naming: Naming = layout.naming
-        self.files = tuple(f.path for f in layout.files)
+        self.files, self.absent = tuple(f.path for f in layout.files), layout.absent
         self._mapped = tuple(layout.files)
         self.block, self.scale_fmt = quantization_settings(config or {})
         self._scales, self._sources = _pair_scales(layout.sources, self.block)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], *, partial: bool = False) -> Checkpoint:
         """Open a .safetensors file, a folder with one, an index with shards, or DeepSeek's
         model{rank}-mp{world} parts.
 
         `config` is config.json beside the weights in Hugging Face's keys (DeepSeek's own keys are
         mapped), or None. Raises SpecError for anything inconsistent: the message names file,
-        tensor, and what was expected.
+        tensor, and what was expected. partial: go on where files of the index are not there;
+        `absent` then has what it places in them.
         """
         path = Path(path)
-        layout = find(path)
+        layout = find(path, partial=partial)
         has_bias = any(name.endswith(BIAS) for name in layout.sources)
         with where(f"while opening {path}"):
             return cls(path, layout, _read_config(layout.folder / "config.json", has_bias))
@@ -83,15 +88,15 @@ class Checkpoint(Mapping[str, Array]):
             file.let_go()
 
     def raw(self, name: str) -> tuple[Array, Array | None]:
-        """The tensor as stored, and the scales of its blocks if it is FP8. Raises SpecError for
+        """The tensor as stored, and the scales of its blocks if it is FP8. Raises Unscaled for
         codes without scales.
         """
         source, scales = self.source(name), self._scales.get(name)
         with where(f"while loading {name} from {self._files_of(name)}"):
-            if scales is None and source.dtype in _CODES:
+            if self.unscaled(name):
                 other = near(name + SCALE, (n for n in self._sources if "scale" in n))
                 hint = f"; is it {other!r}?" if other else ""
-                raise SpecError(f"{source.dtype} codes without {name + SCALE}{hint}")
+                raise Unscaled(f"{source.dtype} codes without {name + SCALE}{hint}")
             return source.read(), None if scales is None else scales.read()
 
     def dtype(self, name: str) -> str:
@@ -109,6 +114,10 @@ class Checkpoint(Mapping[str, Array]):
     def scale(self, name: str) -> Source | None:
         """Where the scales of an FP8 tensor lie, None for any other."""
         return self._scales.get(name)
+
+    def unscaled(self, name: str) -> bool:
+        """Whether the tensor is FP8 codes without scales, which stand for no numbers."""
+        return self.dtype(name) in _CODES and name not in self._scales
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources

@@ -27,31 +27,32 @@ PART = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's files and what they hold."""
+    """A checkpoint's files and what they hold; `absent`: tensors that the index places in files that are not there -> the file."""
 
     folder: Path
     files: tuple[SafetensorsFile, ...]
     naming: Naming
     sources: dict[str, Source]
+    absent: dict[str, str]
 
 
-def find(path: Path) -> Layout:
-    """The layout of a checkpoint: a .safetensors file, an index file, or a folder. Reads headers
-    only.
+def find(path: Path, *, partial: bool = False) -> Layout:
+    """The layout of a checkpoint: a .safetensors file, an index file, or a folder. Reads headers only. SpecError for an index
+    that names absent files, or (partial) nothing but such.
     """
     if path.is_dir():
         try:
-            return _find_in_folder(path)
+            return _find_in_folder(path, partial)
         except OSError as error:
             raise SpecError(f"{path} cannot be read: {error.strerror}") from error
     if path.name.endswith(".index.json"):
-        return _layout(path.parent, _open_index(path))
+        return _layout(path.parent, *_open_index(path, partial))
     if path.exists() and path.suffix != ".safetensors":
         raise SpecError(f"{path} is no checkpoint; expected a .safetensors file or a folder with one")
     return _layout(path.parent, [open_file(path)])
 
 
-def _find_in_folder(folder: Path) -> Layout:
+def _find_in_folder(folder: Path, partial: bool) -> Layout:
     parts = [p for p in folder.iterdir() if PART.fullmatch(p.name)]
     single = [folder / name for name in SINGLE if (folder / name).exists()]
     index = [folder / INDEX] if (folder / INDEX).exists() else []
@@ -59,11 +60,13 @@ def _find_in_folder(folder: Path) -> Layout:
         with where(f"while reading {index[0]}"):
             named = set(_read_index(index[0])[0].values())
         single = [p for p in single if p.name not in named]
+        if partial and single and not any((folder / name).exists() for name in named):
+            index = []  # left beside the file that its shards were merged into
     found = [p.name for p in index + single] + ["model{rank}-mp{world}.safetensors"] * bool(parts)
     if len(found) > 1:
         raise SpecError(f"{folder} holds {' and '.join(found)}; name the file that is meant")
     if index:
-        return _layout(folder, _open_index(index[0]))
+        return _layout(folder, *_open_index(index[0], partial))
     if parts:
         return _layout(folder, _open_parts(parts))
     if single:
@@ -73,27 +76,29 @@ def _find_in_folder(folder: Path) -> Layout:
     raise SpecError(f"{folder} holds no checkpoint; {looked}; it has {', '.join(others[:5]) or 'none'}")
 
 
-def _layout(folder: Path, files: list[SafetensorsFile]) -> Layout:
+def _layout(folder: Path, files: list[SafetensorsFile], absent: dict[str, str] | None = None) -> Layout:
     deepseek = looks_like_deepseek(name for f in files for name in f)
     part = PART.fullmatch(files[0].path.name)
     if deepseek and part and int(part[2]) != len(files):
         raise SpecError(f"{files[0].path} is one of {part[2]} parts; name their folder")
     sources = dict(deepseek_sources(files) if deepseek else hf_sources(files))
-    return Layout(folder, tuple(files), "deepseek" if deepseek else "hf", sources)
+    return Layout(folder, tuple(files), "deepseek" if deepseek else "hf", sources, absent or {})
 
 
-def _open_index(path: Path) -> list[SafetensorsFile]:
-    """The shards of an index, checked against it both ways."""
+def _open_index(path: Path, partial: bool) -> tuple[list[SafetensorsFile], dict[str, str]]:
+    """The shards of an index that are there, checked against it both ways; and what it places in those that are not."""
     with where(f"while reading {path}"):
         weight_map, total_size = _read_index(path)
         shards = sorted(set(weight_map.values()))
         absent = [s for s in shards if not (path.parent / s).exists()]
-        require(not absent, f"{len(absent)} of {len(shards)} shards are missing: {_some(absent)}")
+        there = [s for s in shards if s not in absent]
+        require(there if partial else not absent, f"{len(absent)} of {len(shards)} shards are missing: {_some(absent)}")
         _check_unlisted(path.parent, set(shards))
-        files = [open_file(path.parent / shard) for shard in shards]
-        _check_index(weight_map, files)
-        _check_total(total_size, files)
-    return files
+        files = [open_file(path.parent / shard) for shard in there]
+        lost = {name: shard for name, shard in weight_map.items() if shard in absent}
+        _check_index({n: s for n, s in weight_map.items() if n not in lost}, files)
+        _check_total(None if lost else total_size, files)
+    return files, lost
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], int | None]:

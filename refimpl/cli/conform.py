@@ -13,9 +13,11 @@ runs that must agree with each other (chunks, cached steps, batches, orders of e
 weights that must be refused. Needs pytest and hypothesis (extra: test).
 
 IMPL is pkg.mod:Class with any of load, forward, step, loss_and_grads, stage (docs/conformance.md); what it lacks is
-skipped and counted. --cmd drives a process of any language by lines of JSON instead.
+skipped and counted; or one that comes with us: float32, bf16, fp8, ranks (ourselves), transformers, mlx, llama.cpp, each with the
+list of what it is known to do otherwise. --cmd drives a process of any language by lines of JSON instead.
 
-example: refimpl conform refimpl.conformance.ours:bf16
+example: refimpl conform bf16
+example: refimpl conform mlx --profile core,cache
 example: refimpl conform --cmd './engine --spec' --profile core,yarn --certified --badge spec.svg
 example: refimpl conform my.port:Impl -- -k RN-002 -x"""
 
@@ -26,10 +28,13 @@ def add(commands: Commands) -> None:
     p = commands.add_parser(
         "conform", help="hold an implementation to the specification", description=_TEXT, formatter_class=raw
     )
-    p.add_argument("impl", nargs="?", default="", help="pkg.mod:Class; ourselves by default")
+    p.add_argument("impl", nargs="?", default="", help="pkg.mod:Class, or a name of ours; ourselves by default")
     p.add_argument("--cmd", default="", help="a command that speaks the process protocol")
     p.add_argument(
-        "--profile", default="core,yarn,fp8,mtp,cache,train", help="with commas between (default: %(default)s)"
+        "--profile",
+        default="",
+        help="core, yarn, fp8, mtp, cache, train, parallel, with commas between; by default all, or those of which an "
+        "implementation that comes with us has something",
     )
     p.add_argument("--certified", action="store_true", help="a skip within the profiles is a failure")
     p.add_argument("--quick", action="store_true", help="four regimes instead of all; a report says so")
@@ -44,12 +49,13 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code: 0 conforms, 1 does not, 3 for bad input."""
+    from refimpl.conformance.shipped import profiles_of
     from refimpl.conformance.suite import command, environment
 
     options = {
         "--impl": args.impl,
         "--impl-cmd": args.cmd,
-        "--profile": args.profile,
+        "--profile": args.profile or ",".join(profiles_of(args.impl)),
         "--skips-file": args.skips,
         "--xfails-file": args.xfails,
         "--conformance-json": args.json,

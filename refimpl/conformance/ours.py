@@ -8,6 +8,11 @@ def bf16() -> Impl:
     return Impl(precision="bf16")
 
 
+def fp8() -> Impl:
+    """The report's recipe: products of 1 x 128 tiles and 128 x 128 blocks in FP8, the rest in bfloat16 and float32."""
+    return Impl(precision="fp8")
+
+
 def absorbed() -> Impl:
     """Attention on the latents."""
     return Impl(attend="absorbed")

@@ -5,7 +5,8 @@
 {"seq": 3, "do": "forward", "tokens": ARRAY, "taps": ["*"], "cache": "c1", ...}
 {"seq": 4, "do": "step", "token": ARRAY, "cache": "c1"}                      "c1" was filled by a forward
 {"seq": 5, "do": "stage", "name": "attn_norm", "inputs": {"x": ARRAY, "w": ARRAY}, "params": {"eps": 1e-6}}
-{"seq": 6, "do": "stop"}
+{"seq": 6, "do": "ranks", "tokens": ARRAY, "axes": {"tp": 2}, "taps": ["*"]}  the answer is a list, of every rank
+{"seq": 7, "do": "stop"}
 
 The answer repeats seq, and is "ok" with a result, "lacking" with a text (not implemented), or "error" with a text. Files of
 answers go into `folder`. Standard error is the implementation's own.
@@ -40,7 +41,7 @@ class Lacking(Exception):
 
 
 class Process:
-    """The five methods of the protocol, each a line to the process and a line back."""
+    """The methods of the protocol, each a line to the process and a line back."""
 
     def __init__(self, command: str, *, seconds: float = SECONDS) -> None:
         """Start the command. SpecError if it cannot be, or does not answer."""
@@ -103,6 +104,10 @@ class Process:
         """One stage's output."""
         return self._ask("stage", name=name, inputs=inputs, params=params)
 
+    def ranks(self, tokens: Any, axes: Mapping[str, int], taps: Iterable[str] = ()) -> Any:
+        """[{tap: array}] of every rank."""
+        return self._ask("ranks", tokens=tokens, axes=dict(axes), taps=list(taps))
+
     def close(self) -> None:
         """Ask it to stop; end it if it does not."""
         if self._process.poll() is None:
@@ -136,7 +141,7 @@ class Process:
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
         except (OSError, ValueError) as error:
-            raise SpecError(f"{self.command} takes no more input: {error}") from None
+            raise SpecError(f"{self.command} has ended and takes no more input: {error}") from None
 
     def _ask(self, do: str, **given: Any) -> Any:
         self._seq += 1
@@ -158,6 +163,6 @@ class Process:
         require(sound, f"{self.command} answered {do!r} with {line[:80]!r}; expected seq {self._seq}")
         status, text = told.get("status"), str(told.get("text", ""))
         if status == "lacking":
-            raise Lacking(f"{do}: {text}")
+            raise Lacking(text if text.startswith(do) else f"{do}: {text}")
         require(status == "ok", f"{self.command} answered {do!r} with {status}: {text}")
         return take(told.get("result"), self.folder)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from refimpl.autograd.errors import SpecError, require
+from refimpl.autograd.tensor import Array
 from refimpl.checkpoint import Checkpoint, json_object
+from refimpl.checkpoint.names import SCALE
 
 from .process import Lacking
 from .subject import Subject, subject
@@ -31,14 +33,21 @@ class _Server:
         if do == "load":
             case = Path(message["folder"])
             checkpoint = Checkpoint.open(case)
-            self.of.call("load", json_object(case / "config.json"), {n: checkpoint[n] for n in checkpoint})
+            self.of.call("load", json_object(case / "config.json"), _as_stored(checkpoint))
             return None
         given = take(message, self.folder)
         if given.get("cache") is not None:
             given["cache"] = self.caches.setdefault(given["cache"], {})
         method = given.pop("name", None)
         found = self.of.call(do, method, **given) if do == "stage" else self.of.call(do, **given)
-        return put(dict(found) if isinstance(found, dict) else found, self.folder, self.files)
+        return put(found, self.folder, self.files)
+
+
+def _as_stored(checkpoint: Checkpoint) -> dict[str, Array]:
+    """Every tensor; FP8 codes as they are, with their scales beside them."""
+    raw = {n: checkpoint.raw(n) for n in checkpoint}
+    scales = {n + SCALE: s for n, (_, s) in raw.items() if s is not None}
+    return {n: codes for n, (codes, _) in raw.items()} | scales
 
 
 def serve(of: Subject, source: TextIO, out: TextIO) -> None:

@@ -24,7 +24,7 @@ from refimpl.diff.program import integers
 from refimpl.diff.replay import Step, replay
 from refimpl.diff.wide import with_infinity
 from refimpl.layers.rope import RopeScaling
-from refimpl.layers.stage import Call
+from refimpl.layers.stage import Call, Stage
 from refimpl.record import trace_case
 
 from .process import Lacking
@@ -73,19 +73,21 @@ def _judged(of: Subject, step: Step, g: Grounds, units: Units) -> Finding | Lack
 
 
 def arguments(call: Call, r: Recorded) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `stage(name, inputs, params)` is asked with: the arrays by the names of the stage's own arguments (a list for a starred
-    one), and its settings, of plain types.
-    """
+    """What `stage(name, inputs, params)` is asked with for a call of the program."""
     lane = Lane(r.plan)
-    given = [lane.value(a, call, r) for a in call.args]
+    return named_arguments(call.of, [lane.value(a, call, r) for a in call.args], call.static)
+
+
+def named_arguments(stage: Stage, given: list[Any], static: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays by the names of the stage's own arguments (a list for a starred one), and its settings, of plain types."""
     inputs: dict[str, Any] = {}
-    for p in inspect.signature(call.of.fn).parameters.values():
+    for p in inspect.signature(stage.fn).parameters.values():
         if p.kind is p.VAR_POSITIONAL:
             inputs[p.name], given = given, []
         elif p.kind is p.POSITIONAL_OR_KEYWORD and given:
             inputs[p.name] = given.pop(0)
-    settings = {k: v for k, v in call.static.items() if k not in _OURS}
+    settings = {k: v for k, v in static.items() if k not in _OURS}
     return inputs, {k: v.to_dict() if isinstance(v, RopeScaling) else v for k, v in settings.items()}
 
 
-__all__ = ["arguments", "ground", "stage_findings"]
+__all__ = ["arguments", "ground", "named_arguments", "stage_findings"]

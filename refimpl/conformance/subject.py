@@ -2,7 +2,8 @@
 
 info() -> {"name", "version", "precision", "layouts"}; load(config, weights); forward(tokens, positions, cache, taps, valid=)
 -> {tap: array} with "logits"; step(token, cache, taps); loss_and_grads(tokens, labels, taps, mtp_weight=, aux_weight=);
-stage(name, inputs, params) -> array. `refimpl.model.Impl` has them all. A method that is absent or raises
+stage(name, inputs, params) -> array; ranks(tokens, axes, taps) -> every rank's taps. `refimpl.model.Impl` has all but the last,
+`refimpl.conformance.ranks.Impl` that, too. A method that is absent or raises
 NotImplementedError is `Lacking`: no failure, but not a pass either.
 """
 
@@ -12,17 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from refimpl.autograd.errors import require
 from refimpl.autograd.tensor import Array
 from refimpl.diff import Case, Header, Trace, digest
+from refimpl.diff.reading import is_bfloat16
 from refimpl.record.candidate import named_object
 
 from .process import Lacking, Process
+from .shipped import SHIPPED
 
-METHODS = ("load", "forward", "step", "loss_and_grads", "stage")
+METHODS = ("load", "forward", "step", "loss_and_grads", "stage", "ranks")
 """What may be asked of an implementation, besides `info`."""
+DIMS = "dims"
+"""The key of an answer that is no tap: {tap: its axes, as `dims` of a trace's header}."""
+_PLAIN = ("float64", "float32", "bfloat16", "float16")
+"""Storages that say what every tap is kept in."""
 _STORAGE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -53,6 +61,11 @@ class Subject:
         storage = _STORAGE.get(told, told)
         return {"storage": storage, "accumulate": "float64" if storage == "float64" else "float32"}
 
+    def must_have(self, method: str) -> None:
+        """Lacking at once where asking would need long preparations; a process is asked."""
+        if getattr(self.impl, method, None) is None:
+            raise Lacking(f"{method} is not implemented")
+
     def load(self, case: Case) -> None:
         """Give it a case's config and weights, unless it has them."""
         if self.case is not case:
@@ -66,11 +79,9 @@ class Subject:
 
     def call(self, method: str, *args: Any, **settings: Any) -> Any:
         """A method's answer. Lacking if it has none."""
-        fn = getattr(self.impl, method, None)
-        if fn is None:
-            raise Lacking(f"{method} is not implemented")
+        self.must_have(method)
         try:
-            return fn(*args, **settings)
+            return getattr(self.impl, method)(*args, **settings)
         except NotImplementedError as error:
             raise Lacking(f"{method}: {error}") from None
 
@@ -83,8 +94,12 @@ class Subject:
         return np.asarray(self.call("stage", name, inputs, params))
 
     def trace(self, case: Case, taps: Mapping[str, Any], training: Mapping[str, Any] | None = None) -> Trace:
-        """What it gave for a case, as the diff reads it. Keys may lack the phase: "L0/attn_out", "logits"."""
-        named = {_full(n): np.asarray(a) for n, a in taps.items() if a is not None}
+        """What it gave for a case, as the diff reads it. Keys may lack the phase: "L0/attn_out", "logits"; "dims" has the axes of
+        taps, where shapes do not tell them.
+        """
+        plain = self.precision["storage"] in _PLAIN
+        named = {_full(n): np.asarray(a) for n, a in taps.items() if a is not None and n != DIMS}
+        named = named if plain else {n: _narrowed(a) for n, a in named.items()}
         phases = list(dict.fromkeys(n.partition("/")[0] for n in named))
         header = Header(
             config=case.raw_config | {k: v for k, v in {"dialect": self.info.get("dialect")}.items() if v},
@@ -95,10 +110,16 @@ class Subject:
             weights={n: digest(w) for n, w in case.weights().items()},
             precision=self.precision,
             layouts={k: str(v) for k, v in self.info.get("layouts", {}).items()},
+            dims={_full(n): str(d) for n, d in dict(taps.get(DIMS) or {}).items() if _full(n) in named},
             phases=phases,
             training=dict(training or {}),
         )
         return Trace(header, named)
+
+
+def _narrowed(a: Array) -> Array:
+    """In bfloat16 where it holds nothing wider: a plan's name does not say of which taps that is so."""
+    return a.astype(ml_dtypes.bfloat16) if a.dtype == np.float32 and is_bfloat16(a) else a
 
 
 def _full(name: str) -> str:
@@ -113,12 +134,14 @@ def _array(answer: Any, name: str) -> Array:
 
 
 def subject(name: str = "", command: str = "") -> Subject:
-    """The implementation that `pkg.mod:Class` names (or a function that makes one, or an object), or the process that a command
-    starts; ourselves for neither. SpecError if there is none such.
+    """The implementation that `pkg.mod:Class` names (or a function that makes one, or an object), or that is `SHIPPED` under this
+    name, or the process that a command starts; ourselves for neither. SpecError if there is none such.
     """
     require(not (name and command), "an implementation and a command are given; expected one of them")
+    if name in SHIPPED:
+        name, command = SHIPPED[name].impl, SHIPPED[name].command
     if command:
         return Subject(Process(command))
     name = name or "refimpl.model:Impl"
-    found = named_object(name, f"implementation {name}", "pkg.mod:Class")
+    found = named_object(name, f"implementation {name}", f"pkg.mod:Class, or one of {', '.join(SHIPPED)}")
     return Subject(found() if callable(found) else found)

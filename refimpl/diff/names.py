@@ -24,7 +24,8 @@ by their whole size."""
 @dataclass(frozen=True)
 class Framework:
     """Where an implementation shows which tap: places that `refimpl record` reads (refimpl/record/tapmap.py), and `words` for
-    what only a person can find. `package` and `tested`: of which versions the places are true, none if nobody has run them.
+    what only a person can find. `package` and `tested`: of which versions the places are true, none if nobody has run them;
+    `trial`: what else was done to find out.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Framework:
     note: str = ""
     package: str = ""
     tested: list[str] = field(default_factory=list)
+    trial: str = ""
     layer: str = ""
     build: str = ""
     layouts: dict[str, str] = field(default_factory=dict)

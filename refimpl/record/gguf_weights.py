@@ -28,6 +28,7 @@ _WHOLE = {
 }
 _BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
     "attn_q_a.weight": "self_attn.q_a_proj.weight",
     "attn_q_a_norm.weight": "self_attn.q_a_layernorm.weight",
     "attn_q_b.weight": "self_attn.q_b_proj.weight",
@@ -43,14 +44,19 @@ _BLOCK = {
     for kind, inside in (("", ""), ("_shexp", "shared_experts."))
 }
 """llama.cpp's names -> the checkpoint's, below blk.i and model.layers.i; the tensors that are one to one."""
-_OTHERS = {"attn_q.weight": "self_attn.q_proj.weight", "attn_kv_b.weight": "self_attn.kv_b_proj.weight"}
-"""The same for tensors that only other converters write: without a query latent, and kv_b_proj whole."""
+_OTHERS = {"attn_kv_b.weight": "self_attn.kv_b_proj.weight"}
+"""The same for a tensor that only other converters write: kv_b_proj whole."""
+_LITE = (26, 27)
+"""Layers of DeepSeek-V2-Lite and its kin, by whose number llama.cpp tells that queries have no latent; elsewhere the key must be
+there, and is 0.
+"""
 _EXPERTS = {f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")}
 
 
 def supported(c: Config) -> Config:
     """The config, if llama.cpp's deepseek2 computes what it says."""
-    require(c.q_lora_rank is not None, "q_lora_rank is null; this converter writes models with a query latent")
+    lite = c.q_lora_rank is not None and c.num_hidden_layers in _LITE
+    require(not lite, f"llama.cpp takes every deepseek2 of {c.num_hidden_layers} layers for one without query latent")
     for name, only in {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}.items():
         value = getattr(c, name)
         require(value == only, f"{name} is {value!r}; llama.cpp's deepseek2 is written here for {only!r}")
@@ -195,7 +201,7 @@ def _settings(gguf: Any, w: Any, c: Config) -> None:
         "layer_norm_rms_eps": c.rms_norm_eps,
         "leading_dense_block_count": c.first_k_dense_replace,
         "vocab_size": c.vocab_size,
-        "q_lora_rank": c.q_lora_rank,
+        "q_lora_rank": c.q_lora_rank or 0,
         "kv_lora_rank": c.kv_lora_rank,
         "key_length": c.kv_lora_rank + c.qk_rope_head_dim,
         "value_length": c.kv_lora_rank,

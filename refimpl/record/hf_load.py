@@ -31,6 +31,7 @@ def load_model(
     experts: str = "eager",
     attention: str = "eager",
     model: str | None = None,
+    strict: bool = True,
 ) -> Any:
     """The case's model in eval mode, holding `weights` (checkpoint names) in `dtype`: DeepseekV3ForCausalLM, DeepseekV2ForCausalLM
     for a config of V2, or the user's own `model` (`hf_class.model_class`).
@@ -38,7 +39,8 @@ def load_model(
     transformers' own loader fuses the experts and keeps the selection bias and the rotary frequencies in float32
     (`.to(bfloat16)` afterwards would round them). MTP layers are left out. `experts`: "eager", "batched_mm",
     "grouped_mm"; `attention`: "eager", "sdpa", "flex_attention". Raises SpecError for a config that transformers would misread,
-    and for missing or extra tensors; what a model of the user's own does with them is its own affair.
+    and (strict) for missing or extra tensors, where transformers itself warns; what a model of the user's own does with them is
+    its own affair.
     """
     c = config if isinstance(config, Config) else Config.from_dict(config)
     kind = model_class(c, model)
@@ -46,12 +48,13 @@ def load_model(
         _supported(c)
     settings = _settings(c.to_dict() if isinstance(config, Config) else config)
     kinds = {"attn_implementation": attention, "experts_implementation": experts}
-    ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
+    if strict:
+        ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
     state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
     with theirs(f"--model {model}") if model else nullcontext():
         loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
-    require(model is not None or not wrong, f"transformers did not take the weights as they are: {wrong}")
-    if wrong:
+    require(model is not None or not (strict and wrong), f"transformers did not take the weights as they are: {wrong}")
+    if wrong and model:
         _fill(loaded, state)
     return loaded
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,22 @@ def run_batch(model: Any, batch: Batch, around: Around = _nothing) -> tuple[Any,
         loss = getattr(out, "loss", None)
     require(batch.labels is None or loss is not None, "the model gives no loss for labels, so it has no gradients")
     return torch.cat(logits, 1) if len(logits) > 1 else logits[0], loss
+
+
+def run_on(model: Any, tokens: Rows, cache: MutableMapping[str, Any]) -> Any:
+    """Logits (B, S, V), a torch tensor, of tokens behind those that `cache` holds; a dict, empty at first, which is updated."""
+    torch, transformers = libraries()
+    ids, past = torch.tensor(tokens), cache.get("length", 0)
+    kept = cache.setdefault("cache", transformers.DynamicCache(config=model.config))
+    total = cache["length"] = past + ids.shape[1]
+    out = model(
+        input_ids=ids,
+        attention_mask=torch.ones(len(ids), total, dtype=torch.int64),
+        position_ids=torch.arange(past, total).expand(len(ids), -1),
+        use_cache=True,
+        **{_cache_name(model): kept},
+    )
+    return out.logits
 
 
 def _cache_name(model: Any) -> str:

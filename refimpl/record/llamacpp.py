@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,17 +110,32 @@ def _run(
 ) -> tuple[Array, Nodes]:
     """One sequence -> logits (S, V), and the nodes of these names if the run is watched."""
     llama, nodes = library("llama_cpp", "llamacpp"), Nodes()
-    length = len(tokens)
+    callback = llama.ggml_backend_sched_eval_callback(_callback(nodes, names))  # held until the run is over
+    context = new_context(model, len(tokens), callback if seen else None)
+    try:
+        return decoded(model, context, tokens, positions), nodes
+    finally:
+        llama.llama_free(context)
+
+
+def new_context(model: Any, length: int, callback: Any = None) -> Any:
+    """llama.cpp's context for one sequence of up to so many tokens, to be given to `llama_free`."""
+    llama = library("llama_cpp", "llamacpp")
     settings = llama.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, length)
     settings.n_threads = settings.n_threads_batch = 1
     settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.type_k = settings.type_v = 0  # float32
-    callback = llama.ggml_backend_sched_eval_callback(_callback(nodes, names))  # held until the run is over
-    if seen:
+    if callback is not None:
         settings.cb_eval = callback
     context = llama.llama_init_from_model(model, settings)
     require(context, "llama.cpp cannot make a context for this model")
+    return context
+
+
+def decoded(model: Any, context: Any, tokens: Sequence[int], positions: Iterable[int]) -> Array:
+    """Logits (S, V) of tokens behind those that the context holds."""
+    llama, length = library("llama_cpp", "llamacpp"), len(tokens)
     batch = llama.llama_batch_init(length, 0, 1)
     try:
         batch.n_tokens = length
@@ -129,10 +144,9 @@ def _run(
             batch.seq_id[i][0] = 0
         require(llama.llama_decode(context, batch) == 0, "llama.cpp cannot run these tokens")
         vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        return np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(length, vocabulary)).copy(), nodes
+        return np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(length, vocabulary)).copy()
     finally:
         llama.llama_batch_free(batch)
-        llama.llama_free(context)
 
 
 def _callback(nodes: Nodes, names: Mapping[str, None]) -> Any:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from refimpl.autograd.tensor import Array
@@ -33,11 +34,18 @@ def load(case: Case) -> Any:
     """mlx-lm's model holding the case's weights, through its own `sanitize`; MTP layers, which it has not, are left out."""
     mx, source = library("mlx.core", "mlx"), library("mlx_lm.models.deepseek_v3", "mlx")
     depth = case.config.num_hidden_layers
-    weights = {n: mx.array(np.asarray(w, np.float32)) for n, w in case.weights().items() if (layer_of(n) or 0) < depth}
+    weights = {n: mx.array(_given(w)) for n, w in case.weights().items() if (layer_of(n) or 0) < depth}
     with theirs("mlx-lm"):
         model = source.Model(source.ModelArgs.from_dict(case.raw_config))
-        model.load_weights(list(model.sanitize(weights).items()))
+        taken = {n: w.astype(mx.float32) for n, w in model.sanitize(weights).items()}  # codes come out in bfloat16
+        model.load_weights(list(taken.items()))
     return model
+
+
+def _given(w: Any) -> Array:
+    """float32; FP8 codes, where a case has them raw, in the bytes that mlx-lm looks for."""
+    a = np.asarray(w)
+    return a.view(np.uint8) if a.dtype == ml_dtypes.float8_e4m3fn else a.astype(np.float32)
 
 
 def trace_of(model: Any, case: Case) -> Trace:

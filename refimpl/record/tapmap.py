@@ -139,10 +139,15 @@ def at_layer(path: str, below: str, i: int | None) -> str:
 
 
 def untested(map_: Framework, version: str) -> str:
-    """A warning if a version is none of those that the map was tested with; "" otherwise."""
+    """A warning if a version is none of those that the map was tested with; "" otherwise, and for a map of the user's own that
+    speaks of no versions.
+    """
     if any(version == t or version.startswith(t + ".") for t in map_.tested):
         return ""
-    tried = f"tested with {', '.join(map_.tested)}" if map_.tested else "never run: its names are read from source"
+    if not map_.tested and map_ not in frameworks():
+        return ""
+    never = map_.trial or "never run: its names are read from source"
+    tried = f"tested with {', '.join(map_.tested)}" if map_.tested else never
     return f"warning: {map_.package or map_.name} {version or '(version unknown)'}: the map {map_.key} was {tried}"
 
 

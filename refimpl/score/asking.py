@@ -12,7 +12,7 @@ from typing import Any
 
 from refimpl.autograd.errors import SpecError, require, where
 
-from .client import Client
+from .client import Client, Unreachable
 from .replies import generated, whole
 from .shown import Again, Entry, Place, Shown
 from .spelling import Spelling
@@ -108,7 +108,7 @@ def ask(
 
 def _found(client: Client, row: list[int], spelling: Spelling, model: str, top: int) -> Asker:
     """The first way in which the server answers a row with log-probabilities, or with tokens."""
-    said: list[str] = []
+    said: list[tuple[bool, str]] = []  # whether somebody answered, and what; exceptions would keep sockets open
     for way in WAYS:
         tops = [top, *(k for k in TOPS if k < top)] if way.keys(1) else [0]
         for text in [False, True] if spelling.readable(row) else [False]:
@@ -117,14 +117,16 @@ def _found(client: Client, row: list[int], spelling: Spelling, model: str, top: 
                 try:
                     asked = asker(row, retries=0)
                 except SpecError as error:
-                    said.append(str(error))
+                    said.append((not isinstance(error, Unreachable), str(error)))
                     if "no answer within" in str(error):
                         raise
                     continue
                 if asked.entries or (not way.keys(1) and spelling.words.ids):
                     return asker
                 break  # it answers, and does not show this: fewer would not be shown either
-    why = "".join(f"; {text}" for text in (spelling.why, f"last: {said[-1]}" if said else "") if text)
+    if said and not any(answered for answered, _ in said):
+        raise SpecError(said[0][1])
+    why = "".join(f"; {text}" for text in (f"last: {said[-1][1]}" if said else "", spelling.why) if text)
     raise SpecError(f"{client.url} shows neither log-probabilities nor tokens that can be told apart{why}")
 
 

@@ -19,6 +19,10 @@ _SAID = 300
 """Characters of a server's complaint that are repeated."""
 
 
+class Unreachable(SpecError):
+    """Nobody answered, or not to the end."""
+
+
 class Refused(SpecError):
     """The server answered, and not with what was asked for."""
 
@@ -44,7 +48,9 @@ class Client:
         return self._asked("GET", path, None, self.retries)
 
     def post(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Any:
-        """The JSON that the server answers. Refused for another status than 200; SpecError where it does not answer, or no JSON."""
+        """The JSON that the server answers. Refused for another status than 200, or no JSON; Unreachable where it does not
+        answer.
+        """
         return self._asked("POST", path, json.dumps(body).encode(), self.retries if retries is None else retries)
 
     def _asked(self, method: str, path: str, body: bytes | None, retries: int) -> Any:
@@ -52,12 +58,12 @@ class Client:
             try:
                 status, said = self._once(method, path, body)
             except TimeoutError:
-                raise SpecError(
+                raise Unreachable(
                     f"{self.url}{path}: no answer within {self.timeout:g} s; --timeout waits longer"
                 ) from None
             except (OSError, HTTPException) as error:
                 if not left:
-                    raise SpecError(f"{self.url}{path}: {error or type(error).__name__}") from None
+                    raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from None
             else:
                 if status == 200:
                     return self._read(path, said)

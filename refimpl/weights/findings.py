@@ -8,7 +8,7 @@ from typing import Literal
 # fmt: off
 Status = Literal[
     "equal", "rounded", "left out", "permuted", "scaled", "offset", "copy", "zero",
-    "not finite", "misshapen", "differs", "missing", "extra",
+    "not finite", "misshapen", "differs", "no scale", "missing", "extra",
 ]
 # fmt: on
 FINE = ("equal", "rounded", "left out")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.errors import where
-from refimpl.checkpoint import Checkpoint
+from refimpl.checkpoint import Checkpoint, Unscaled
 from refimpl.checkpoint.held import Array, Held, Part
 from refimpl.checkpoint.names import is_mtp_copy, layer_of
 from refimpl.layers.config import Config
@@ -64,9 +64,13 @@ class _Pair:
 
     def finding(self) -> Finding:
         """The first explanation that holds."""
+        part = self.held.part(self.name)
         with where(f"while comparing {self.name}"):
-            ours = np.asarray(self.checkpoint[self.name], np.float32)
-            theirs, part = self.held[self.name], self.held.part(self.name)
+            try:
+                ours, theirs = np.asarray(self.checkpoint[self.name], np.float32), self.held[self.name]
+            except Unscaled:
+                how = "the case's own" if self.checkpoint.unscaled(self.name) else ""
+                return Finding(self.name, "no scale", how, _stored(part))
             error = distance(ours, theirs) if ours.shape == theirs.shape else float("inf")
             status, how, source = next(self._explained(ours, theirs, part))
             return Finding(self.name, status, how, _stored(part), error, ours.size, source)

@@ -42,7 +42,10 @@ class Kin:
     def _of(self, shape: tuple[int, ...]) -> tuple[list[str], Array]:
         if shape not in self._known:
             ckpt = self._checkpoint
-            names = [n for n in ckpt if (ckpt.shape(n) if isinstance(ckpt, Checkpoint) else ckpt[n].shape) == shape]
+            if isinstance(ckpt, Checkpoint):
+                names = [n for n in ckpt if ckpt.shape(n) == shape and not ckpt.unscaled(n)]
+            else:
+                names = [n for n in ckpt if ckpt[n].shape == shape]
             samples = [_sample(np.asarray(ckpt[n])) for n in names]
             self._known[shape] = names, np.array(samples, np.float32).reshape(len(names), -1)
         return self._known[shape]

@@ -22,7 +22,7 @@ TOGETHER = "all together"
 @dataclass(frozen=True)
 class Weighed:
     """Tensors that were replaced together (the experts of a layer, or one), and what it does; None where it cannot be run (another
-    shape, or not finite).
+    shape, not finite, or without its scale).
     """
 
     what: str
@@ -39,16 +39,18 @@ def weighed(
     keep: Array = np.ones(ours.shape[:2], bool) if case.valid is None else np.asarray(case.valid) != 0
 
     def run(what: str, names: tuple[str, ...]) -> Weighed:
-        there = {n: np.asarray(held[n], np.float64) for n in names if n in held and n in weights}
+        there = {n: np.asarray(held[n], np.float64) for n in names if n in held and n in weights and n not in blind}
         sound = there and all(x.shape == weights[n].shape and np.isfinite(x).all() for n, x in there.items())
         return Weighed(what, names, moved(ours, _logits(case, weights | there), keep) if sound else None)
 
+    blind = {f.name for f in findings if f.status == "no scale"}
     other = [f for f in findings if f.status not in ("equal", "left out", "missing", "extra")]
-    usable = tuple(f.name for f in other if f.status not in ("not finite", "misshapen"))
+    usable = tuple(f.name for f in other if f.status not in ("not finite", "misshapen", "no scale"))
     groups: dict[str, list[str]] = {}
     for f in other:
         layer = f.name.partition("model.layers.")[2].partition(".")[0]
-        groups.setdefault(f"L{layer}/{unit(f.name)}" if layer else f.name, []).append(f.name)
+        what = f"L{layer}/{unit(f.name)}" if layer else f.name
+        groups.setdefault(what + ", no scale" * (f.name in blind), []).append(f.name)
     each = [run(what, tuple(names)) for what, names in track(list(groups.items()))]
     each.sort(key=lambda w: -w.moved.kl if w.moved else -np.inf)
     return [run(TOGETHER, usable), *each] if usable else each

@@ -4,13 +4,14 @@ import pytest
 
 from refimpl.conformance.bench import Bench
 
-from .plugin import under_test
+from .plugin import NAME, under_test
 
 
 @pytest.fixture(scope="session")
 def impl(request):
     """The implementation, as a `Subject`."""
     found = under_test(request.config)
+    request.config.stash[NAME] = found.name
     yield found
     getattr(found.impl, "close", lambda: None)()
 

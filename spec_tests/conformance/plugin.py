@@ -10,11 +10,13 @@ import pytest
 from refimpl.checkpoint import Transaction
 from refimpl.conformance.process import Lacking
 from refimpl.conformance.report import Outcome, Report, listed, unreasoned
+from refimpl.conformance.shipped import PROFILES, SHIPPED
 from refimpl.conformance.subject import subject
 from refimpl.version import __version__
 
-PROFILES = ("core", "yarn", "fp8", "mtp", "cache", "train")
 _REPORT = pytest.StashKey[Report]()
+NAME = pytest.StashKey[str]()
+"""What the implementation calls itself."""
 
 
 def claim(id, profile, section, *, after=()):
@@ -53,6 +55,7 @@ def pytest_collection_modifyitems(config, items):
     if unknown := set(asked) - set(PROFILES):
         raise pytest.UsageError(f"profiles {', '.join(sorted(unknown))}; there are: {', '.join(PROFILES)}")
     regimes = [r for r in config.getoption("--regimes").split(",") if r]
+    claims = [i for i in items if _mark(i)]  # those of other profiles, too: an exception of theirs is not stale
     kept = [i for i in items if not foreign(config) or (_mark(i) and _asked(_facts(i), asked, regimes))]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
     items[:] = kept
@@ -60,13 +63,13 @@ def pytest_collection_modifyitems(config, items):
         if _mark(item):
             item.user_properties.append(("claim", {**_facts(item)}))
     report = config.stash[_REPORT]
-    for option, mark in (("--skips-file", pytest.mark.skip), ("--xfails-file", pytest.mark.xfail)):
-        path = config.getoption(option)
+    files = config.getoption("--skips-file"), config.getoption("--xfails-file") or _known(config)
+    for path, mark in zip(files, (pytest.mark.skip, pytest.mark.xfail), strict=True):
         entries = listed(path.read_text()) if path else {}
         if bare := unreasoned(entries.items()):
             raise pytest.UsageError(f"{path}: no reason after # for {', '.join(bare)}")
         for pattern, reason in entries.items():
-            hit = [i for i in items if _mark(i) and _fits(_facts(i), pattern)]
+            hit = [i for i in claims if _fits(i, pattern)]
             for item in hit:
                 item.add_marker(
                     mark(reason=f"listed: {reason}", **({"strict": True} if mark is pytest.mark.xfail else {}))
@@ -95,9 +98,19 @@ def _facts(item):
     }
 
 
-def _fits(facts, pattern):
-    id, _, regime = pattern.partition("@")
-    return fnmatchcase(facts["id"], id) and (not regime or fnmatchcase(facts["regime"], regime))
+def _fits(item, pattern):
+    """Whether an exception means this run of a claim: `RN-008`, `FW-001@ties`, or a run without a regime by what pytest calls it,
+    `RN-008@-3.0`.
+    """
+    facts, called = _facts(item), getattr(getattr(item, "callspec", None), "id", "")
+    id, _, which = pattern.partition("@")
+    return fnmatchcase(facts["id"], id) and (not which or fnmatchcase(facts["regime"] or called, which))
+
+
+def _known(config):
+    """What an implementation that comes with us is known to do otherwise."""
+    shipped = SHIPPED.get(config.getoption("--impl"))
+    return shipped.known if shipped else None
 
 
 _FAILED: set[tuple[str, str]] = set()
@@ -181,7 +194,8 @@ def _reason(report):
 
 
 def _named(config):
-    return config.getoption("--impl-cmd") or config.getoption("--impl") or "refimpl"
+    asked, told = config.getoption("--impl-cmd") or config.getoption("--impl") or "refimpl", config.stash.get(NAME, "")
+    return f"{asked} ({told})" if told and told != asked else asked
 
 
 def under_test(config):

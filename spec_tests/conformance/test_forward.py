@@ -1,5 +1,7 @@
 """Rung 2: whole runs, judged by the diff from whatever the implementation shows of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,25 @@ def test_every_tap_that_is_shown_conforms(bench, regime):
 def test_the_logits_are_a_correct_runs(bench, regime):
     """Catches what an implementation without taps gets wrong: its logits are further from ours than roundings reach."""
     case = bench.loaded(regime)
+    found = judged(bench, case, {"logits": asked(bench, case, [])["logits"]})
+    assert found.verdict != "DIVERGES", [f.note for f in found.culprits]
+
+
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+SCALINGS = {
+    "none": None,
+    "another-factor": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    "two-mscales": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@claim("FW-004-{scaling}", "yarn", "R 4.3 (YaRN)")
+def test_logits_follow_the_configs_rope_scaling(bench, scaling):
+    """Catches YaRN's ramp, its mscale or its original length taken from elsewhere than the config, or applied where it has none."""
+    case = bench.case()
+    case = replace(case, raw_config=case.raw_config | {"rope_scaling": SCALINGS[scaling]})
+    bench.of.load(case)
     found = judged(bench, case, {"logits": asked(bench, case, [])["logits"]})
     assert found.verdict != "DIVERGES", [f.note for f in found.culprits]
 

@@ -1,5 +1,6 @@
 """The conformance machine: the protocol, the process on the other end, reports, exceptions by file, and what is killed."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,15 +13,20 @@ import pytest
 
 import refimpl.spec_tests
 from refimpl import SpecError
+from refimpl.checkpoint import save
 from refimpl.conformance import Lacking, subject
 from refimpl.conformance.bench import Bench
 from refimpl.conformance.innocent import INNOCENTS
 from refimpl.conformance.kills import kill, page, read, regimes_of, subjects, suite_command, unusable
 from refimpl.conformance.process import Process
 from refimpl.conformance.report import Outcome, Report, listed
+from refimpl.conformance.serve import serve
 from refimpl.conformance.stages import ground, stage_findings
+from refimpl.conformance.subject import Subject
 from refimpl.conformance.wire import put, take
 from refimpl.diff.corpus import MUTANTS
+from refimpl.layers import PRESETS
+from refimpl.model import expected_tensors
 from refimpl.spec_tests.conformance.test_stages import FORWARD
 
 SERVE = f"{sys.executable} -m refimpl.conformance.serve refimpl.model:Impl"
@@ -85,6 +91,31 @@ def test_a_process_answers_as_the_object_does(plain, environment):
     finally:
         there.impl.close()
     assert not there.impl.folder.exists()
+
+
+def test_codes_reach_the_other_end_as_codes(tmp_path):
+    """Catches weights that our loader has dequantised, which would be credited to the implementation."""
+
+    class Keeper:
+        def load(self, config, weights):
+            self.held = dict(weights)
+
+    keeper, name = Keeper(), "model.layers.0.self_attn.o_proj.weight"
+    config = PRESETS["tiny"].replace(num_nextn_predict_layers=0)
+    rng = np.random.default_rng(0)
+    weights = {n: rng.normal(size=s).astype(np.float32) for n, s in expected_tensors(config).items()}
+    save(tmp_path / "case", weights, config, dtype="fp8")
+    lines = [
+        {"seq": 1, "do": "info", "folder": str(tmp_path)},
+        {"seq": 2, "do": "load", "folder": str(tmp_path / "case")},
+    ]
+    out = io.StringIO()
+    serve(Subject(keeper), io.StringIO("".join(json.dumps(line) + "\n" for line in lines)), out)
+    assert [json.loads(line)["status"] for line in out.getvalue().splitlines()] == ["ok", "ok"]
+    assert keeper.held[name].dtype.name == "float8_e4m3fn" and keeper.held[name + "_scale_inv"].dtype == np.float32
+    assert (
+        keeper.held["model.norm.weight"].dtype.name == "bfloat16" and "model.norm.weight_scale_inv" not in keeper.held
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ ORDER = ["autograd", "layers", "parallel_emulation", "refimpl", "spec_tests"]
 TESTS, CONSOLE = "refimpl.spec_tests.*", ("refimpl.cli*", "refimpl.__main__")
 ADAPTERS = ("refimpl.record.*", "refimpl.spec_tests.*.test_interop*")
 ANYWHERE = {"numpy": "*", "ml_dtypes": "*", "rich": CONSOLE, "pytest": TESTS, "hypothesis": TESTS}
+ANYWHERE["torch"] = (
+    "refimpl.spec_tests.cases.deepseek_inference"  # modules whose file the tap map looks functions up in
+)
 INSIDE_FUNCTIONS = {
     "torch": ADAPTERS,
     "transformers": ADAPTERS,

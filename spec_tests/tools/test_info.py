@@ -391,11 +391,35 @@ def test_a_selection_bias_that_is_not_float32_is_warned_of(tmp_path, weights, ca
 
 
 def test_an_index_that_names_absent_files_is_told_of(tmp_path, weights, capsys):
-    """Catches an index left beside a merged file, by which engines still go; and one that is opened itself."""
+    """Catches an index left beside a merged file, by which engines still go; and one without any of its files."""
     save(tmp_path, weights, TINY)
     index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (only,) = told(tmp_path / "model.safetensors")
-    assert "names 1 files that are not there: model-00001-of-00002" in only
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        (only,) = told(path)
+        assert "names 1 files that are not there: model-00001-of-00002" in only
     assert main(["info", str(tmp_path / "model.safetensors.index.json")]) == 3
     assert "1 of 1 shards are missing: model-00001-of-00002" in capsys.readouterr().err
+
+
+def test_where_some_files_of_the_index_are_absent_the_others_are_described(tmp_path, weights, capsys):
+    """Catches a refusal that does not say who stumbles, and a second warning that speaks only of what the absent file holds: MTP
+    that is counted and announced FP8 may lie there.
+    """
+    mtp = f".layers.{TINY.num_hidden_layers}."
+    here = {n: w for n, w in weights.items() if ".layers.1." not in n and mtp not in n}
+    save(tmp_path, here, TINY)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict() | {"quantization_config": {"quant_method": "fp8"}}))
+    names = {n: f"model-0000{1 if n in here else 2}-of-00002.safetensors" for n in weights}
+    index = {"metadata": {"total_size": 10**9}, "weight_map": names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert main(["info", str(path)]) == 1
+        said = capsys.readouterr().out
+        lost = len(weights) - len(here)
+        assert f"names 1 files that are not there, with {lost} tensors: model-00002-of-00002" in said
+        assert "vLLM and SGLang go by the index" in said and said.count("WARNING") == 1
+        assert f"tensors  {len(here)}," in said and "missing" in said and "model.layers.1." in said
+    with pytest.raises(SpecError, match="1 of 2 shards are missing"):
+        Checkpoint.open(tmp_path)

@@ -3,6 +3,7 @@ three faults are placed and named; recording twice gives the same file. Regimes 
 """
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,8 @@ FAULTS = {
 """No mscale in the softmax scale, mscale in cos and sin, the routed scaling factor twice, the selection bias 0 -> the stages that
 change, and where that shows if they are not recorded.
 """
+LATENT = ("A06", "R09", "R18")
+"""Where attention is on the latents, whose scores do not show the width that A04 is about."""
 EPS = {"attn_norm", "ffn_norm", "final_norm", "mla.q_a_norm", "mla.c_kv"}
 
 
@@ -115,6 +118,22 @@ def _llamacpp(case, fault):
             return llamacpp.trace_of(model, case, gguf_weights.read(path, case.config))
 
 
+STAND_IN = "refimpl.spec_tests.cases.deepseek_inference:build"
+"""In the place of DeepSeek's own file; held to its recorded outputs in test_interop_deepseek.py."""
+
+
+def _deepseek(case, fault):
+    with torch_map.built(case, STAND_IN) as made:
+        layers = made.module.layers
+        if fault == "A06":
+            made.module.freqs_cis.mul_(1 + 0.1 * math.log(case.config.rope_scaling.factor))
+        elif fault == "R09":
+            layers[2].ffn.gate.route_scale **= 2
+        elif fault == "R18":
+            layers[2].ffn.gate.bias.data.zero_()
+        return torch_map.trace_of(made, case, read("deepseek"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """needs: what it imports; words: of `refimpl record`; taps: seen of preset tiny; own: stages that differ in any case."""
@@ -134,8 +153,9 @@ class Adapter:
 ADAPTERS = {
     "transformers": Adapter(("torch", "transformers"), "hf", 93, _transformers),
     "mlx": Adapter(("mlx.core", "mlx_lm"), "mlx", 65, _mlx),
-    "llamacpp": Adapter(("gguf", "llama_cpp"), "llamacpp", 70, _llamacpp, faults=("A06", "R09", "R18")),
+    "llamacpp": Adapter(("gguf", "llama_cpp"), "llamacpp", 70, _llamacpp, faults=LATENT),
     "torchtitan": Adapter(("torchtitan",), "torch --map torchtitan", 69, _torchtitan, frozenset({*EPS, "moe.routed"})),
+    "deepseek": Adapter(("torch",), f"torch --map deepseek --build {STAND_IN}", 83, _deepseek, faults=LATENT),
     "megatron": Adapter(("megatron.core",), "torch --map megatron", 73, _megatron),
 }
 
@@ -203,7 +223,6 @@ OTHERWISE = {
     ("mlx", "padding"): "padding",
     ("mlx", "offset"): "positions of its own",
     ("mlx", "long-positions"): "positions of its own",
-    ("llamacpp", "full-rank-q"): "q_lora_rank is null",
     ("llamacpp", "mscale"): {"mla.q_rope", "mla.k_rope"},
     ("llamacpp", "mtp-2"): set(),  # MTP's weights are not in the file
     ("llamacpp", "extreme-logits"): {"router.weights"},  # the sum is clamped to 6.1e-5
@@ -218,6 +237,14 @@ OTHERWISE = {
     ("torchtitan", "padding"): "padding",
     ("torchtitan", "offset"): "positions of its own",
     ("torchtitan", "long-positions"): "positions of its own",
+    ("deepseek", "raw-weights"): "cannot hold norm_topk_prob=False",
+    ("deepseek", "mscale"): "cannot hold rope_scaling",
+    ("deepseek", "mtp-2"): "eh_proj.weight' has no name in DeepSeek's converted format",
+    ("deepseek", "extreme-logits"): {"router.weights"},  # 0 / 0
+    ("deepseek", "eps"): "cannot hold rms_norm_eps",
+    ("deepseek", "padding"): "padding",
+    ("deepseek", "offset"): "positions of its own",
+    ("deepseek", "long-positions"): "positions of its own",
     ("megatron", "raw-weights"): "norm_topk_prob is False",
     ("megatron", "full-rank-q"): "q_lora_rank is null",
     ("megatron", "mtp-2"): "num_nextn_predict_layers",

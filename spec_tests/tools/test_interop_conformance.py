@@ -29,7 +29,7 @@ def outcomes(tmp_path, source):
     """What the suite says of a port with this source: claim@regime -> state, and whether it conforms by profile."""
     (tmp_path / "torch_port.py").write_text(source)
     out = tmp_path / "report.json"
-    options = {"--impl": "torch_port:Port", "--profile": "core,cache,train", "--conformance-json": out}
+    options = {"--impl": "torch_port:Port", "--profile": "core,yarn,cache,train,parallel", "--conformance-json": out}
     ran = subprocess.run(command(options, slow=False), env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert out.is_file(), ran.stdout + ran.stderr
     told = json.loads(out.read_text())
@@ -45,9 +45,10 @@ def here(tmp_path, monkeypatch):
 def test_the_example_conforms(tmp_path):
     """Catches a suite that only ourselves can pass, and an example that a porter would start from with a fault in it."""
     states, conforms = outcomes(tmp_path, EXAMPLE.read_text())
-    assert conforms == {"core": True, "cache": True, "train": True}
+    assert conforms == dict.fromkeys(("core", "yarn", "cache", "train", "parallel"), True)
     assert states["FW-001@bias-negative"] == states["RN-002"] == states["RN-007-groups"] == "passed"
     assert states["ST-embed@plain"] == "skipped"
+    assert states["PA-002-heads"] == states["PA-002-experts"] == states["FW-004-two-mscales"] == "passed"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

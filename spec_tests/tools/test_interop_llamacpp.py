@@ -10,6 +10,7 @@ from refimpl.diff.judge import judge
 from refimpl.record import gguf_weights, llamacpp
 
 from .test_refimpl_tap import TINY
+from .test_regimes import made
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +50,19 @@ def test_a_case_comes_back_from_its_gguf_bit_for_bit(case, file):
         np.testing.assert_array_equal(held[name], np.asarray(w, np.float32), err_msg=name)
 
 
+def test_queries_of_full_rank_come_back_and_are_told_of_by_a_rank_of_0(tmp_path):
+    """Catches q_proj dropped on the way, and a file without the key that llama.cpp asks for."""
+    import gguf
+
+    case = made("full-rank-q")
+    gguf_weights.write(case, tmp_path / "case.gguf")
+    held = gguf_weights.read(tmp_path / "case.gguf", case.config)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert set(held) == set(case.weights())
+    np.testing.assert_array_equal(held[name], np.asarray(case.weights()[name], np.float32))
+    assert gguf.GGUFReader(tmp_path / "case.gguf").get_field("deepseek2.attention.q_lora_rank").contents() == 0
+
+
 def test_a_file_of_another_architecture_or_size_is_refused(case, tmp_path):
     """Catches a GGUF of another model, whose nodes would be taken for this one's."""
     import gguf
@@ -68,8 +82,9 @@ def test_a_file_of_another_architecture_or_size_is_refused(case, tmp_path):
 
 def test_what_deepseek2_would_compute_otherwise_is_refused(case):
     """Catches a file that says less than the config does."""
-    with pytest.raises(SpecError, match="q_lora_rank is null"):
-        gguf_weights.supported(case.config.replace(q_lora_rank=None))
+    with pytest.raises(SpecError, match="every deepseek2 of 27 layers for one without query latent"):
+        gguf_weights.supported(case.config.replace(num_hidden_layers=27))
+    gguf_weights.supported(case.config.replace(num_hidden_layers=27, q_lora_rank=None))
     with pytest.raises(SpecError, match="scoring_func is 'softmax'"):
         gguf_weights.supported(case.config.replace(scoring_func="softmax", topk_method="noaux_tc"))
 

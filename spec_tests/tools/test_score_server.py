@@ -222,11 +222,17 @@ def test_a_server_that_drips_is_given_up_in_time(capsys):
 
 
 def test_a_server_that_is_not_there_is_bad_input(capsys):
-    """Catches a refused connection that is a trace of Python."""
+    """Catches a refused connection that is a trace of Python, or that comes behind complaints about a tokenizer; and, of a server
+    that answers, what it said behind them.
+    """
     with Server(lambda body: 500) as s:
+        assert main(["score", str(TINY), s.url, "--retries", "0"]) == 3
+        said = capsys.readouterr().err
+        assert said.index("status 500") < said.index("prompts as text: ")
         url = s.url
     assert main(["score", str(TINY), url, "--retries", "0"]) == 3
-    assert "refused" in capsys.readouterr().err.lower()
+    said = capsys.readouterr().err
+    assert "refused" in said.lower() and said.startswith(f"refimpl: {url}/v1/completions: ") and "tokenizer" not in said
 
 
 def test_retries_are_few_and_only_where_they_may_help():

@@ -110,11 +110,17 @@ def test_the_map_of_transformers_and_its_recorder_speak_of_the_same_taps():
 
 
 def test_versions_outside_the_tested_ones_are_warned_of():
-    """Catches 0.30 taken for 0.3, and a map that nobody has run and that does not say so."""
+    """Catches 0.30 taken for 0.3, a map that nobody has run and that does not say so, and one of the user's own, which is being
+    run, called one that never was.
+    """
     titan = read("torchtitan")
     assert untested(titan, "0.3.0") == untested(titan, "0.3") == ""
     assert untested(titan, "0.30.1") == "warning: torchtitan 0.30.1: the map torchtitan was tested with 0.3"
     assert "never run" in untested(read("vllm"), "1.0")
+    assert "run on a stand-in" in untested(read("deepseek"), "")
+    assert untested(parsed("[taps]\nembed = 'a'", "vllm"), "") == ""
+    mine = parsed("package = 'mine'\ntested = ['1']\n[taps]\nembed = 'a'", "mine")
+    assert "mine 2.0: the map mine was tested with 1" in untested(mine, "2.0")
 
 
 # ---- From calls to taps

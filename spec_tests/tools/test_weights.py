@@ -490,6 +490,28 @@ def test_loaders_of_fp8_scales_are_named(tmp_path):
 # --------------------------------------------------------------------------------------- command and diff
 
 
+def test_codes_without_scales_are_told_of_one_by_one(ours, tmp_path, capsys):
+    """Catches a comparison that ends at the first of them, one that takes codes for numbers, and an impact that ends there, too."""
+    bare = [Q, L1 + "mlp.experts.3.up_proj.weight"]
+    codes = {n: WEIGHTS[n].astype(ml_dtypes.float8_e4m3fn) for n in bare}
+    path = with_(tmp_path, codes | {GATE: 2 * WEIGHTS[GATE]})
+    seen = found(ours, path)
+    assert {n: f.status for n, f in seen.items()} == dict.fromkeys(bare, "no scale") | {GATE: "scaled"}
+    assert not seen[Q].ok and seen[Q].stored == "F8_E4M3"
+    noise = {Q.replace(".1.", ".0."): np.random.default_rng(9).normal(size=WEIGHTS[Q].shape).astype(np.float32)}
+    other = open_weights(
+        folder(tmp_path / "noise", WEIGHTS | noise), CONFIG
+    )  # looked for among all tensors of its shape
+    theirs = {f.name: f for f in held_against(Checkpoint.open(path), CONFIG, other)}
+    assert {n: f.how for n, f in theirs.items() if f.status == "no scale"} == dict.fromkeys(bare, "the case's own")
+    assert theirs[next(iter(noise))].status == "differs"
+    weights = dict(Case.read(TINY_CASE).weights())
+    other = weights | {Q: np.asarray(weights[Q], ml_dtypes.float8_e4m3fn), GATE: 2 * weights[GATE]}
+    assert main(["weights", str(TINY_CASE), str(folder(tmp_path / "impact", other)), "--impact", "--json"]) == 1
+    moved = {r["what"]: r["moved"] for r in json.loads(capsys.readouterr().out)["impact"]}
+    assert moved["L1/self_attn.q_b_proj.weight, no scale"] is None and moved["L1/mlp.gate.weight"]["kl"] > 0
+
+
 def test_impact_is_our_own_run_with_the_tensor_replaced(tmp_path, capsys):
     """Catches an impact of another tensor, of float32 noise, or of nothing."""
     case = Case.read(TINY_CASE)
