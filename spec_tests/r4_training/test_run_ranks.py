@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -246,25 +248,58 @@ FOUND = importlib.util.find_spec("mpi4py") is not None and (
 )
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def mpi_job(folder, steps=runs.STEPS):
+    """A job file for two ranks, the command that trains it on the simulator, and that under mpiexec."""
+    d = runs.recipe("float32")
+    d["phase"][0]["steps"] = steps
+    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if x is not None and not isinstance(x, dict)}
+    model = "".join(f"{k} = {str(x).lower() if isinstance(x, bool) else repr(x)}\n" for k, x in keys.items())
+    (folder / "job.toml").write_text(
+        f'{to_toml(d)}\n[model]\npreset = "tiny"\n{model}[data]\nshards = "data/shards"\n[train]\nmesh = "ep=2"\n'
+        "[checkpoints]\nevery = 2\n[log]\npeak = 1e9\n"
+    )
+    runs.shards(folder / "data")
+    tail = ["-m", "refimpl", "train", str(folder / "job.toml")]
+    start = [*mpiexec_command(2), sys.executable, "-m", "mpi4py", *tail, "-o", str(folder / "mpi")]
+    return [sys.executable, *tail, "-o", str(folder / "sim"), "--ranks", "2"], start
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
 def test_under_mpi_the_run_has_the_bits_of_the_simulator(tmp_path):
     """Catches a run that only works where ranks share memory: `refimpl train` under mpiexec, stopped and resumed, against the
     simulator's run in one go.
     """
-    d = to_toml(runs.recipe("float32"))
-    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if x is not None and not isinstance(x, dict)}
-    model = "".join(f"{k} = {str(x).lower() if isinstance(x, bool) else repr(x)}\n" for k, x in keys.items())
-    (tmp_path / "job.toml").write_text(
-        f'{d}\n[model]\npreset = "tiny"\n{model}[data]\nshards = "data/shards"\n[train]\nmesh = "ep=2"\n'
-        "[checkpoints]\nevery = 2\n[log]\npeak = 1e9\n"
-    )
-    runs.shards(tmp_path / "data")
-    command = [sys.executable, "-m", "refimpl", "train", str(tmp_path / "job.toml")]
-    root = Path(__file__).parents[2]
-    subprocess.run([*command, "-o", str(tmp_path / "sim"), "--ranks", "2"], check=True, cwd=root)
-    start = [*mpiexec_command(2), sys.executable, "-m", "mpi4py", *command[1:], "-o", str(tmp_path / "mpi")]
-    told = subprocess.run([*start, "--steps", "3"], check=True, cwd=root, capture_output=True, text=True, timeout=240)
-    subprocess.run([*start, "--resume"], check=True, cwd=root, timeout=240)
+    simulator, start = mpi_job(tmp_path)
+    subprocess.run(simulator, check=True, cwd=ROOT)
+    told = subprocess.run([*start, "--steps", "3"], check=True, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    subprocess.run([*start, "--resume"], check=True, cwd=ROOT, timeout=240)
     assert told.stdout.count("step 3/3") == 1
+    equal(tmp_path / "mpi", tmp_path / "sim")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
+@pytest.mark.parametrize("how", ["--stop", "SIGUSR1"])
+def test_a_run_under_mpi_is_stopped_and_nothing_is_lost(tmp_path, how):
+    """Catches a job that can be ended by killing it only: from outside, by the file or by a signal to mpiexec, it ends after a
+    step that no `every` saves, with that step saved, and goes on as if it had never stopped.
+    """
+    simulator, start = mpi_job(tmp_path, steps=2000)
+    with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        for line in job.stdout:
+            if line.startswith("step 3/"):
+                break
+        if how == "--stop":
+            subprocess.run([sys.executable, "-m", "refimpl", "train", "--stop", tmp_path / "mpi"], cwd=ROOT, check=True)
+        else:
+            job.send_signal(signal.SIGUSR1)
+        _, err = job.communicate(timeout=240)
+    done = int(re.search(r"stopped after step (\d+), saved; go on with: mpiexec -n 2 ", err)[1])
+    assert [r["step"] for r in records(tmp_path / "mpi")] == list(range(1, done + 1))
+    subprocess.run([*start, "--resume", "--steps", str(done + 1)], check=True, cwd=ROOT, timeout=240)
+    subprocess.run([*simulator, "--steps", str(done + 1)], check=True, cwd=ROOT)
     equal(tmp_path / "mpi", tmp_path / "sim")

@@ -6,7 +6,7 @@ end = train(load_job("recipe.toml"), "run")            # or resume=True
 
 RUN/metrics.jsonl   a record a step (`monitor.py`)      RUN/samples.jsonl   texts the model made
 RUN/checkpoints/    `refimpl.train.checkpoints`         RUN/tensorboard/    the metrics once more
-RUN/lock            who trains here (`alone.py`)
+RUN/lock            who trains here (`alone.py`)        RUN/stop            somebody asks it to end (`stopping.py`)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from refimpl.train.checkpoints import Keeper, Saved, Snapshot, facts
 from refimpl.train.guard import NotFinite
 from refimpl.train.training import Recipe
 
+from . import stopping
 from .alone import alone
 from .engine import Engine, Serial
 from .evaluation import Evaluator
@@ -63,7 +64,8 @@ def train(
     tell: Callable[[Record], None] = lambda record: None,
 ) -> End:
     """Run a job, its files in `folder`: by itself, or as one of the ranks of `comm`, which all call this with the same job, on
-    `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends. `tell` hears every record, on rank 0.
+    `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends, and so does `stopping.ask(folder)`.
+    `tell` hears every record, on rank 0.
 
     SpecError for a job that does not add up, a folder that holds a run already (or none, to resume) or in which another process
     trains, a checkpoint of another run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
@@ -74,13 +76,17 @@ def train(
     require(not resume or (folder / "checkpoints").is_dir(), f"no run to resume in {folder}")
     with ExitStack() as stack, where(f"while training in {folder}"):
         stack.enter_context(alone(folder, comm))
+        if ranks.first:
+            stopping.forget(folder)
+            stack.callback(stopping.forget, folder)
         keeper = stack.enter_context(Keeper(folder / "checkpoints", comm=comm, keep=job.checkpoints.retention))
         saved = _begun(keeper, resume)
         cursors = _cursors(job, feed, saved)
         engine: Engine = Serial.start(job, saved) if ranks.comm is None else OnMesh.start(job, saved, ranks.comm)
         stack.callback(engine.close)
         monitor = stack.enter_context(Monitor(job, folder, engine.done, tell, cores)) if ranks.first else None
-        return Loop(job, feed, ranks, engine, keeper, monitor, *more).run(cursors, stop)
+        loop = Loop(job, feed, ranks, engine, keeper, monitor, *more)
+        return loop.run(cursors, lambda: stop() or (ranks.first and stopping.asked(folder)))
 
 
 def simulated(job: Job, folder: str | Path, ranks: int, **how: Any) -> list[End]:
