@@ -118,7 +118,7 @@ peak = "2G"
             r"unknown key 'checkpoint' in the recipe; did you mean checkpoints\?",
         ),
         ("[model]", "[[model]]", r"model is \[.*\]; expected a table"),
-        ('precision = "bf16"', 'precision = "fp16"\nloss_scale = 8.0', r"trains under a loss scale"),
+        ('precision = "bf16"', 'precision = "fp16"', r"loss_scale goes with precision 'fp16'"),
         ("steps = 2", "steps = 9", r"9 steps from step 0 on; the phase has 6"),
         ("{ value = 0.1 }", "{ value = 0.1, tokens = 5 }", r"mtp_weight does not add up: 144 \+ 5 = 149 tokens"),
     ],

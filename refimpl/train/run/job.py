@@ -15,7 +15,6 @@ from refimpl.train.checkpoints import Retention
 from refimpl.train.data import Bytes
 from refimpl.train.memory import Policy, Probe, budget
 from refimpl.train.recipe import Run, Setting
-from refimpl.train.training import check_unscaled
 
 MEMORY = ("keep", "report", "again", "roots")
 """Memory policies by name; a number of bytes is a budget (`memory.budget`)."""
@@ -157,4 +156,8 @@ class Job:
                 for same in p.steps.runs:
                     fits = same.batch % (self.micro_batch or 1) == 0
                     require(fits, f"batches of {same.batch} sequences are no micro-batches of {self.micro_batch}")
-        check_unscaled(self.run.recipe(0))  # also a precision that has only a name here
+        self.run.recipe(0)  # a precision that has only a name here
+        scaled = self.run.optimizer.loss_scale is not None
+        require(
+            not (scaled and tasks), f"tasks {tasks}: phases with tasks are trained without a loss scale, not in FP16"
+        )

@@ -104,6 +104,7 @@ def _schedule(job: Job, batch: int, shape: Mesh) -> Schedule:
 def _check(job: Job) -> None:
     """What one rank can do and several cannot."""
     require(job.samples is None, "samples are made on one rank; leave out [samples], or train without ranks")
+    require(job.run.optimizer.loss_scale is None, "FP16 under a loss scale is trained on one rank")
     require(job.memory == "keep", f"memory {job.memory!r}: recomputation is for one rank; on a mesh everything is kept")
     reached = job.run.at(len(job) - 1).phase
     tasks = [p.name for p in job.run.phases[: job.run.phases.index(reached) + 1] if p.tasks]
