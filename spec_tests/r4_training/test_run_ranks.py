@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.autograd import SpecError, ops
-from refimpl.layers.stage import STAGES
+from refimpl import train as train_room
+from refimpl.autograd import SpecError, ops, primitive
+from refimpl.layers.stage import STAGES, tap_name
 from refimpl.parallel_emulation.comm import Log, counted, spmd
 from refimpl.parallel_emulation.comm.launcher import mpiexec_command
 from refimpl.parallel_emulation.cost.cluster import Cluster
@@ -142,18 +143,62 @@ def test_a_phase_changes_the_model_on_ranks_too(tmp_path):
         equal(folder, tmp_path / "two")
 
 
-def test_no_number_on_ranks(tmp_path, monkeypatch):
-    """Catches a rank that goes on alone after a loss that is no number, and a good state that is not kept."""
-    two, before, done = job(tmp_path, mesh="ep=2", evaluation=None), STAGES["mla.kv_b"].fn, []
+def spoiled_forward(y):
+    return ops.add(y, np.float32(np.nan))
 
-    def spoiled(*args, **static):
+
+@primitive
+def spoiled_backward(y):
+    return y, (lambda dy: dy * np.float32(np.inf),)
+
+
+@pytest.mark.parametrize(
+    ("precision", "spoiled", "place", "mesh", "says"),
+    [
+        ("float32", spoiled_forward, "", "ep=2", "rank 0: first seen in forward: fwd/L0/mla.kv_b"),
+        ("fp8", spoiled_forward, "L1", "pp=2", "rank 1: first seen in forward: fwd/L1/mla.kv_b"),
+        pytest.param(
+            *("fp8", spoiled_backward, "L1", "pp=2", "rank 1: first seen in backward: the gradient of fwd/L1/mla.c_kv"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("bf16", spoiled_forward, "L0", "pp=2", "rank 0: first seen in forward: fwd/L0/mla.kv_b"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("fp8", spoiled_backward, "", "ep=2", "rank 0: first seen in backward: the gradient of fwd/mtp1/mla.c_kv"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_no_number_on_ranks(tmp_path, monkeypatch, precision, spoiled, place, mesh, says):
+    """Catches a rank that goes on alone after a loss that is no number, one that a quantiser stops while others wait (FP8), a good
+    state that is not kept, and a stage named that only received what another rank's gave: in a pipeline rank 0 sees a
+    forward's NaN of rank 1 in backward, at its own last layer.
+    """
+    run = read(runs.recipe(precision))
+    two, before, done = job(tmp_path, mesh=mesh, evaluation=None, run=run), STAGES["mla.kv_b"].fn, []
+
+    def stage(*args, **static):
         y = before(*args, **static)
-        return ops.add(y, np.float32(np.nan)) if len(done) == 3 else y
+        return spoiled(y) if len(done) == 3 and place in tap_name(STAGES["mla.kv_b"]) else y
 
-    monkeypatch.setitem(STAGES["mla.kv_b"].__dict__, "fn", spoiled)
-    with pytest.raises(NotFinite, match=r"(?s)step 4: loss nan.*kept: .*step-00000003"):
+    monkeypatch.setitem(STAGES["mla.kv_b"].__dict__, "fn", stage)
+    with pytest.raises(NotFinite, match=rf"(?s)step 4: loss .*{says}.*kept: .*step-00000003"):
         simulated(two, tmp_path / "run", 2, tell=done.append)
     assert Keeper(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+def test_a_weight_that_is_no_number_on_ranks(tmp_path, monkeypatch):
+    """Catches a stage blamed for what a weight holds already, on the rank that has it."""
+    init = train_room.init
+    bad = "model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr(
+        "refimpl.train.run.on_mesh.init",
+        lambda *a, **k: {n: w * np.float32(np.nan) if n == bad else w for n, w in init(*a, **k).items()},
+    )
+    with pytest.raises(NotFinite, match=rf"rank 1: the weight {bad} holds it already: .*\n  it was the first step"):
+        simulated(job(tmp_path, mesh="pp=2", evaluation=None), tmp_path / "run", 2)
 
 
 def _sometimes():

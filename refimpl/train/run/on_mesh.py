@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from refimpl.autograd import Array, require
 from refimpl.layers.config import Config
 from refimpl.parallel_emulation.axes.mesh import Mesh
@@ -17,11 +15,11 @@ from refimpl.train import parallel
 from refimpl.train.checkpoints import Saved, Snapshot, mesh
 from refimpl.train.data import Batch
 from refimpl.train.ema import Ema
-from refimpl.train.guard import check
 from refimpl.train.recipe import Setting
 from refimpl.train.training import Recipe, Report, init
 
 from .engine import places
+from .guard_mesh import guarded_step
 from .job import Job
 
 
@@ -62,13 +60,10 @@ class OnMesh:
         return self._rank.t
 
     def step(self, c: Config, s: Setting, recipe: Recipe, batch: Batch) -> Report:
-        """`parallel.step`; a loss that is no number is seen by all ranks, its stage is not named."""
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            rank, report = parallel.step(self._at(c, s.batch, recipe), **batch.inputs())
-        check(report)
-        self._rank = rank
+        """`parallel.step`; a loss that is no number is seen by all ranks, and its stage."""
+        self._rank, report = guarded_step(self._at(c, s.batch, recipe), **batch.inputs())
         if self._ema is not None:
-            self._ema.add(mesh.my_masters(rank))
+            self._ema.add(mesh.my_masters(self._rank))
         return report
 
     def evaluate(self, c: Config, recipe: Recipe, batch: Batch) -> dict[str, float]:
