@@ -31,6 +31,7 @@ _TEXT = """Train a model by a recipe file, on token shards.
   END
   refimpl train mine.toml -o run
   refimpl train mine.toml -o run --resume      after Ctrl-C, a crash, a full disk: the same bits as without
+  refimpl train sft.toml -o tuned --from run   with the weights of another run, or of released safetensors
   refimpl train mine.toml -o run4 --ranks 4    on the simulator; mesh = "pp=2,ep=2" in [train], else data parallel
   mpiexec -n 4 python -m mpi4py -m refimpl train mine.toml -o run4     the same bits, in processes (docs/mpi.md)
   refimpl train --stop run4                    ask a run to save and end, wherever it runs
@@ -59,6 +60,13 @@ def add(commands: Commands) -> None:
     p.add_argument("-o", "--out", type=Path, metavar="RUN", help="the folder of the run")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of RUN, on any ranks")
     p.add_argument("--steps", type=int, metavar="N", help="end after step N (the recipe's schedules stay as they are)")
+    p.add_argument(
+        "--from",
+        dest="init",
+        type=Path,
+        metavar="CKPT",
+        help="begin with the weights of a checkpoint or of another run",
+    )
     p.add_argument("--ranks", type=int, metavar="N", help="train on N ranks of the simulator")
     p.add_argument(
         "--stop", type=Path, metavar="RUN", help="ask the run that trains in RUN to save and end; nothing else"
@@ -82,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     require(args.recipe and args.out, "expected a recipe file and -o RUN; `refimpl train --help` shows one")
     job = load_job(args.recipe)
     job = job if args.steps is None else replace(job, steps=args.steps)
+    job = job if args.init is None else replace(job, init=args.init)
     require(args.ranks is None or args.ranks >= 1, f"--ranks {args.ranks}; at least 1")
     try:
         first, end = _train(job, args)
@@ -89,10 +98,21 @@ def run(args: argparse.Namespace) -> int:
         if not (args.out / "checkpoints").is_dir() or "holds a run" in str(error):
             raise
         raise type(error)(f"{error}\n  when that is mended, go on with: {resume_command(args)}") from error
+    if first:
+        print("".join([f"refimpl: {said}\n" for said in _notes(job, args.out, end)]), end="", file=sys.stderr)
     if end.complete or not first:
         return 0 if end.complete else 130
     print(f"refimpl: stopped after step {end.step}, saved; go on with: {resume_command(args)}", file=sys.stderr)
     return 130
+
+
+def _notes(job: Job, folder: Path, end: End) -> Iterator[str]:
+    """What was asked for and is not so: more steps than there are, or fewer than are done."""
+    whole = len(job.run)
+    if job.steps is not None and job.steps > whole:
+        yield f"asked for {job.steps} steps, the recipe has {whole}"
+    if end.complete and end.step == end.began:
+        yield f"{folder} has {end.step} of the recipe's {whole} steps already, asked for {len(job)}: nothing to do"
 
 
 def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
@@ -120,7 +140,8 @@ def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
 
 def resume_command(args: argparse.Namespace) -> str:
     """What goes on with this run."""
-    more = [f" --{name} {value}" for name in ("steps", "ranks") if (value := getattr(args, name)) is not None]
+    given = {"steps": args.steps, "from": args.init, "ranks": args.ranks}
+    more = [f" --{name} {value}" for name, value in given.items() if value is not None]
     size = next((os.environ[name] if name.endswith("SIZE") else "N" for name in LAUNCHED if name in os.environ), "")
     start = f"mpiexec -n {size} python -m mpi4py -m " if size else ""
     return f"{start}refimpl train {args.recipe} -o {args.out}{''.join(more)} --resume"

@@ -63,6 +63,7 @@ micro_batch = 2
 memory = "64K"
 mesh = "dp=2"
 schedule = "gpipe"
+init = "before"
 [checkpoints]
 every = 3
 milestone = 6
@@ -81,6 +82,7 @@ peak = "2G"
     job = load_job(written(tmp_path, TABLES + more))
     assert job.shards == {"only": tmp_path / "shards"} and job.config.vocab_size == 262 and len(job) == 4
     assert (job.seed, job.micro_batch, job.memory, job.mesh, job.schedule) == (7, 2, 64000, "dp=2", "gpipe")
+    assert job.init == tmp_path / "before"
     assert (job.checkpoints.every, job.checkpoints.last, job.checkpoints.milestone) == (3, 3, 6)
     assert job.evaluation == Evaluation(tmp_path / "held", 100, 4, 2)
     assert job.samples == Samples(("a", "b"), 100, 64, 0.5)

@@ -77,6 +77,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch
     assert same(tmp_path / "run") == same(whole[1])
 
 
+def test_a_run_that_has_nothing_to_do_says_so(recipe, whole, tmp_path, capfd):
+    """Catches a command that ends at once, or early, without a word."""
+    folder = shutil.copytree(whole[1], tmp_path / "run")
+    for more, says in (
+        ([], "run has 6 of the recipe's 6 steps already, asked for 6: nothing to do"),
+        (["--steps", "4"], "run has 6 of the recipe's 6 steps already, asked for 4: nothing to do"),
+        (["--steps", "9"], "asked for 9 steps, the recipe has 6\n"),
+    ):
+        assert main(["train", str(recipe), "-o", str(folder), "--resume", *more]) == 0
+        assert says in capfd.readouterr().err
+    assert main(["train", str(recipe), "-o", str(tmp_path / "two"), "--steps", "2", "--from", str(whole[1])]) == 0
+    assert capfd.readouterr().err == ""
+    ours, theirs = [next(records(of))["loss"] for of in (tmp_path / "two", whole[1])]
+    assert ours < theirs - 0.1  # it learns further
+    assert main(["train", str(recipe), "-o", str(tmp_path / "no"), "--from", str(tmp_path)]) == BAD_INPUT
+
+
 def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
     """Catches a run that nobody can end."""
 
@@ -105,7 +122,9 @@ def test_nobody_is_asked_to_stop_where_nobody_trains(recipe, whole, tmp_path, mo
 
 def test_the_command_under_mpiexec_is_its_command(monkeypatch):
     """Catches advice to go on alone with what was begun on ranks."""
-    args = argparse.Namespace(recipe="a.toml", out="run", steps=None, ranks=None)
+    args = argparse.Namespace(recipe="a.toml", out="run", steps=None, init=None, ranks=None)
+    from_weights = argparse.Namespace(recipe="a.toml", out="run", steps=3, init="w", ranks=None)
+    assert train.resume_command(from_weights) == "refimpl train a.toml -o run --steps 3 --from w --resume"
     assert train.resume_command(args) == "refimpl train a.toml -o run --resume"
     monkeypatch.setenv("PMIX_RANK", "0")
     assert train.resume_command(args).startswith("mpiexec -n N python -m mpi4py -m refimpl train a.toml")

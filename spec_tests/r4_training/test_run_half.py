@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_ends_it(shards, tmp_path, monkeypatch):
     def spoiled(*args, **how):
         return {n: w * np.float32("nan") if n == "lm_head.weight" else w for n, w in init(*args, **how).items()}
 
-    monkeypatch.setattr("refimpl.train.run.engine.init", spoiled)
+    monkeypatch.setattr("refimpl.train.run.beginning.init", spoiled)
     with pytest.raises(NotFinite, match=r"step 1: loss nan.*\n.*the weight lm_head.weight holds it already"):
         go(runs.job(shards, run=HALF), tmp_path)
 

@@ -194,7 +194,7 @@ def test_a_weight_that_is_no_number_on_ranks(tmp_path, monkeypatch):
     init = train_room.init
     bad = "model.layers.1.self_attn.o_proj.weight"
     monkeypatch.setattr(
-        "refimpl.train.run.on_mesh.init",
+        "refimpl.train.run.beginning.init",
         lambda *a, **k: {n: w * np.float32(np.nan) if n == bad else w for n, w in init(*a, **k).items()},
     )
     with pytest.raises(NotFinite, match=rf"rank 1: the weight {bad} holds it already: .*\n  it was the first step"):

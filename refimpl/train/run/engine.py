@@ -23,8 +23,9 @@ from refimpl.train.guard import guarded_step
 from refimpl.train.recipe import Phase, Setting
 from refimpl.train.tasks import Own, TaskBatch
 from refimpl.train.tasks import step as task_step
-from refimpl.train.training import Recipe, Report, State, init, parts
+from refimpl.train.training import Recipe, Report, State, parts
 
+from .beginning import beginning
 from .job import Job
 
 SCALE = "loss_scale"
@@ -116,7 +117,7 @@ class Serial:
     def start(cls, job: Job, saved: Saved | None) -> Serial:
         """From a checkpoint, or from new weights. SpecError for a checkpoint of another config."""
         if saved is None:
-            return cls(job, State(init(job.model_after(0), seed=job.seed, std=job.run.optimizer.init_std)))
+            return cls(job, State(beginning(job)))
         found = serial.resume(saved, job.model_after(saved.step))
         return cls(job, found.state, found.ema, Beside.found(job, saved))
 

@@ -68,7 +68,7 @@ class Job:
     """Train `config` by `run` on `shards`, a folder for each phase by its name, or for a phase with tasks on `tasks`, a JSONL file
     for each by its name; `steps` may end it early. `tokenizer`: "bytes", or the tokenizer.json that the shards must have been made
     with. `epochs`: how often the data may be read, None as often as it
-    takes. `micro_batch`: sequences that are on the tape at a time, None all. `memory`: see MEMORY.
+    takes. `micro_batch`: sequences that are on the tape at a time, None all. `memory`: see MEMORY. `init`: weights to begin with.
     """
 
     config: Config
@@ -87,6 +87,7 @@ class Job:
     samples: Samples | None = None
     log: Log = field(default_factory=Log)
     tasks: Mapping[str, Path] = field(default_factory=dict)
+    init: Path | None = None
 
     def __len__(self) -> int:
         """Steps that it takes."""

@@ -41,11 +41,14 @@ from .sampling import Sampler
 
 @dataclass(frozen=True)
 class End:
-    """Where a run ended: steps done, whether that is all of it, the masters (on a mesh a rank's weights) by checkpoint name."""
+    """Where a run ended: steps done, whether that is all of it, the masters (on a mesh a rank's weights) by checkpoint name; and
+    steps done when it went on.
+    """
 
     step: int
     complete: bool
     weights: Mapping[str, Array]
+    began: int = 0
 
 
 def never() -> bool:
@@ -138,7 +141,7 @@ class Loop:
 
     def run(self, cursors: Cursors, stop: Callable[[], bool]) -> End:
         """Steps until the job is done or somebody asks to stop; saved at the end, and where a step gives no number."""
-        stopped = False
+        stopped, began = False, self.engine.done
         if not self.engine.done:
             self._sample(*self._now(0))
         while self.engine.done < len(self.job) and not stopped:
@@ -149,7 +152,7 @@ class Loop:
                 kept = f"kept: {self.keeper.path(self.engine.done)}" if self.engine.done else "it was the first step"
                 raise NotFinite(f"{error}\n  {kept}") from None
         self._save(cursors)
-        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights())
+        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights(), began)
 
     def _now(self, step: int) -> tuple[Config, Recipe]:
         return self.job.model(step), self.job.run.recipe(step)

@@ -16,8 +16,9 @@ from refimpl.train.checkpoints import Saved, Snapshot, mesh
 from refimpl.train.data import Batch
 from refimpl.train.ema import Ema
 from refimpl.train.recipe import Setting
-from refimpl.train.training import Recipe, Report, init
+from refimpl.train.training import Recipe, Report
 
+from .beginning import beginning
 from .engine import places
 from .guard_mesh import guarded_step
 from .job import Job
@@ -49,8 +50,7 @@ class OnMesh:
         for batch in sorted(batches | ({job.evaluation.batch} if job.evaluation else set())):
             _schedule(job, batch, shape)
         if saved is None:
-            new = init(c, seed=job.seed, std=job.run.optimizer.init_std)
-            return cls(job, parallel.start(world, c, new, recipe, shape, schedule))
+            return cls(job, parallel.start(world, c, beginning(job), recipe, shape, schedule))
         rank = mesh.resume(saved, world, c, recipe, shape, schedule)
         return cls(job, rank, mesh.resume_ema(saved, rank))
 
