@@ -14,7 +14,7 @@ from refimpl.train.checkpoints import Keeper
 from refimpl.train.data import Bytes
 from refimpl.train.data.tokenizer import EOS
 from refimpl.train.guard import NotFinite
-from refimpl.train.recipe import load, read, rows, to_toml
+from refimpl.train.recipe import load, read, rows, scaled, to_toml
 from refimpl.train.recipe.tasks import Task
 from refimpl.train.run import load_job, records, simulated, train
 from refimpl.train.run.feed import Feed
@@ -178,6 +178,17 @@ def test_a_job_says_where_the_data_of_its_first_stages_lies(tmp_path, data, phas
     job = load_job(tmp_path / "job.toml")
     assert len(job.run.phases) == phases
     assert job.tasks == ({} if phases == 2 else {"square": tmp_path / "a", "grade": tmp_path / "b"})
+
+
+def test_shards_where_samples_are_needed(tmp_path):
+    """Catches a message that names no file of samples to who trains `deepseek-v3-sft` on shards."""
+    (tmp_path / "job.toml").write_text(
+        to_toml(scaled(load("deepseek-v3-sft"), tokens=10**6)) + TABLES + 'shards = "s"\n'
+    )
+    with pytest.raises(
+        SpecError, match=r"learns from samples, not from shards: tasks = \{ instructions = \"FILE.jsonl\" \}"
+    ):
+        load_job(tmp_path / "job.toml")
 
 
 def test_what_a_run_of_tasks_refuses(whole, tmp_path):

@@ -83,6 +83,9 @@ def _data(d: Mapping[str, Any], folder: Path, phases: Sequence[Phase]) -> dict[s
         require(isinstance(tasks, Mapping), f"tasks is {tasks!r}; expected a table, the name of a task = its file")
         first = phases[: _fed(phases, given, tasks)]
         names, known = [p.name for p in first if not p.tasks], {t.name for p in first for t in p.tasks}
+        if not first and phases[0].tasks:
+            wanted = ", ".join([f'{t.name} = "FILE.jsonl"' for t in phases[0].tasks])
+            raise SpecError(f"phase {phases[0].name!r} learns from samples, not from shards: tasks = {{ {wanted} }}")
         order = f"the phases are {[p.name for p in phases]}, in this order"
         require(first and sorted(given) == sorted(names), f"shards are for {list(given)}; {order}")
         require(set(tasks) == known, f"tasks has files for {sorted(tasks)}; these phases have {sorted(known)}")
