@@ -72,6 +72,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch
     assert said.out.count("\n") == 3
     assert "ending after this step" in said.err or re.search(r"asked process \d+ on .* to stop", said.err)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert not (tmp_path / "run" / "stop").exists()
     command = re.search(r"stopped after step 3, saved; go on with: refimpl (.*)\n", said.err)[1]
     assert main(shlex.split(command)) == 0
     assert same(tmp_path / "run") == same(whole[1])

@@ -211,15 +211,13 @@ class Reader(Ordered):
         """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
         rows (B,) -> (B + P,), (B + P,).
         """
-        counts, found = self.shards.pieces(rows)
-        ends = np.cumsum(counts + 1)
-        number = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts - 1, counts + 1)
-        number[ends - 1] = -1
-        upto = np.concatenate([[0], np.cumsum(found)])[np.cumsum(counts)]
-        padding = self.shards.length - np.diff(upto, prepend=0)
-        require((padding >= 0).all(), "a row's pieces are longer than the row: the shard was damaged")
-        length = np.empty_like(number)
-        length[number >= 0], length[ends - 1] = found, padding
+        counts, ends = self.shards.ends(rows)
+        padding = np.cumsum(counts + 1) - 1
+        number = np.arange(len(ends)) - np.repeat(padding - counts, counts + 1)
+        number[padding] = -1
+        length = np.diff(ends, prepend=0)
+        length[padding[:-1] + 1] += self.shards.length  # a row's first piece begins where the row does
+        require((length >= 0).all(), "a row's pieces are longer than the row: the shard was damaged")
         return number, length
 
 
