@@ -29,7 +29,9 @@ def released(whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("source", ["run", "checkpoint", "safetensors", pytest.param("ranks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "source", ["run", "safetensors", *[pytest.param(s, marks=pytest.mark.slow) for s in ("checkpoint", "ranks")]]
+)
 def test_the_first_step_is_one_from_these_weights(whole, released, shards, tmp_path, source):
     """Catches a run that begins with new weights all the same, moments or a step number that come with them, a balancing bias that
     does not, and a cursor that goes on in the data of the other run. Oracle: `train.step` on the first batch.
