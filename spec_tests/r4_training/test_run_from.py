@@ -76,6 +76,7 @@ def test_modules_that_are_not_trained_are_left_out(whole, shards, tmp_path):
         ({}, {"model.norm.weight": None}, r"1 weights of the model are not there, the first \['model.norm.weight'\]\n"),
         ({}, {"model.norms.weight": np.ones(24)}, r"1 weights are not the model's, the first \['model.norms.weight'\]"),
         ({}, {"model.norm.weight": np.ones(25)}, r"model.norm.weight has shape \[25\]; the model's has \[24\]"),
+        ({}, {"model.norm.weight": np.full(24, np.nan)}, r"model.norm.weight holds NaN or infinity\n  while beginning"),
         ({"rope_scaling": "yarn"}, {}, ""),
     ],
 )

@@ -31,7 +31,7 @@ MAY_DIFFER = ("rope_scaling", "max_position_embeddings", "num_nextn_predict_laye
 
 
 def beginning(job: Job) -> dict[str, Array]:
-    """float32 by checkpoint name. SpecError for weights of another config, missing ones, and others than the model has."""
+    """float32 by checkpoint name. SpecError for weights of another config, missing ones, others than the model has, NaN."""
     c = job.model_after(0)
     if job.init is None:
         return init(c, seed=job.seed, std=job.run.optimizer.init_std)
@@ -73,6 +73,7 @@ def _taken(given: Mapping[str, Array], c: Config) -> dict[str, Array]:
     found = {name: np.array(given[name], np.float32) for name in shapes}
     for name, w in found.items():
         require(w.shape == shapes[name], f"{name} has shape {list(w.shape)}; the model's has {list(shapes[name])}")
+        require(np.isfinite(w).all(), f"{name} holds NaN or infinity")
     return found
 
 
