@@ -7,7 +7,9 @@ Groups lie along each product's reduction axis. Fprop y = x wT: x in 1 x 128, w 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +66,10 @@ class Fp8:
         taped = isinstance(gate, Tensor) or isinstance(up, Tensor)
         if not (self.recompute and taped):
             return nn_ops.swiglu(gate, up)
-        kept = [quantize(a.reshape(-1, a.shape[-1]), ROW) for a in (data_of(gate), data_of(up))]
+        inputs = [a.reshape(-1, a.shape[-1]) for a in (data_of(gate), data_of(up))]
+        if _passes(*inputs):
+            return nn_ops.swiglu(gate, up)
+        kept = [quantize(a, ROW) for a in inputs]
 
         def copies() -> list[Array]:
             return [k.dequantize().reshape(gate.shape) for k in kept]
@@ -91,21 +96,53 @@ def _saved(x: Any) -> Callable[[], Array] | None:
     return x.saved if isinstance(x, Tensor) else None
 
 
+_passing: ContextVar[bool] = ContextVar("passing", default=False)
+
+
+@contextmanager
+def nan_passes() -> Iterator[None]:
+    """Inside, a product of what no quantiser takes is NaN, not a SpecError: of ranks that wait for each other none may stop alone;
+    all come to the loss that says it.
+    """
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
+def _passes(*inputs: Array) -> bool:
+    """Whether they hold what no quantiser takes, and it is to pass."""
+    return _passing.get() and not all(np.isfinite(a).all() for a in inputs)
+
+
+def _nan(rows: int, columns: int) -> Array:
+    return np.full((rows, columns), np.nan, np.float32)
+
+
 class _Gemm:
     """One weight and the rows that meet it: forward at once, gradients when asked."""
 
     def __init__(self, x: Array, w: Array, kernel: Fp8) -> None:
-        self.kernel, self.w = kernel, quantize(w, BLOCK, dialect=kernel.weights, name="w")
+        self.kernel, self.shape, self.bad = kernel, w.shape, _passes(x, w)
+        if self.bad:
+            self.y = _nan(len(x), len(w))
+            return
+        self.w = quantize(w, BLOCK, dialect=kernel.weights, name="w")
         self.x = quantize(x, ROW, dialect=kernel.inputs)
         self.y = kernel.product(self.x, self.w)  # Fprop
         if kernel.kept is not E4M3:  # R 3.3.3: E5M6, scales a power of two
             self.x = quantize(x, ROW, dialect=POWER_OF_TWO, fmt=kernel.kept)
 
     def dgrad(self, dy: Array) -> Array:  # (N, F) (F, D) -> (N, D)
+        if self.bad or _passes(dy):
+            return _nan(len(dy), self.shape[1])
         q = quantize(dy, self.kernel.gradient_tile, dialect=self.kernel.gradients, name="dy")
         return self.kernel.product(q, self.w.T)
 
     def wgrad(self, dy: Array, recomputed: Array | None) -> Array:  # (F, N) (N, D) -> (F, D)
+        if self.bad or _passes(dy, *([] if recomputed is None else [recomputed])):
+            return _nan(*self.shape)
         x = self.x.dequantize() if recomputed is None else recomputed
         tile = COLUMN if self.kernel.gradient_tile == ROW else self.kernel.gradient_tile
         q = quantize(dy, tile, dialect=self.kernel.gradients, name="dy")

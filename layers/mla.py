@@ -263,10 +263,14 @@ def heads(m: Attention, query: Any, latent: Any, kr: Any, table: Any, mask: Any,
     return core(m, queries, qr, latent, kr, mask)
 
 
+FUSED = ("mla.scores", "mla.probs", "mla.ctx")
+"""Stages that are one operation where nobody observes them."""
+
+
 def _expanded(m: Attention, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
     c = m.config
     kv = kv_b(latent, m.kv_b_proj.weight, n_heads=c.num_attention_heads)
-    if not observed():
+    if not observed(*FUSED):
         return attention_op.attend(queries, qr, kv, kr, mask, scale=c.softmax_scale)
     s = scores(queries, qr, kv, kr, mask, scale=c.softmax_scale)
     return ctx(probs(s), kv, v_dim=c.v_head_dim)

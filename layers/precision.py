@@ -72,6 +72,10 @@ class Plan:
         w = w if w.dtype == self.dtype else w.astype(self.dtype)
         return to(w) if to else w
 
+    def watches(self, stage: str) -> bool:
+        """Whether a stage is another one under this plan than without."""
+        return self.format(stage) not in ("fp32", "fp64") or self.kernel(stage) is not PLAIN
+
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
         """As an observer of stages: choose the kernel, round what comes out."""
         with using(self.kernel(stage.name)):

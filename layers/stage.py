@@ -85,9 +85,16 @@ def observing(*observers: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
-def observed() -> bool:
-    """Whether anyone observes: then the fused, faster forms of neighbouring stages stand back."""
-    return bool(_observers.get())
+def observed(*names: str) -> bool:
+    """Whether anyone observes one of these stages (without names: any): then the fused, faster forms of neighbouring stages stand
+    back. An observer that leaves some stages as they are says so by `watches(name)`.
+    """
+    return any(_watches(observer, names) for observer in _observers.get())
+
+
+def _watches(observer: Any, names: tuple[str, ...]) -> bool:
+    tell: Callable[[str], bool] | None = getattr(observer, "watches", None)
+    return not names or tell is None or any(map(tell, names))
 
 
 @contextmanager

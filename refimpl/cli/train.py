@@ -31,30 +31,46 @@ _TEXT = """Train a model by a recipe file, on token shards.
   END
   refimpl train mine.toml -o run
   refimpl train mine.toml -o run --resume      after Ctrl-C, a crash, a full disk: the same bits as without
+  refimpl train sft.toml -o tuned --from run   with the weights of another run, or of released safetensors
   refimpl train mine.toml -o run4 --ranks 4    on the simulator; mesh = "pp=2,ep=2" in [train], else data parallel
   mpiexec -n 4 python -m mpi4py -m refimpl train mine.toml -o run4     the same bits, in processes (docs/mpi.md)
+  refimpl train --stop run4                    ask a run to save and end, wherever it runs
   refimpl plot run -o run.svg
 
 A recipe file is what `refimpl recipe` prints and tables beside it: [model], [data], [train], [checkpoints], [evaluation],
 [samples], [log] (docs/training.md). A step is a line on standard output, a table where a person watches; everything about
 it is in RUN/metrics.jsonl. Ctrl-C ends after the step that is being taken, saves, and says how to resume.
-Under mpiexec, signal the process that RUN/lock names instead: mpiexec kills its processes at once (docs/training.md).
+Under mpiexec a Ctrl-C kills the processes at once; `refimpl train --stop RUN`, from any terminal or machine that sees RUN, ends
+such a run (and any other) as Ctrl-C ends one alone. So does SIGUSR1, which mpiexec and batch systems pass on.
 
 exit code: 0; 3 bad input, a loss that is no number, a full disk; 130 interrupted"""
 
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by mpiexec for the processes that it starts."""
+"""Set by mpiexec for the processes that it starts; the first two to their number."""
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")
+"""Signals that ask for the end of a run. The last one, unlike the others, mpiexec passes on without killing (not on Windows)."""
 
 
 def add(commands: Commands) -> None:
     """Add `train`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("train", help="train a model by a recipe file", description=_TEXT, formatter_class=raw)
-    p.add_argument("recipe", type=Path, help="a recipe file with [model] and [data]")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
+    p.add_argument("recipe", type=Path, nargs="?", help="a recipe file with [model] and [data]")
+    p.add_argument("-o", "--out", type=Path, metavar="RUN", help="the folder of the run")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of RUN, on any ranks")
     p.add_argument("--steps", type=int, metavar="N", help="end after step N (the recipe's schedules stay as they are)")
+    p.add_argument(
+        "--from",
+        dest="init",
+        type=Path,
+        metavar="CKPT",
+        help="begin with the weights of a checkpoint or of another run",
+    )
     p.add_argument("--ranks", type=int, metavar="N", help="train on N ranks of the simulator")
+    p.add_argument(
+        "--stop", type=Path, metavar="RUN", help="ask the run that trains in RUN to save and end; nothing else"
+    )
     p.set_defaults(run=run)
 
 
@@ -62,10 +78,19 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     from dataclasses import replace
 
-    from refimpl.train.run import load_job
+    from refimpl.train.run import load_job, stopping
 
+    if args.stop is not None:
+        require(args.recipe is None and args.out is None, "--stop RUN stands alone")
+        print(
+            f"refimpl: asked {stopping.ask(args.stop)} to stop; it saves after the step that it is taking",
+            file=sys.stderr,
+        )
+        return 0
+    require(args.recipe and args.out, "expected a recipe file and -o RUN; `refimpl train --help` shows one")
     job = load_job(args.recipe)
     job = job if args.steps is None else replace(job, steps=args.steps)
+    job = job if args.init is None else replace(job, init=args.init)
     require(args.ranks is None or args.ranks >= 1, f"--ranks {args.ranks}; at least 1")
     try:
         first, end = _train(job, args)
@@ -73,10 +98,21 @@ def run(args: argparse.Namespace) -> int:
         if not (args.out / "checkpoints").is_dir() or "holds a run" in str(error):
             raise
         raise type(error)(f"{error}\n  when that is mended, go on with: {resume_command(args)}") from error
+    if first:
+        print("".join([f"refimpl: {said}\n" for said in _notes(job, args.out, end)]), end="", file=sys.stderr)
     if end.complete or not first:
         return 0 if end.complete else 130
     print(f"refimpl: stopped after step {end.step}, saved; go on with: {resume_command(args)}", file=sys.stderr)
     return 130
+
+
+def _notes(job: Job, folder: Path, end: End) -> Iterator[str]:
+    """What was asked for and is not so: more steps than there are, or fewer than are done."""
+    whole = len(job.run)
+    if job.steps is not None and job.steps > whole:
+        yield f"asked for {job.steps} steps, the recipe has {whole}"
+    if end.complete and end.step == end.began:
+        yield f"{folder} has {end.step} of the recipe's {whole} steps already, asked for {len(job)}: nothing to do"
 
 
 def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
@@ -94,6 +130,8 @@ def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
 
             require(args.ranks is None, "--ranks is for the simulator; under mpiexec the processes are the ranks")
             comm = mpi.world()
+            if comm.rank == 0:
+                print(f"refimpl: to save and end, from anywhere: refimpl train --stop {args.out}", file=sys.stderr)
             return comm.rank == 0, train(job, args.out, comm=comm, cores=comm.size, **how)
         if args.ranks is not None:
             return True, simulated(job, args.out, args.ranks, **how)[0]
@@ -102,13 +140,16 @@ def _train(job: Job, args: argparse.Namespace) -> tuple[bool, End]:
 
 def resume_command(args: argparse.Namespace) -> str:
     """What goes on with this run."""
-    more = [f" --{name} {value}" for name in ("steps", "ranks") if (value := getattr(args, name)) is not None]
-    return f"refimpl train {args.recipe} -o {args.out}{''.join(more)} --resume"
+    given = {"steps": args.steps, "from": args.init, "ranks": args.ranks}
+    more = [f" --{name} {value}" for name, value in given.items() if value is not None]
+    size = next((os.environ[name] if name.endswith("SIZE") else "N" for name in LAUNCHED if name in os.environ), "")
+    start = f"mpiexec -n {size} python -m mpi4py -m " if size else ""
+    return f"{start}refimpl train {args.recipe} -o {args.out}{''.join(more)} --resume"
 
 
 @contextmanager
 def _asked() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came; the second Ctrl-C interrupts at once."""
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 came; the second Ctrl-C interrupts at once."""
     came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -117,7 +158,8 @@ def _asked() -> Iterator[Callable[[], bool]]:
         came.append(number)
         print("refimpl: ending after this step; Ctrl-C again ends at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:

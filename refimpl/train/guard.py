@@ -75,7 +75,7 @@ def first_bad(c: Config, state: State, tokens: Array, recipe: Recipe, **rows: Ar
     for name, master in state.weights.items():
         for w in (master, recipe.plan.weight(name, master) if np.isfinite(master).all() else master):
             if not np.isfinite(w).all():
-                return f"the weight {name} holds it already: {_count(w)}"
+                return f"the weight {name} holds it already: {counted(w)}"
     held, watch = {n: recipe.plan.weight(n, w) for n, w in state.weights.items()}, Watch()
     model = ForCausalLM.from_weights(c, held).with_gradients()
     inputs = model.inputs(tokens, **({"labels": tokens} | rows))
@@ -96,25 +96,30 @@ class Watch:
 
     def __init__(self) -> None:
         self.found = ""
+        self.tap, self.backward, self.calls = "", False, 0
+        """Of what was found: its tap, whether it was in backward, how many stages were called by then."""
 
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
         """Look at the output, and from the tape at its gradient."""
         y, tap = run(*args, **static), tap_name(stage)
-        self._look(data_of(y), f"forward: {tap}", masked=stage.name in MASKED)
+        self.calls += not self.found
+        self._look(data_of(y), tap, masked=stage.name in MASKED)
         return self._seen(y, tap) if isinstance(y, Tensor) else y
 
-    def _look(self, x: Any, where: str, *, masked: bool = False) -> None:
+    def _look(self, x: Any, tap: str, *, masked: bool = False, backward: bool = False) -> None:
         if not self.found and getattr(x, "dtype", None) is not None and x.dtype.kind == "f":
             bad = ~np.isfinite(x)
             bad &= ~np.isneginf(x) if masked else True
             if bad.any():
-                self.found = f"{where}: {_count(x, bad)}"
+                self.tap, self.backward = tap, backward
+                where = f"backward: the gradient of {tap}" if backward else f"forward: {tap}"
+                self.found = f"{where}: {counted(x, bad)}"
 
     def _seen(self, y: Tensor, tap: str) -> Tensor:
         @primitive
         def seen(x: Array) -> tuple[Array, tuple[Vjp]]:
             def vjp_x(dy: Array) -> Array:
-                self._look(dy, f"backward: the gradient of {tap}")
+                self._look(dy, tap, backward=True)
                 return dy
 
             return x, (vjp_x,)
@@ -124,7 +129,8 @@ class Watch:
         return out
 
 
-def _count(x: Array, bad: Array | None = None) -> str:
+def counted(x: Array, bad: Array | None = None) -> str:
+    """How many numbers of x are none, and the first of them."""
     bad = ~np.isfinite(x) if bad is None else bad
     first = [int(i) for i in np.argwhere(bad)[0]]
     return f"{int(bad.sum())} of {x.size} numbers, the first at {first} ({x[tuple(first)]})"

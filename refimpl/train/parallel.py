@@ -20,11 +20,12 @@ import numpy as np
 
 from refimpl.autograd import Array, Parameter, require
 from refimpl.layers.config import Config
+from refimpl.layers.fp8 import nan_passes
 from refimpl.layers.module import is_buffer
 from refimpl.layers.precision import plan
 from refimpl.layers.presets import TINY
 from refimpl.layers.router import Routing, bias_update, counts
-from refimpl.layers.stage import observing, phase, unit
+from refimpl.layers.stage import Observer, observing, phase, unit
 from refimpl.model import ForCausalLM
 from refimpl.parallel_emulation import axes
 from refimpl.parallel_emulation.axes.mesh import Groups, Mesh, enter
@@ -134,6 +135,11 @@ def evaluate(rank: Rank, tokens: Array, **rows: Array) -> dict[str, float]:
     return {"loss": loss} | parts
 
 
+def watched(rank: Rank, tokens: Array, observer: Observer, **rows: Array) -> dict[str, Array]:
+    """The passes of a step under an observer, on every rank -> my gradients by local name."""
+    return _passes(rank, {"tokens": tokens} | rows, observer)[1]
+
+
 def _together(rank: Rank, out: Outcome, heard: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The loss of all ranks and its parts."""
     names = ["main"] + [f"mtp{k}" for k in range(1, rank.local.cut.n_mtp + 1)] * bool(rank.recipe.mtp_weight)
@@ -144,7 +150,7 @@ def _together(rank: Rank, out: Outcome, heard: Mapping[str, float]) -> tuple[flo
 
 
 def _passes(
-    rank: Rank, rows: Mapping[str, Array]
+    rank: Rank, rows: Mapping[str, Array], *observers: Observer
 ) -> tuple[Outcome, dict[str, Array], dict[str, Array], dict[str, float]]:
     """Forward and backward of my stages -> outcome, my gradients by local name, my tokens per expert by layer, my parts of the
     loss.
@@ -168,7 +174,7 @@ def _passes(
     each = shares(rank.config, [b["labels"] for of_rank in batches for b in of_rank], local.cut.n_mtp)
     mine = each[data.rank * len(inputs) : (data.rank + 1) * len(inputs)]
     how = recipe.mtp_weight, recipe.aux_weight, saw, hear
-    with observing(recipe.plan):
+    with nan_passes(), observing(recipe.plan, *observers):
         stages = [Stage(model, local.cut, s, inputs, mine, *how) for s in local.stages]
         out = run(rank.groups.pp, rank.schedule, stages)
     leaves = [(name, w) for name, w in model.named_weights() if isinstance(w, Parameter)]

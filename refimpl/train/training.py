@@ -59,7 +59,8 @@ class State:
 @dataclass(frozen=True)
 class Report:
     """What a step saw: the loss before its update, the gradient norm before clipping, tokens per expert by layer, and what the loss
-    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it. `weights`: of tasks (`train.tasks`).
+    is made of, before lambda: "main", "mtp1", ..., and "balance", alpha and all layers in it. `weights`: of tasks (`train.tasks`);
+    `loss_scale`: the one that it took under FP16.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Report:
     load: dict[str, Array]
     parts: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: float | None = None
 
 
 def init(c: Config, *, seed: int = 0, std: float = 0.006) -> dict[str, Array]:

@@ -9,12 +9,12 @@ import pytest
 
 from refimpl.autograd import SpecError
 from refimpl.cli import main
-from refimpl.spec_tests.cases import runs, stages
+from refimpl.spec_tests.cases import stages
 from refimpl.train.checkpoints import Keeper
 from refimpl.train.data import Bytes
 from refimpl.train.data.tokenizer import EOS
 from refimpl.train.guard import NotFinite
-from refimpl.train.recipe import load, read, rows, to_toml
+from refimpl.train.recipe import load, read, rows, scaled, to_toml
 from refimpl.train.recipe.tasks import Task
 from refimpl.train.run import load_job, records, simulated, train
 from refimpl.train.run.feed import Feed
@@ -180,6 +180,17 @@ def test_a_job_says_where_the_data_of_its_first_stages_lies(tmp_path, data, phas
     assert job.tasks == ({} if phases == 2 else {"square": tmp_path / "a", "grade": tmp_path / "b"})
 
 
+def test_shards_where_samples_are_needed(tmp_path):
+    """Catches a message that names no file of samples to who trains `deepseek-v3-sft` on shards."""
+    (tmp_path / "job.toml").write_text(
+        to_toml(scaled(load("deepseek-v3-sft"), tokens=10**6)) + TABLES + 'shards = "s"\n'
+    )
+    with pytest.raises(
+        SpecError, match=r"learns from samples, not from shards: tasks = \{ instructions = \"FILE.jsonl\" \}"
+    ):
+        load_job(tmp_path / "job.toml")
+
+
 def test_what_a_run_of_tasks_refuses(whole, tmp_path):
     """Catches samples that change between two runs, epochs that end too early, and a tokenizer with more ids than the model."""
     job, folder = whole
@@ -254,11 +265,3 @@ def test_the_table_says_the_tasks(capsys):
     found = json.loads(capsys.readouterr().out)
     assert [t["name"] for t in found["tasks"]["multi-task"]["tasks"]] == ["answer", "grade"]
     assert len({r.phase for r in rows(load("article-stages"))}) == 3
-
-
-def test_a_loss_scale_is_refused_when_the_job_is_read(tmp_path):
-    """Catches FP16 that is refused only at its first step, when shards are open and a folder is made."""
-    text = to_toml(runs.recipe("fp16", loss_scale=8.0)) + TABLES + 'shards = "s"\n'
-    (tmp_path / "job.toml").write_text(text)
-    with pytest.raises(SpecError, match=r"refimpl.train.loss_scale.step\n.*in recipe .*job.toml"):
-        load_job(tmp_path / "job.toml")

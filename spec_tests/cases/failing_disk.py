@@ -93,16 +93,16 @@ class FullDisk(Disk):
         self.room = room
 
     def writer(self, f, path):
-        return _FullFile(self, f)
+        return _FullFile(self, f, path)
 
 
 class _FullFile:
-    def __init__(self, disk, f):
-        self._disk, self._f = disk, f
+    def __init__(self, disk, f, path):
+        self._disk, self._f, self._path = disk, f, path
 
     def write(self, data):
         if self._disk.room <= 0:
-            raise OSError(28, "No space left on device", self._f.name)
+            raise OSError(28, "No space left on device", str(self._path))
         n = self._f.write(data[: self._disk.room])
         self._disk.room -= n
         return n

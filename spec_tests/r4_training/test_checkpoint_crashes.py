@@ -1,7 +1,9 @@
 """A run that is killed at any moment finds the last checkpoint whole: every file-system call cut, the power too, real SIGKILLs."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from refimpl.spec_tests.cases import killed_writer
 from refimpl.spec_tests.cases.failing_disk import DyingDisk, FullDisk, Killed
 from refimpl.spec_tests.cases.killed_writer import content, snap
 from refimpl.train.checkpoints import Keeper, Retention
+from refimpl.train.checkpoints import disk as disks
 
 CALLS = 400  # more than a save makes
 
@@ -161,6 +164,44 @@ def test_a_rank_with_a_full_disk_is_named_on_every_rank(tmp_path, victim):
             keeper.save(snap(2, comm.rank, comm.size))
 
     spmd(2, program)
+    assert whole(tmp_path) == 1
+
+
+# ---- What goes to the disk while the rest is written
+
+
+class AtOnce(Executor):
+    """A thread that is never late."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        done = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def test_a_file_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
+    """Catches a checkpoint that begins to reach the disk when all of it is written: the last sync waits for everything then."""
+    held = []
+    monkeypatch.setattr(disks, "helpers", AtOnce)
+    monkeypatch.setattr(disks, "EARLY", 1000)
+    monkeypatch.setattr(disks, "_data_sync", lambda f: held.append(os.fstat(f).st_size))
+    save(tmp_path, 1)
+    nbytes = max(p.stat().st_size for p in tmp_path.glob("*/*.safetensors"))
+    assert held and min(held) < nbytes
+
+
+def test_what_an_early_sync_hears_is_not_lost(tmp_path, monkeypatch):
+    """Catches a checkpoint believed whole whose bytes did not reach the disk: the system says so once, and not to the last sync."""
+
+    def fails(descriptor):
+        raise OSError(5, "Input/output error")
+
+    save(tmp_path, 1)
+    (shard,) = tmp_path.glob("*/*.safetensors")
+    monkeypatch.setattr(disks, "EARLY", shard.stat().st_size)  # the last write
+    monkeypatch.setattr(disks, "_data_sync", fails)
+    with pytest.raises(SpecError, match="Input/output error"):
+        save(tmp_path, 2)
     assert whole(tmp_path) == 1
 
 

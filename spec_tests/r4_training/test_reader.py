@@ -54,6 +54,42 @@ def test_every_sample_once_an_epoch_at_any_number_of_ranks(shards, plan, seed):
     assert seen == expected
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("batch", "rank", "ranks"), [(3, 0, 1), (7, 1, 3), (40, 0, 1)])
+def test_batches_read_ahead_are_those_read_alone(shards, masked, batch, rank, ranks):
+    """Catches a share or a cursor of another batch, rows given twice or left out where what was read ahead ends, and an array that
+    two batches have in common: what is written into one is seen in none that comes after, nor when it is read again.
+    """
+    ahead, n = Reader(shards, 5, epochs=2, masked=masked), 0
+    at = ahead.start()
+    while at.samples < ahead.end:
+        expected = Reader(shards, 5, epochs=2, masked=masked).take(at, batch, rank=rank, ranks=ranks)
+        for _ in range(1 + n % 5 // 4):  # now and then the same batch again
+            found, after = ahead.take(at, batch, rank=rank, ranks=ranks)
+            assert after == expected[1] and found.inputs().keys() == expected[0].inputs().keys()
+            for name, x in expected[0].inputs().items():
+                np.testing.assert_array_equal(found.inputs()[name], x)
+                found.inputs()[name][:] = -7
+        at, n = after, n + 1
+
+
+def test_small_batches_are_read_together(shards, monkeypatch):
+    """Catches a reader that goes to its shards for every small batch (Python costs more there than the tokens do), and one that
+    reads more than it was asked for when somebody only looks, or asks for something else every time.
+    """
+    read, whole = [], Shards.rows
+    monkeypatch.setattr(Shards, "rows", lambda self, which: read.append(len(which)) or whole(self, which))
+    reader = Reader(shards, epochs=None)
+    at = reader.start()
+    for batch in (2, 3, 4):
+        _, at = reader.take(at, batch)
+    assert read == [2, 3, 4]
+    _, at = reader.take(at, 4)
+    for _ in range(100):
+        _, at = reader.take(at, 4)
+    assert len(read) == 5
+
+
 def test_epochs_and_seeds_have_their_own_orders(shards):
     """Catches the same order in every epoch."""
     n = len(shards)

@@ -15,7 +15,21 @@ from refimpl.autograd import SpecError
 from refimpl.cli import main
 from refimpl.layers import PRESETS
 from refimpl.layers.rope import RopeScaling
-from refimpl.train.recipe import amount, document, load, read, recipes, render, rows, scaled, to_json, to_toml
+from refimpl.train.recipe import (
+    Piece,
+    Schedule,
+    amount,
+    document,
+    load,
+    read,
+    recipes,
+    render,
+    rows,
+    scaled,
+    to_json,
+    to_toml,
+)
+from refimpl.train.recipe.steps import steps_of
 
 T, B = 10**12, 10**9
 V3 = load("deepseek-v3")
@@ -302,6 +316,9 @@ WRONG = [
     (broken("phase", 0, "batch", 0, tokens=None), "a piece that is not the last has a length"),
     (broken("phase", 0, tokens="14.8X"), "'14.8X' is no amount"),
     (broken("phase", 0, tokens=-5), "-5 is no amount"),
+    (broken("phase", 0, tokens="1e99999999"), "'1e99999999' is no amount"),
+    (broken("phase", 0, tokens="1e31"), "'1e31' is too large for an amount"),
+    (broken("phase", 0, tokens=1e30), "a phase of 1e[+]30 tokens; expected 1 to 2.62"),
     (broken("phase", 0, steps=5), "a phase has a length: either tokens or steps"),
     (broken("phase", 0, sequence=0.5), "sequence is 0.5; expected a whole number"),
     (broken("phase", 0, batch=0), "a batch has at least one sequence"),
@@ -338,6 +355,42 @@ def test_amounts_are_exact(text, number):
     """Catches binary rounding: 14.8e12 in floats is exact by luck, 333.3B is not."""
     assert amount(text) == number
     assert amount("333.3B") == 333_300_000_000
+
+
+def step_by_step(batch, sequence, multiple):
+    """Steps, tokens and batches where the batch changes: every step taken."""
+    found, step, token = [], 0, 0
+    while token < batch.tokens:
+        size = max(multiple, int(batch.value(token, step) / multiple + 0.5) * multiple)
+        if not found or size != found[-1][2]:
+            found.append((step, token, size))
+        step, token = step + 1, token + size * sequence
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ends=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    shape=st.sampled_from(["linear", "cosine"]),
+    each=st.integers(20, 900),
+    multiple=st.integers(1, 7),
+)
+def test_a_ramp_has_the_steps_that_it_has_one_by_one(ends, shape, each, multiple):
+    """Catches a step left out or too many where a batch grows, falls, stands still or two pieces meet."""
+    pieces = [Piece("constant" if a == b else shape, a, b, i * each, each) for i, (a, b) in enumerate(pairwise(ends))]
+    batch = Schedule(tuple(pieces))
+    found = steps_of(batch, 3, multiple)
+    assert [(r.step, r.token, r.batch) for r in found.runs] == step_by_step(batch, 3, multiple)
+
+
+def test_a_run_of_a_million_times_the_tokens_is_no_more_work(monkeypatch, capsys):
+    """Catches steps that are counted one by one: the ramp of V3's run, scaled to 4e18 tokens, has 2e15 of them."""
+    asked, before = [], Piece.value
+    monkeypatch.setattr(Piece, "value", lambda *at: asked.append(1) or before(*at))
+    assert main(["recipe", "--tokens", "4e18"]) == 0
+    assert len(asked) < 10**6
+    with pytest.raises(SpecError, match="a batch that takes 999999999 values; at most 100,000"):
+        steps_of(Schedule((Piece("linear", 1, 1e9, 0, 2**61),)), 1, 1)
 
 
 def test_batches_that_ranks_can_share():

@@ -63,6 +63,7 @@ micro_batch = 2
 memory = "64K"
 mesh = "dp=2"
 schedule = "gpipe"
+init = "before"
 [checkpoints]
 every = 3
 milestone = 6
@@ -81,6 +82,7 @@ peak = "2G"
     job = load_job(written(tmp_path, TABLES + more))
     assert job.shards == {"only": tmp_path / "shards"} and job.config.vocab_size == 262 and len(job) == 4
     assert (job.seed, job.micro_batch, job.memory, job.mesh, job.schedule) == (7, 2, 64000, "dp=2", "gpipe")
+    assert job.init == tmp_path / "before"
     assert (job.checkpoints.every, job.checkpoints.last, job.checkpoints.milestone) == (3, 3, 6)
     assert job.evaluation == Evaluation(tmp_path / "held", 100, 4, 2)
     assert job.samples == Samples(("a", "b"), 100, 64, 0.5)
@@ -118,7 +120,7 @@ peak = "2G"
             r"unknown key 'checkpoint' in the recipe; did you mean checkpoints\?",
         ),
         ("[model]", "[[model]]", r"model is \[.*\]; expected a table"),
-        ('precision = "bf16"', 'precision = "fp16"\nloss_scale = 8.0', r"trains under a loss scale"),
+        ('precision = "bf16"', 'precision = "fp16"', r"loss_scale goes with precision 'fp16'"),
         ("steps = 2", "steps = 9", r"9 steps from step 0 on; the phase has 6"),
         ("{ value = 0.1 }", "{ value = 0.1, tokens = 5 }", r"mtp_weight does not add up: 144 \+ 5 = 149 tokens"),
     ],

@@ -1,5 +1,6 @@
 """`refimpl train` and `refimpl plot`: from a recipe file to metrics, interrupted and resumed, on ranks, drawn."""
 
+import argparse
 import importlib.util
 import re
 import shlex
@@ -8,7 +9,7 @@ import signal
 
 import pytest
 
-from refimpl.cli import live, main
+from refimpl.cli import live, main, train
 from refimpl.cli.dispatch import BAD_INPUT, INTERRUPTED
 from refimpl.spec_tests.cases import runs
 from refimpl.train.recipe import to_toml
@@ -41,26 +42,57 @@ def test_a_file_and_a_command_are_the_job(recipe, whole, tmp_path, capfd):
     assert lines == [[f"step {r['step']}/6", f"loss {r['loss']:.4f}"] for r in records(whole[1])]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch, capfd):
+def stopped(folder):
+    assert main(["train", "--stop", str(folder)]) == 0
+
+
+ENDS = {
+    "Ctrl-C": lambda folder: signal.raise_signal(signal.SIGINT),
+    "SIGUSR1": lambda folder: signal.raise_signal(signal.SIGUSR1),
+    "--stop": stopped,
+}
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("SIGUSR1", marks=pytest.mark.slow), "--stop"])
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch, capfd, how):
     """Catches an interrupt in the middle of a step, steps since the last checkpoint lost, a command that does not go on, and a
-    handler that stays when the command is over.
+    handler that stays when the command is over; a wish to stop that is not heard, or heard again by the run that goes on.
     """
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     before = live.line
 
     def interrupted(r, steps):
         if r["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
+            ENDS[how](tmp_path / "run")
         return before(r, steps)
 
     monkeypatch.setattr(live, "line", interrupted)
     assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == INTERRUPTED
     said = capfd.readouterr()
-    assert said.out.count("\n") == 3 and "ending after this step" in said.err
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert said.out.count("\n") == 3
+    assert "ending after this step" in said.err or re.search(r"asked process \d+ on .* to stop", said.err)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert not (tmp_path / "run" / "stop").exists()
     command = re.search(r"stopped after step 3, saved; go on with: refimpl (.*)\n", said.err)[1]
     assert main(shlex.split(command)) == 0
     assert same(tmp_path / "run") == same(whole[1])
+
+
+def test_a_run_that_has_nothing_to_do_says_so(recipe, whole, tmp_path, capfd):
+    """Catches a command that ends at once, or early, without a word."""
+    folder = shutil.copytree(whole[1], tmp_path / "run")
+    for more, says in (
+        ([], "run has 6 of the recipe's 6 steps already, asked for 6: nothing to do"),
+        (["--steps", "4"], "run has 6 of the recipe's 6 steps already, asked for 4: nothing to do"),
+        (["--steps", "9"], "asked for 9 steps, the recipe has 6\n"),
+    ):
+        assert main(["train", str(recipe), "-o", str(folder), "--resume", *more]) == 0
+        assert says in capfd.readouterr().err
+    assert main(["train", str(recipe), "-o", str(tmp_path / "two"), "--steps", "2", "--from", str(whole[1])]) == 0
+    assert capfd.readouterr().err == ""
+    ours, theirs = [next(records(of))["loss"] for of in (tmp_path / "two", whole[1])]
+    assert ours < theirs - 0.1  # it learns further
+    assert main(["train", str(recipe), "-o", str(tmp_path / "no"), "--from", str(tmp_path)]) == BAD_INPUT
 
 
 def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
@@ -73,6 +105,32 @@ def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(live, "line", twice)
     assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == INTERRUPTED
     assert "nothing was left half-written" in capfd.readouterr().err and len(same(tmp_path / "run")) == 1
+
+
+def test_nobody_is_asked_to_stop_where_nobody_trains(recipe, whole, tmp_path, monkeypatch, capfd):
+    """Catches a wish that lies in wait for the next run: one left over is not meant for it; and a recipe beside --stop."""
+    folder = shutil.copytree(whole[1], tmp_path / "run")
+    for wrong in (folder, tmp_path, tmp_path / "none"):
+        assert main(["train", "--stop", str(wrong)]) == BAD_INPUT
+        assert re.search("nobody trains in|is no folder of a run", capfd.readouterr().err)
+    assert main(["train", str(recipe), "--stop", str(folder)]) == BAD_INPUT
+    assert main(["train", "-o", str(folder)]) == BAD_INPUT
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "stop").touch()
+    assert main(["train", str(recipe), "-o", str(tmp_path / "new"), "--steps", "2"]) == 0
+    assert not (tmp_path / "new" / "stop").exists()
+
+
+def test_the_command_under_mpiexec_is_its_command(monkeypatch):
+    """Catches advice to go on alone with what was begun on ranks."""
+    args = argparse.Namespace(recipe="a.toml", out="run", steps=None, init=None, ranks=None)
+    from_weights = argparse.Namespace(recipe="a.toml", out="run", steps=3, init="w", ranks=None)
+    assert train.resume_command(from_weights) == "refimpl train a.toml -o run --steps 3 --from w --resume"
+    assert train.resume_command(args) == "refimpl train a.toml -o run --resume"
+    monkeypatch.setenv("PMIX_RANK", "0")
+    assert train.resume_command(args).startswith("mpiexec -n N python -m mpi4py -m refimpl train a.toml")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert train.resume_command(args).startswith("mpiexec -n 4 python")
 
 
 def test_what_went_wrong_says_how_to_go_on(recipe, whole, tmp_path, capfd):

@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.autograd import SpecError, ops
-from refimpl.layers.stage import STAGES
+from refimpl import train as train_room
+from refimpl.autograd import SpecError, ops, primitive
+from refimpl.layers.stage import STAGES, tap_name
 from refimpl.parallel_emulation.comm import Log, counted, spmd
 from refimpl.parallel_emulation.comm.launcher import mpiexec_command
 from refimpl.parallel_emulation.cost.cluster import Cluster
@@ -140,18 +143,62 @@ def test_a_phase_changes_the_model_on_ranks_too(tmp_path):
         equal(folder, tmp_path / "two")
 
 
-def test_no_number_on_ranks(tmp_path, monkeypatch):
-    """Catches a rank that goes on alone after a loss that is no number, and a good state that is not kept."""
-    two, before, done = job(tmp_path, mesh="ep=2", evaluation=None), STAGES["mla.kv_b"].fn, []
+def spoiled_forward(y):
+    return ops.add(y, np.float32(np.nan))
 
-    def spoiled(*args, **static):
+
+@primitive
+def spoiled_backward(y):
+    return y, (lambda dy: dy * np.float32(np.inf),)
+
+
+@pytest.mark.parametrize(
+    ("precision", "spoiled", "place", "mesh", "says"),
+    [
+        ("float32", spoiled_forward, "", "ep=2", "rank 0: first seen in forward: fwd/L0/mla.kv_b"),
+        ("fp8", spoiled_forward, "L1", "pp=2", "rank 1: first seen in forward: fwd/L1/mla.kv_b"),
+        pytest.param(
+            *("fp8", spoiled_backward, "L1", "pp=2", "rank 1: first seen in backward: the gradient of fwd/L1/mla.c_kv"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("bf16", spoiled_forward, "L0", "pp=2", "rank 0: first seen in forward: fwd/L0/mla.kv_b"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("fp8", spoiled_backward, "", "ep=2", "rank 0: first seen in backward: the gradient of fwd/mtp1/mla.c_kv"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_no_number_on_ranks(tmp_path, monkeypatch, precision, spoiled, place, mesh, says):
+    """Catches a rank that goes on alone after a loss that is no number, one that a quantiser stops while others wait (FP8), a good
+    state that is not kept, and a stage named that only received what another rank's gave: in a pipeline rank 0 sees a
+    forward's NaN of rank 1 in backward, at its own last layer.
+    """
+    run = read(runs.recipe(precision))
+    two, before, done = job(tmp_path, mesh=mesh, evaluation=None, run=run), STAGES["mla.kv_b"].fn, []
+
+    def stage(*args, **static):
         y = before(*args, **static)
-        return ops.add(y, np.float32(np.nan)) if len(done) == 3 else y
+        return spoiled(y) if len(done) == 3 and place in tap_name(STAGES["mla.kv_b"]) else y
 
-    monkeypatch.setitem(STAGES["mla.kv_b"].__dict__, "fn", spoiled)
-    with pytest.raises(NotFinite, match=r"(?s)step 4: loss nan.*kept: .*step-00000003"):
+    monkeypatch.setitem(STAGES["mla.kv_b"].__dict__, "fn", stage)
+    with pytest.raises(NotFinite, match=rf"(?s)step 4: loss .*{says}.*kept: .*step-00000003"):
         simulated(two, tmp_path / "run", 2, tell=done.append)
     assert Keeper(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+def test_a_weight_that_is_no_number_on_ranks(tmp_path, monkeypatch):
+    """Catches a stage blamed for what a weight holds already, on the rank that has it."""
+    init = train_room.init
+    bad = "model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr(
+        "refimpl.train.run.beginning.init",
+        lambda *a, **k: {n: w * np.float32(np.nan) if n == bad else w for n, w in init(*a, **k).items()},
+    )
+    with pytest.raises(NotFinite, match=rf"rank 1: the weight {bad} holds it already: .*\n  it was the first step"):
+        simulated(job(tmp_path, mesh="pp=2", evaluation=None), tmp_path / "run", 2)
 
 
 def _sometimes():
@@ -246,25 +293,58 @@ FOUND = importlib.util.find_spec("mpi4py") is not None and (
 )
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def mpi_job(folder, steps=runs.STEPS):
+    """A job file for two ranks, the command that trains it on the simulator, and that under mpiexec."""
+    d = runs.recipe("float32")
+    d["phase"][0]["steps"] = steps
+    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if x is not None and not isinstance(x, dict)}
+    model = "".join(f"{k} = {str(x).lower() if isinstance(x, bool) else repr(x)}\n" for k, x in keys.items())
+    (folder / "job.toml").write_text(
+        f'{to_toml(d)}\n[model]\npreset = "tiny"\n{model}[data]\nshards = "data/shards"\n[train]\nmesh = "ep=2"\n'
+        "[checkpoints]\nevery = 2\n[log]\npeak = 1e9\n"
+    )
+    runs.shards(folder / "data")
+    tail = ["-m", "refimpl", "train", str(folder / "job.toml")]
+    start = [*mpiexec_command(2), sys.executable, "-m", "mpi4py", *tail, "-o", str(folder / "mpi")]
+    return [sys.executable, *tail, "-o", str(folder / "sim"), "--ranks", "2"], start
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
 def test_under_mpi_the_run_has_the_bits_of_the_simulator(tmp_path):
     """Catches a run that only works where ranks share memory: `refimpl train` under mpiexec, stopped and resumed, against the
     simulator's run in one go.
     """
-    d = to_toml(runs.recipe("float32"))
-    keys = {k: x for k, x in runs.CONFIG.to_dict().items() if x is not None and not isinstance(x, dict)}
-    model = "".join(f"{k} = {str(x).lower() if isinstance(x, bool) else repr(x)}\n" for k, x in keys.items())
-    (tmp_path / "job.toml").write_text(
-        f'{d}\n[model]\npreset = "tiny"\n{model}[data]\nshards = "data/shards"\n[train]\nmesh = "ep=2"\n'
-        "[checkpoints]\nevery = 2\n[log]\npeak = 1e9\n"
-    )
-    runs.shards(tmp_path / "data")
-    command = [sys.executable, "-m", "refimpl", "train", str(tmp_path / "job.toml")]
-    root = Path(__file__).parents[2]
-    subprocess.run([*command, "-o", str(tmp_path / "sim"), "--ranks", "2"], check=True, cwd=root)
-    start = [*mpiexec_command(2), sys.executable, "-m", "mpi4py", *command[1:], "-o", str(tmp_path / "mpi")]
-    told = subprocess.run([*start, "--steps", "3"], check=True, cwd=root, capture_output=True, text=True, timeout=240)
-    subprocess.run([*start, "--resume"], check=True, cwd=root, timeout=240)
+    simulator, start = mpi_job(tmp_path)
+    subprocess.run(simulator, check=True, cwd=ROOT)
+    told = subprocess.run([*start, "--steps", "3"], check=True, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    subprocess.run([*start, "--resume"], check=True, cwd=ROOT, timeout=240)
     assert told.stdout.count("step 3/3") == 1
+    equal(tmp_path / "mpi", tmp_path / "sim")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
+@pytest.mark.parametrize("how", ["--stop", "SIGUSR1"])
+def test_a_run_under_mpi_is_stopped_and_nothing_is_lost(tmp_path, how):
+    """Catches a job that can be ended by killing it only: from outside, by the file or by a signal to mpiexec, it ends after a
+    step that no `every` saves, with that step saved, and goes on as if it had never stopped.
+    """
+    simulator, start = mpi_job(tmp_path, steps=2000)
+    with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        for line in job.stdout:
+            if line.startswith("step 3/"):
+                break
+        if how == "--stop":
+            subprocess.run([sys.executable, "-m", "refimpl", "train", "--stop", tmp_path / "mpi"], cwd=ROOT, check=True)
+        else:
+            job.send_signal(signal.SIGUSR1)
+        _, err = job.communicate(timeout=240)
+    done = int(re.search(r"stopped after step (\d+), saved; go on with: mpiexec -n 2 ", err)[1])
+    assert [r["step"] for r in records(tmp_path / "mpi")] == list(range(1, done + 1))
+    subprocess.run([*start, "--resume", "--steps", str(done + 1)], check=True, cwd=ROOT, timeout=240)
+    subprocess.run([*simulator, "--steps", str(done + 1)], check=True, cwd=ROOT)
     equal(tmp_path / "mpi", tmp_path / "sim")

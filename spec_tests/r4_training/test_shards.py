@@ -52,11 +52,13 @@ def test_documents_of_rows_are_their_pieces(tmp_path):
     s = Shards(tmp_path / "out")
     assert s.padded
     which, owners = np.random.default_rng(0).permutation(len(s)), documents_of(s)
-    counts, lengths = (a.tolist() for a in s.pieces(which))
+    counts, ends = (a.tolist() for a in s.ends(which))
     for count, owner in zip(counts, owners[which].tolist(), strict=True):
-        row = [number for number in range(count) for _ in range(lengths.pop(0))]
-        assert row + [-1] * (16 - len(row)) == owner
-    assert not lengths
+        own, ends = ends[: count + 1], ends[count + 1 :]
+        assert own[-1] == 16 and [sum(i >= end for end in own) for i in range(own[-2] if count else 0)] == [
+            number for number in owner if number >= 0
+        ]
+    assert not ends and not s.ends(which[:0])[1].size
 
 
 # ---- Interrupted builds

@@ -52,7 +52,9 @@ def test_500_examples_teach_a_prompt_of_one_vector():
 
     state = State({"prompt": soft_prompt.init(weights, [toys.PLAIN])})
     before = accuracy(state.weights["prompt"])
-    recipe = replace(toys.RECIPE, opt=AdamW(lr=2e-2, weight_decay=0.0))
+    recipe = replace(
+        toys.RECIPE, opt=AdamW(lr=5e-2, weight_decay=0.0)
+    )  # at 2e-2 two passes end at 0.8 to 1, by the last bits
     for start in [*range(0, 500, 25)] * 2:
         batch = one_a_row(train[start : start + 25])
 

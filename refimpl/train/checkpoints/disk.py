@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Protocol
 
 from refimpl.checkpoint.atomic import flush_folder
 
 BEHIND = 16  # writes whose sums may be outstanding: what they were given lives that long
 CHUNK = 4 << 20  # bytes of a write: long enough for the disk, short enough for the sums beside it to keep up
+EARLY = 16 << 20  # bytes after which a file is sent to the disk while what follows is written
 
 
 class File(Protocol):
@@ -33,8 +34,10 @@ class Disk:
     @contextmanager
     def create(self, path: Path) -> Iterator[File]:
         """A new file to write to, on the disk when the block is left."""
-        with path.open("xb", buffering=0) as f:
-            yield self.writer(cast(File, f), path)
+        with path.open("xb", buffering=0) as f, helpers() as thread:
+            early = Early(f, thread)
+            yield self.writer(early, path)
+            early.finish()
             self.sync(f, path)
 
     def writer(self, f: File, path: Path) -> File:
@@ -62,6 +65,37 @@ class Disk:
         for file in sorted(path.iterdir()):
             self.remove(file)
         self.remove(path)
+
+
+class Early:
+    """A file of which every EARLY bytes go to the disk in another thread: the last sync then waits for the rest only.
+
+    The system tells of a write that failed later once: whichever sync hears of it, the file is not whole.
+    """
+
+    def __init__(self, f: IO[bytes], thread: Executor) -> None:
+        self._f, self._thread = f, thread
+        self._sync: Future[None] | None = None
+        self._waiting = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """As the file's. OSError also for what was written before."""
+        n = self._f.write(data)
+        self._waiting += n
+        if self._waiting >= EARLY and (self._sync is None or self._sync.done()):
+            self.finish()
+            self._sync, self._waiting = self._thread.submit(_data_sync, self._f.fileno()), 0
+        return n
+
+    def finish(self) -> None:
+        """Wait for the sync that is under way. OSError if it failed."""
+        if self._sync is not None:
+            self._sync.result()
+
+
+def _data_sync(descriptor: int) -> None:
+    """As os.fsync, where the system can without the times of the file."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def write_all(f: File, data: bytes | memoryview) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from .shards import Shards
 
 BLOCK = 4096
 """Positions whose samples are computed at once."""
+AHEAD = 1 << 17
+"""Tokens that are read at once, in batches of fewer, as soon as two batches follow one another."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,18 @@ class Ordered(ABC):
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+Asked = tuple[Cursor, int, int, int]
+"""Cursor, batch, rank, ranks of a `take`."""
+
+
+@dataclass
+class Ahead:
+    """What a reader has read before it is asked for, each batch given once; and what is asked for next by who goes on."""
+
+    ready: dict[Asked, tuple[Batch, Cursor]] = field(default_factory=dict)
+    next: Asked | None = None
+
+
 @dataclass(frozen=True)
 class Reader(Ordered):
     """Rows of shards as batches."""
@@ -140,6 +154,7 @@ class Reader(Ordered):
     seed: int = 0
     epochs: int | None = 1
     masked: bool = False
+    _ahead: Ahead = field(default_factory=Ahead, init=False, repr=False, compare=False)
 
     @property
     def corpus(self) -> Shards:
@@ -150,8 +165,33 @@ class Reader(Ordered):
         """My share of the next `batch` samples, and the cursor after all of them. Ranks take neighbouring shares whose sizes differ
         by one at most; together they are the batch. The last batch of the run may be short. SpecError at the end.
         """
-        rows, after = self.following(cursor, batch, rank=rank, ranks=ranks)
-        return self._read(rows), after
+        asked, ahead = (cursor, batch, rank, ranks), self._ahead
+        found = ahead.ready.pop(asked, None)
+        if found is None:
+            rows, after = self.following(cursor, batch, rank=rank, ranks=ranks)
+            found = self._read(rows), after
+            if asked == ahead.next:
+                ahead.ready = self._those_after(after, batch, rank, ranks)
+        ahead.next = found[1], batch, rank, ranks
+        return found
+
+    def _those_after(self, cursor: Cursor, batch: int, rank: int, ranks: int) -> dict[Asked, tuple[Batch, Cursor]]:
+        """My shares of the batches after a cursor, whole ones of AHEAD tokens together at most."""
+        most = AHEAD * ranks // (batch * self.shards.length)
+        if self.end is not None:
+            most = min(most, (self.end - cursor.samples) // batch)
+        begin = range(cursor.samples, cursor.samples + most * batch, batch)
+        first, last = batch * rank // ranks, batch * (rank + 1) // ranks
+        if ranks == 1:
+            rows = self.samples(begin.start, begin.stop)
+        else:
+            rows = np.concatenate([self.samples(at + first, at + last) for at in begin] or [np.empty(0, np.int64)])
+        whole, found, n = self._read(rows), {}, last - first
+        for i, at in enumerate(begin):
+            mine = {name: a[i * n : (i + 1) * n] for name, a in vars(whole).items() if a is not None}
+            here, after = (Cursor(x, cursor.seed, cursor.data) for x in (at, at + batch))
+            found[here, batch, rank, ranks] = Batch(**mine), after
+        return found
 
     def _read(self, rows: Array) -> Batch:
         if not (self.shards.padded or self.masked):
@@ -161,7 +201,7 @@ class Reader(Ordered):
         number, length = self._runs(rows)
         documents = np.repeat(number, length).reshape(tokens.shape)
         padding = documents < 0
-        labels, valid = tokens.copy(), 1 - padding
+        labels, valid = tokens.copy(), (~padding).astype(np.int64)
         if self.masked:
             labels.reshape(-1)[(np.cumsum(length) - length)[(number >= 0) & (length > 0)]] = IGNORE
         np.copyto(labels, IGNORE, where=padding)
@@ -171,15 +211,13 @@ class Reader(Ordered):
         """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
         rows (B,) -> (B + P,), (B + P,).
         """
-        counts, found = self.shards.pieces(rows)
-        ends = np.cumsum(counts + 1)
-        number = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts - 1, counts + 1)
-        number[ends - 1] = -1
-        upto = np.concatenate([[0], np.cumsum(found)])[np.cumsum(counts)]
-        padding = self.shards.length - np.diff(upto, prepend=0)
-        require((padding >= 0).all(), "a row's pieces are longer than the row: the shard was damaged")
-        length = np.empty_like(number)
-        length[number >= 0], length[ends - 1] = found, padding
+        counts, ends = self.shards.ends(rows)
+        padding = np.cumsum(counts + 1) - 1
+        number = np.arange(len(ends)) - np.repeat(padding - counts, counts + 1)
+        number[padding] = -1
+        length = np.diff(ends, prepend=0)
+        length[padding[:-1] + 1] += self.shards.length  # a row's first piece begins where the row does
+        require((length >= 0).all(), "a row's pieces are longer than the row: the shard was damaged")
         return number, length
 
 

@@ -121,21 +121,26 @@ class Shards:
             out[places] = self.tokens(shard)[local]
         return out
 
-    def pieces(self, which: Array) -> tuple[Array, Array]:
-        """How many pieces each of the rows (B,) has, and how many tokens each piece has, (P,), row after row. The pieces of a row
-        follow one another from its beginning; the rest of it is padding.
+    def ends(self, which: Array) -> tuple[Array, Array]:
+        """How many pieces each of the rows (B,) has, and where in its row each piece ends, then the row itself (at S): (P + B,),
+        row after row. The pieces of a row follow one another from its beginning; the rest of it is padding.
         """
-        counts, parts = np.empty(len(which), np.int64), []
-        for shard, places, local in self._by_shard(which):
-            spans = self.spans(shard)
-            first, last = np.searchsorted(spans[0], np.stack([local, local + 1]) * self.length)
-            counts[places] = last - first
-            at = _runs(first, last - first)
-            parts.append((places, spans[1][at] - spans[0][at]))
-        lengths, starts = np.empty(int(counts.sum()), np.int64), np.cumsum(counts) - counts
-        for places, found in parts:
-            lengths[_runs(starts[places], counts[places])] = found
-        return counts, lengths
+        parts = list(self._by_shard(which))
+        found = [np.searchsorted(self.spans(n)[0], np.stack([at, at + 1]) * self.length) for n, _, at in parts]
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        places, local = (np.concatenate(a) for a in list(zip(*parts, strict=True))[1:])
+        first, last = np.concatenate(found, axis=1)
+        some, counts = last - first, np.empty(len(which), np.int64)
+        counts[places] = some
+        upto = np.cumsum(counts + 1)
+        ends, read = np.full(upto[-1], self.length), _runs(first, some)
+        each, at = [int((b - a).sum()) for a, b in found], 0
+        for (n, _, _), size in zip(parts, each, strict=True):
+            read[at : at + size] = self.spans(n)[1][read[at : at + size]]
+            at += size
+        ends[_runs((upto - counts - 1)[places], some)] = read - np.repeat(local * self.length, some)
+        return counts, ends
 
     def verify(self) -> Iterator[Shard]:
         """Read every shard and compare its CRC-32s; yields each as it is found whole. SpecError for the first that is not."""
@@ -155,9 +160,9 @@ class Shards:
         if len(which) and not (which.min() >= 0 and which.max() < len(self)):
             raise SpecError(f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
         owner = np.searchsorted(self.first, which, side="right") - 1
-        owners: Any = owner.tolist()
-        for shard in sorted(set(owners)):
+        for shard in np.bincount(owner).nonzero()[0].tolist():
             places = (owner == shard).nonzero()[0]
+            places = places[which[places].argsort()]  # ascending: what is near on the disk is read together
             yield shard, places, which[places] - self.first[shard]
 
     def _files(self, s: Shard) -> tuple[Path, Path]:

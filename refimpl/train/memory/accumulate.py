@@ -71,6 +71,7 @@ def gradients(
     policy: Policy | None = None,
     objective: Objective | None = None,
     into: Gradients | None = None,
+    scale: float = 1.0,
 ) -> Found:
     """What a step updates by, as `training.gradients`; `objective`: another loss than V3's, whose own leaves' gradients are added
     to `into`.
@@ -89,7 +90,7 @@ def gradients(
         model.inputs(tokens[i], **{name: x[i] for name, x in rows.items() if x is not None})
         for i in np.split(np.arange(len(tokens)), micro_batches)
     ]
-    loss, grads, load, seen = accumulate(model, batches, recipe, objective, into)
+    loss, grads, load, seen = accumulate(model, batches, recipe, objective, into, scale)
     return loss, named(model, grads), load, seen
 
 
@@ -103,9 +104,10 @@ def accumulate(
     recipe: Recipe,
     objective: Objective | None = None,
     into: Gradients | None = None,
+    scale: float = 1.0,
 ) -> tuple[float, Gradients, dict[str, Array], dict[str, float]]:
-    """Loss of all micro-batches together, its gradients by leaf, tokens per expert by layer, its parts. SpecError without
-    labels.
+    """Loss of all micro-batches together, the gradients of `scale` times it by leaf, tokens per expert by layer, the loss's parts.
+    SpecError without labels.
     """
     require(batches, "no micro-batch")
     labels = [b.labels for b in batches if b.labels is not None]
@@ -121,5 +123,5 @@ def accumulate(
             load[at] = load[at] + counted if at in load else counted
         del out  # logits and hidden states: backward needs none of them
         total += float(data_of(loss))
-        backward(loss, into=grads)
+        backward(loss, np.full_like(data_of(loss), scale), into=grads)
     return total, grads, load, seen

@@ -90,6 +90,10 @@ class Discard:
     plan: Plan | None
     stages: tuple[str, ...] = (*NORMS, *ACTIVATIONS)
 
+    def watches(self, stage: str) -> bool:
+        """Whether it is one of them."""
+        return stage in self.stages
+
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
         """The stage, its output discarded if it is one of them."""
         kernel = PLAIN if self.plan is None else self.plan.kernel(stage.name)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, require
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+LARGEST = 10**30
+_LONG = re.compile(r"[eE][+-]?0*\d{3,}$")
+"""Exponents whose number alone would fill the memory."""
 
 
 def amount(value: Any) -> Fraction:
@@ -16,7 +21,7 @@ def amount(value: Any) -> Fraction:
     >>> amount("14.8T") == amount("10T") + amount("4.3T") + amount("333B") + amount("167B")
     True
 
-    SpecError for anything else, negative and not finite numbers included.
+    SpecError for anything else, negative and not finite numbers and those above LARGEST included.
     """
     text = value.strip() if isinstance(value, str) else value
     if isinstance(text, str):
@@ -25,13 +30,14 @@ def amount(value: Any) -> Fraction:
     else:
         unit, number = "", None if isinstance(text, bool) else text
     try:
-        found = Fraction(str(number)) * _UNITS[unit]
+        found = Fraction(-1) if _LONG.search(str(number)) else Fraction(str(number)) * _UNITS[unit]
     except (ValueError, KeyError, ZeroDivisionError):
         found = Fraction(-1)
     if found < 0:
         raise SpecError(
             f'{value!r} is no amount; expected a number of at least 0, or text such as "14.8T", "333B", "4K"'
         )
+    require(found <= LARGEST, f"{value!r} is too large for an amount; at most {LARGEST:.0e}")
     return found
 
 

@@ -119,7 +119,9 @@ def _phase(d: Mapping[str, Any], number: int) -> Phase:
         sequence, multiple = whole(d, "sequence", 0), whole(d, "batch_multiple", 1)
         require(("tokens" in d) != ("steps" in d), "a phase has a length: either tokens or steps")
         tokens = int(amount(d["tokens"])) if "tokens" in d else whole(d, "steps", 0) * sequence * _constant(d["batch"])
-        require(tokens > 0, "a phase without tokens")
+        require(
+            0 < tokens < 2**62, f"a phase of {float(tokens):.3g} tokens; expected 1 to 2^62, which is 4.6 million T"
+        )
         batch = _schedule("batch", d["batch"], tokens, None)
         require(all(min(p.start, p.end) >= 1 for p in batch.pieces), "a batch has at least one sequence")
         steps = steps_of(batch, sequence, multiple)

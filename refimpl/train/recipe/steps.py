@@ -4,12 +4,17 @@ short list.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .schedule import Schedule
+from refimpl.autograd.errors import require
+
+from .schedule import Piece, Schedule
+
+MOST = 10**5
+"""Values that a batch takes in a phase."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ def steps_of(batch: Schedule, sequence: int, multiple: int) -> Steps:
     """The steps that a batch schedule makes: the schedule's value at a step's first token, rounded to a multiple (half up, at
     least one multiple).
     """
+    values = sum(min(abs(p.end - p.start) / multiple, p.tokens / sequence) for p in batch.pieces)
+    require(
+        values <= MOST, f"a batch that takes {values:.0f} values; at most {MOST:,}, a larger batch_multiple makes fewer"
+    )
     return Steps(tuple(_runs(batch, sequence, multiple)), sequence, batch.tokens)
 
 
@@ -64,8 +73,24 @@ def _runs(batch: Schedule, sequence: int, multiple: int) -> Iterator[Equal]:
     step, token, previous = 0, 0, 0
     while token < batch.tokens:
         piece = batch.piece(token)
-        size = max(multiple, int(piece.value(token, step) / multiple + 0.5) * multiple)
+        size = _size(piece, token, multiple)
         if size != previous:
             yield Equal(step, token, size)
-        same = 1 if piece.start != piece.end else -(-(piece.last - token) // (size * sequence))
+        same = _same(piece, token, size, sequence, multiple)
         step, token, previous = step + same, token + same * size * sequence, size
+
+
+def _size(piece: Piece, token: int, multiple: int) -> int:
+    return max(multiple, int(piece.value(token, 0) / multiple + 0.5) * multiple)
+
+
+def _same(piece: Piece, token: int, size: int, sequence: int, multiple: int) -> int:
+    """How many steps from the one at `token` on begin in the piece and have this size: its values only rise or only fall, so the
+    first other one is found by bisection.
+    """
+    last = -(-(piece.last - token) // (size * sequence))  # at least 1
+    if piece.start == piece.end:
+        return last
+    return bisect_left(
+        range(last), True, lo=1, key=lambda k: _size(piece, token + k * size * sequence, multiple) != size
+    )

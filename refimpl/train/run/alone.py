@@ -39,6 +39,33 @@ def alone(folder: Path, comm: Comm | None) -> Iterator[None]:
             os.close(descriptor)
 
 
+def owner(folder: Path) -> str:
+    """Which process trains in a folder, in words; "" if none does, as far as the system has locks."""
+    try:
+        descriptor = os.open(folder / FILE, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        return _owner(descriptor) if _held(descriptor) else ""
+    finally:
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+
+
+def _held(descriptor: int) -> bool:
+    """Whether another process has the lock; where there are no locks it may."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return True
+    return False
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         import fcntl
@@ -47,10 +74,8 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-        raise SpecError(
-            f"{folder} holds a run that {owner} is training; wait for it, or choose another folder"
-        ) from error
+        said = f"{folder} holds a run that {_owner(descriptor)} is training"
+        raise SpecError(f"{said}; wait for it, or choose another folder") from error
     except OSError:  # no locks on this file system
         return
     with suppress(OSError):  # a full disk: held all the same

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,19 +12,24 @@ import numpy as np
 from refimpl.autograd import Array, data_of
 from refimpl.layers.config import Config
 from refimpl.layers.module import is_buffer
+from refimpl.layers.neighbours import LossScale
 from refimpl.layers.stage import observing
 from refimpl.model import ForCausalLM
-from refimpl.train import memory
+from refimpl.train import loss_scale, memory
 from refimpl.train.checkpoints import Saved, Snapshot, serial
 from refimpl.train.data import Batch
 from refimpl.train.ema import Ema
 from refimpl.train.guard import guarded_step
-from refimpl.train.recipe import Setting
+from refimpl.train.recipe import Phase, Setting
 from refimpl.train.tasks import Own, TaskBatch
 from refimpl.train.tasks import step as task_step
-from refimpl.train.training import Recipe, Report, State, init, parts
+from refimpl.train.training import Recipe, Report, State, parts
 
+from .beginning import beginning
 from .job import Job
+
+SCALE = "loss_scale"
+"""Of the counters in a checkpoint."""
 
 
 class Engine(Protocol):
@@ -52,11 +58,57 @@ class Engine(Protocol):
         """End what runs beside it."""
 
 
+@dataclass
+class Beside:
+    """What a run on one rank has beside its state: what is the tasks' own, the scale of FP16."""
+
+    own: Own
+    scale: LossScale | None
+
+    @classmethod
+    def new(cls, job: Job) -> Beside:
+        """That of a run that begins."""
+        first = job.run.optimizer.loss_scale
+        return cls(Own(), None if first is None else LossScale(first))
+
+    @classmethod
+    def found(cls, job: Job, saved: Saved) -> Beside:
+        """That of a checkpoint."""
+        told = saved.facts["counters"].get(SCALE)
+        return cls(Own.found(saved), LossScale(**told)) if told else replace(cls.new(job), own=Own.found(saved))
+
+    def kept(self, s: Snapshot) -> Snapshot:
+        """A snapshot with all of it."""
+        s = self.own.kept(s) if self.own.phase else s
+        told = {} if self.scale is None else {SCALE: asdict(self.scale)}
+        return replace(s, facts={**s.facts, "counters": {**s.facts["counters"], **told}})
+
+    def stepping(self, batch: Batch, phase: Phase, how: Mapping[str, Any]) -> Callable[..., tuple[State, Report]]:
+        """The step on such a batch, as `guarded_step` takes it; it changes me."""
+
+        def scaled(c: Config, state: State, tokens: Array, recipe: Recipe, **rows: Any) -> tuple[State, Report]:
+            assert self.scale is not None
+            found = partial(memory.gradients, **how)
+            new, self.scale, report = loss_scale.until_finite(c, state, self.scale, tokens, recipe, found=found, **rows)
+            return new, report
+
+        def tasks(c: Config, state: State, tokens: Array, recipe: Recipe, **_: Any) -> tuple[State, Report]:
+            assert isinstance(batch, TaskBatch)
+            new, self.own, report = task_step(c, state, self.own, batch, recipe, phase, **how)
+            return new, report
+
+        if isinstance(batch, TaskBatch):
+            return tasks
+        return partial(memory.step, **how) if self.scale is None else scaled
+
+
 class Serial:
     """The whole model on one rank."""
 
-    def __init__(self, job: Job, state: State, ema: Mapping[str, Array] | None = None, own: Own | None = None) -> None:
-        self._job, self._state, self._own = job, state, own or Own()
+    def __init__(
+        self, job: Job, state: State, ema: Mapping[str, Array] | None = None, beside: Beside | None = None
+    ) -> None:
+        self._job, self._state, self._beside = job, state, beside or Beside.new(job)
         self._policies: dict[Any, memory.Policy | None] = {}
         decay = job.run.ema
         self._ema = None if decay is None else Ema(ema or state.weights, decay)
@@ -65,9 +117,9 @@ class Serial:
     def start(cls, job: Job, saved: Saved | None) -> Serial:
         """From a checkpoint, or from new weights. SpecError for a checkpoint of another config."""
         if saved is None:
-            return cls(job, State(init(job.model_after(0), seed=job.seed, std=job.run.optimizer.init_std)))
+            return cls(job, State(beginning(job)))
         found = serial.resume(saved, job.model_after(saved.step))
-        return cls(job, found.state, found.ema, Own.found(saved))
+        return cls(job, found.state, found.ema, Beside.found(job, saved))
 
     @property
     def done(self) -> int:
@@ -80,19 +132,12 @@ class Serial:
         if key not in self._policies:
             self._policies[key] = self._job.policy(c, s)
         how: dict[str, Any] = {"micro_batches": self._job.micro_batches(s.batch), "policy": self._policies[key]}
-        own = self._own
-
-        def tasks(c: Config, state: State, tokens: Array, recipe: Recipe, **_: Any) -> tuple[State, Report]:
-            nonlocal own
-            assert isinstance(batch, TaskBatch)
-            state, own, report = task_step(c, state, own, batch, recipe, s.phase, **how)
-            return state, report
-
-        take = tasks if isinstance(batch, TaskBatch) else partial(memory.step, **how)
+        after = replace(self._beside)
+        take = after.stepping(batch, s.phase, how)
         alone = self._ema is None  # the average is added up in a thread, from the arrays as they are after this step
         found = guarded_step(c, self._state, recipe=recipe, take=take, in_place=alone, **batch.inputs())
         self._state, report = found
-        self._own = own
+        self._beside = after
         if self._ema is not None:
             self._ema.add(self._state.weights)
         return report
@@ -100,14 +145,14 @@ class Serial:
     def evaluate(self, c: Config, recipe: Recipe, batch: Batch) -> dict[str, float]:
         """One pass forward, without a tape."""
         model = ForCausalLM.from_weights(c, {n: recipe.plan.weight(n, w) for n, w in self._state.weights.items()})
-        with observing(recipe.plan):
+        with observing(recipe.plan), np.errstate(over="ignore"):
             out = model.forward_and_loss(model.inputs(**batch.inputs()), mtp_weight=recipe.mtp_weight)
         return {"loss": float(data_of(out.loss))} | parts(out.losses)
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
         """All of it."""
-        all_but = serial.snapshot(self._state, facts, ema=None if self._ema is None else self._ema.value())
-        return self._own.kept(all_but) if self._own.phase else all_but
+        ema = None if self._ema is None else self._ema.value()
+        return self._beside.kept(serial.snapshot(self._state, facts, ema=ema))
 
     def biases(self) -> dict[str, Array]:
         """The balancing biases (E,) by place."""

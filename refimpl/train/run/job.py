@@ -15,7 +15,6 @@ from refimpl.train.checkpoints import Retention
 from refimpl.train.data import Bytes
 from refimpl.train.memory import Policy, Probe, budget
 from refimpl.train.recipe import Run, Setting
-from refimpl.train.training import check_unscaled
 
 MEMORY = ("keep", "report", "again", "roots")
 """Memory policies by name; a number of bytes is a budget (`memory.budget`)."""
@@ -69,7 +68,7 @@ class Job:
     """Train `config` by `run` on `shards`, a folder for each phase by its name, or for a phase with tasks on `tasks`, a JSONL file
     for each by its name; `steps` may end it early. `tokenizer`: "bytes", or the tokenizer.json that the shards must have been made
     with. `epochs`: how often the data may be read, None as often as it
-    takes. `micro_batch`: sequences that are on the tape at a time, None all. `memory`: see MEMORY.
+    takes. `micro_batch`: sequences that are on the tape at a time, None all. `memory`: see MEMORY. `init`: weights to begin with.
     """
 
     config: Config
@@ -88,6 +87,7 @@ class Job:
     samples: Samples | None = None
     log: Log = field(default_factory=Log)
     tasks: Mapping[str, Path] = field(default_factory=dict)
+    init: Path | None = None
 
     def __len__(self) -> int:
         """Steps that it takes."""
@@ -157,4 +157,8 @@ class Job:
                 for same in p.steps.runs:
                     fits = same.batch % (self.micro_batch or 1) == 0
                     require(fits, f"batches of {same.batch} sequences are no micro-batches of {self.micro_batch}")
-        check_unscaled(self.run.recipe(0))  # also a precision that has only a name here
+        self.run.recipe(0)  # a precision that has only a name here
+        scaled = self.run.optimizer.loss_scale is not None
+        require(
+            not (scaled and tasks), f"tasks {tasks}: phases with tasks are trained without a loss scale, not in FP16"
+        )

@@ -6,7 +6,7 @@ end = train(load_job("recipe.toml"), "run")            # or resume=True
 
 RUN/metrics.jsonl   a record a step (`monitor.py`)      RUN/samples.jsonl   texts the model made
 RUN/checkpoints/    `refimpl.train.checkpoints`         RUN/tensorboard/    the metrics once more
-RUN/lock            who trains here (`alone.py`)
+RUN/lock            who trains here (`alone.py`)        RUN/stop            somebody asks it to end (`stopping.py`)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from refimpl.train.checkpoints import Keeper, Saved, Snapshot, facts
 from refimpl.train.guard import NotFinite
 from refimpl.train.training import Recipe
 
+from . import stopping
 from .alone import alone
 from .engine import Engine, Serial
 from .evaluation import Evaluator
@@ -40,11 +41,14 @@ from .sampling import Sampler
 
 @dataclass(frozen=True)
 class End:
-    """Where a run ended: steps done, whether that is all of it, the masters (on a mesh a rank's weights) by checkpoint name."""
+    """Where a run ended: steps done, whether that is all of it, the masters (on a mesh a rank's weights) by checkpoint name; and
+    steps done when it went on.
+    """
 
     step: int
     complete: bool
     weights: Mapping[str, Array]
+    began: int = 0
 
 
 def never() -> bool:
@@ -63,7 +67,8 @@ def train(
     tell: Callable[[Record], None] = lambda record: None,
 ) -> End:
     """Run a job, its files in `folder`: by itself, or as one of the ranks of `comm`, which all call this with the same job, on
-    `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends. `tell` hears every record, on rank 0.
+    `cores` processors. `stop` is asked after every step: True, on any rank, saves and ends, and so does `stopping.ask(folder)`.
+    `tell` hears every record, on rank 0.
 
     SpecError for a job that does not add up, a folder that holds a run already (or none, to resume) or in which another process
     trains, a checkpoint of another run, a full disk; NotFinite for a loss that is no number, with the last good state saved.
@@ -74,13 +79,17 @@ def train(
     require(not resume or (folder / "checkpoints").is_dir(), f"no run to resume in {folder}")
     with ExitStack() as stack, where(f"while training in {folder}"):
         stack.enter_context(alone(folder, comm))
+        if ranks.first:
+            stopping.forget(folder)
+            stack.callback(stopping.forget, folder)
         keeper = stack.enter_context(Keeper(folder / "checkpoints", comm=comm, keep=job.checkpoints.retention))
         saved = _begun(keeper, resume)
         cursors = _cursors(job, feed, saved)
         engine: Engine = Serial.start(job, saved) if ranks.comm is None else OnMesh.start(job, saved, ranks.comm)
         stack.callback(engine.close)
         monitor = stack.enter_context(Monitor(job, folder, engine.done, tell, cores)) if ranks.first else None
-        return Loop(job, feed, ranks, engine, keeper, monitor, *more).run(cursors, stop)
+        loop = Loop(job, feed, ranks, engine, keeper, monitor, *more)
+        return loop.run(cursors, lambda: stop() or (ranks.first and stopping.asked(folder)))
 
 
 def simulated(job: Job, folder: str | Path, ranks: int, **how: Any) -> list[End]:
@@ -132,7 +141,7 @@ class Loop:
 
     def run(self, cursors: Cursors, stop: Callable[[], bool]) -> End:
         """Steps until the job is done or somebody asks to stop; saved at the end, and where a step gives no number."""
-        stopped = False
+        stopped, began = False, self.engine.done
         if not self.engine.done:
             self._sample(*self._now(0))
         while self.engine.done < len(self.job) and not stopped:
@@ -143,7 +152,7 @@ class Loop:
                 kept = f"kept: {self.keeper.path(self.engine.done)}" if self.engine.done else "it was the first step"
                 raise NotFinite(f"{error}\n  {kept}") from None
         self._save(cursors)
-        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights())
+        return End(self.engine.done, self.engine.done >= len(self.job), self.engine.weights(), began)
 
     def _now(self, step: int) -> tuple[Config, Recipe]:
         return self.job.model(step), self.job.run.recipe(step)

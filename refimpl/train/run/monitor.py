@@ -7,6 +7,7 @@
 | loss, loss/main, loss/mtp1, ..., loss/balance | before the update; the parts before lambda, balance with alpha |
 | loss/task.NAME, weight/NAME | of a phase with tasks, in place of loss/main: each task's loss and the weight it had |
 | norm | of all gradients, before clipping |
+| loss_scale | under FP16: the one that the step took |
 | load/L3/peak, entropy, dead; bias/L3/drift, spread | of every layer of experts (`meters.py`) |
 | eval/main, eval/mtp1, ... | on the held-out shards, after the update |
 | links/bytes, messages, h800_s, waited_s | with ranks (`ranks.py`) |
@@ -98,6 +99,7 @@ def seen(s: Setting, report: Report, heard: Sequence[Mapping[str, Any]]) -> dict
     found |= {"batch": s.batch, "sequence": s.sequence} | dict(s.values)
     found |= {"loss": report.loss, "norm": report.norm} | {f"loss/{name}": x for name, x in report.parts.items()}
     found |= {f"weight/{name}": x for name, x in report.weights.items()}
+    found |= {} if report.loss_scale is None else {"loss_scale": report.loss_scale}
     load, bias = (
         {place: np.array(x) for part in heard for place, x in part[kind].items()} for kind in ("load", "bias")
     )

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from refimpl.autograd import Array, require
 from refimpl.layers.config import Config
 from refimpl.parallel_emulation.axes.mesh import Mesh
@@ -17,11 +15,12 @@ from refimpl.train import parallel
 from refimpl.train.checkpoints import Saved, Snapshot, mesh
 from refimpl.train.data import Batch
 from refimpl.train.ema import Ema
-from refimpl.train.guard import check
 from refimpl.train.recipe import Setting
-from refimpl.train.training import Recipe, Report, init
+from refimpl.train.training import Recipe, Report
 
+from .beginning import beginning
 from .engine import places
+from .guard_mesh import guarded_step
 from .job import Job
 
 
@@ -51,8 +50,7 @@ class OnMesh:
         for batch in sorted(batches | ({job.evaluation.batch} if job.evaluation else set())):
             _schedule(job, batch, shape)
         if saved is None:
-            new = init(c, seed=job.seed, std=job.run.optimizer.init_std)
-            return cls(job, parallel.start(world, c, new, recipe, shape, schedule))
+            return cls(job, parallel.start(world, c, beginning(job), recipe, shape, schedule))
         rank = mesh.resume(saved, world, c, recipe, shape, schedule)
         return cls(job, rank, mesh.resume_ema(saved, rank))
 
@@ -62,13 +60,10 @@ class OnMesh:
         return self._rank.t
 
     def step(self, c: Config, s: Setting, recipe: Recipe, batch: Batch) -> Report:
-        """`parallel.step`; a loss that is no number is seen by all ranks, its stage is not named."""
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            rank, report = parallel.step(self._at(c, s.batch, recipe), **batch.inputs())
-        check(report)
-        self._rank = rank
+        """`parallel.step`; a loss that is no number is seen by all ranks, and its stage."""
+        self._rank, report = guarded_step(self._at(c, s.batch, recipe), **batch.inputs())
         if self._ema is not None:
-            self._ema.add(mesh.my_masters(rank))
+            self._ema.add(mesh.my_masters(self._rank))
         return report
 
     def evaluate(self, c: Config, recipe: Recipe, batch: Batch) -> dict[str, float]:
@@ -104,6 +99,7 @@ def _schedule(job: Job, batch: int, shape: Mesh) -> Schedule:
 def _check(job: Job) -> None:
     """What one rank can do and several cannot."""
     require(job.samples is None, "samples are made on one rank; leave out [samples], or train without ranks")
+    require(job.run.optimizer.loss_scale is None, "FP16 under a loss scale is trained on one rank")
     require(job.memory == "keep", f"memory {job.memory!r}: recomputation is for one rank; on a mesh everything is kept")
     reached = job.run.at(len(job) - 1).phase
     tasks = [p.name for p in job.run.phases[: job.run.phases.index(reached) + 1] if p.tasks]

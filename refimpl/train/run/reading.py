@@ -3,7 +3,7 @@
     [model]         preset = "tiny" or config = "config.json", and any key of config.json that differs
     [data]          shards = "folder", or { "name of a phase" = "folder", ... }: the run ends with the last one named; tokenizer,
                     epochs; tasks = { "name of a task" = "file.jsonl", ... } for phases with tasks
-    [train]         seed, steps, micro_batch, memory, mesh, schedule
+    [train]         seed, steps, micro_batch, memory, mesh, schedule, init
     [checkpoints]   every, last, milestone
     [evaluation]    shards, every, sequences, batch
     [samples]       prompts, every, tokens, temperature
@@ -31,7 +31,7 @@ from refimpl.train.recipe.values import known_keys
 from .job import MEMORY, Checkpoints, Evaluation, Job, Log, Samples
 
 _DATA = ("shards", "tasks", "tokenizer", "epochs")
-_TRAIN = ("seed", "steps", "micro_batch", "memory", "mesh", "schedule")
+_TRAIN = ("seed", "steps", "micro_batch", "memory", "mesh", "schedule", "init")
 
 
 def load_job(path: str | Path) -> Job:
@@ -50,7 +50,7 @@ def read_job(d: Mapping[str, Any], folder: Path) -> Job:
     parts: dict[str, Any] = {"config": _model(tables["model"], folder)}
     parts |= _data(tables["data"], folder, run.phases)
     fed = _fed(run.phases, parts["shards"], parts["tasks"])
-    parts |= _train(tables["train"])
+    parts |= _train(tables["train"], folder)
     for name, kind in (("checkpoints", Checkpoints), ("evaluation", Evaluation), ("samples", Samples), ("log", Log)):
         if name in d:
             with where(f"in [{name}]"):
@@ -83,6 +83,9 @@ def _data(d: Mapping[str, Any], folder: Path, phases: Sequence[Phase]) -> dict[s
         require(isinstance(tasks, Mapping), f"tasks is {tasks!r}; expected a table, the name of a task = its file")
         first = phases[: _fed(phases, given, tasks)]
         names, known = [p.name for p in first if not p.tasks], {t.name for p in first for t in p.tasks}
+        if not first and phases[0].tasks:
+            wanted = ", ".join([f'{t.name} = "FILE.jsonl"' for t in phases[0].tasks])
+            raise SpecError(f"phase {phases[0].name!r} learns from samples, not from shards: tasks = {{ {wanted} }}")
         order = f"the phases are {[p.name for p in phases]}, in this order"
         require(first and sorted(given) == sorted(names), f"shards are for {list(given)}; {order}")
         require(set(tasks) == known, f"tasks has files for {sorted(tasks)}; these phases have {sorted(known)}")
@@ -100,12 +103,13 @@ def _fed(phases: Sequence[Phase], shards: Collection[str], tasks: Collection[str
     return [*has, False].index(False)
 
 
-def _train(d: Mapping[str, Any]) -> dict[str, Any]:
+def _train(d: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with where("in [train]"):
         known_keys(d, _TRAIN, "[train]")
         least = {"seed": 0, "steps": 1, "micro_batch": 1}
         found: dict[str, Any] = {key: _whole(d, key, n) for key, n in least.items() if key in d}
         found |= {key: _text(d, key) for key in ("mesh", "schedule") if key in d}
+        found |= {"init": folder / _text(d, "init")} if "init" in d else {}
         Mesh.parse(found["mesh"]) if "mesh" in found else None
         if "memory" in d:
             found["memory"] = d["memory"] if d["memory"] in MEMORY else _whole(d, "memory", 1)
