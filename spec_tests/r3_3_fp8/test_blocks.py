@@ -129,10 +129,10 @@ def test_every_code_times_any_scale_is_rounded_once(scale, rows):
     codes = np.resize(np.arange(256, dtype=np.uint8), (2 * rows + 1, 259))
     finite = np.where((codes & 127) == 127, 0, codes).astype(np.uint8)
     scales = np.full((3, 3), scale, np.float32)
-    for given, has_nan in ((finite, False), (codes, True), (np.where(codes == 255, 0, codes).astype(np.uint8), True)):
-        w = dequantize_blocks(given.view(E4M3), scales, (rows, 128))
+    for some, has_nan in ((finite, False), (codes, True), (np.where(codes == 255, 0, codes).astype(np.uint8), True)):
+        w = dequantize_blocks(some.view(E4M3), scales, (rows, 128))
         with np.errstate(under="ignore"):
-            expected = (VALUES[given] * float(np.float32(scale))).astype(np.float32)  # exact in float64
+            expected = (VALUES[some] * float(np.float32(scale))).astype(np.float32)  # exact in float64
         assert np.isnan(w).any() == has_nan
         np.testing.assert_array_equal(w.view(np.int32)[~np.isnan(w)], expected.view(np.int32)[~np.isnan(expected)])
 

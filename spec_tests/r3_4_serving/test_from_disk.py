@@ -88,8 +88,8 @@ def test_blocks_are_put_where_they_belong(case, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_a_part_of_every_head(case, monkeypatch, block):
-    """Catches the values' rows taken for the keys', a head in another's place, a matrix that is decoded whole for it: a block of one
-    number is one head."""
+    """Catches the values' rows taken for the keys', a head in another's place, a matrix decoded whole: a block of one number is
+    one head."""
     monkeypatch.setattr(by_rows, "BLOCK", block)
     name, heads = "model.layers.1.self_attn.kv_b_proj.weight", CONFIG.num_attention_heads
     whole = case[name].reshape(heads, -1, CONFIG.kv_lora_rank)
