@@ -262,13 +262,17 @@ def heads(m: Attention, query: Any, latent: Any, kr: Any, table: Any, mask: Any,
     """What every head does by itself, so also a part of them.  query (B, S, Q), latent (B, T, C), kr (B, T, Dr), table
     (2, B, S, Dr/2), mask (B, 1, S, T) -> o (B, S, H, Dv).
     """
-    c = m.config
-    w = m.q_proj.weight if c.q_lora_rank is None else m.q_b_proj.weight
-    queries = q(query, w, n_heads=c.num_attention_heads)
-    qr = q_rope(queries, table, interleaved=c.rope_interleave)
     absorbed = attend == "absorbed" or (attend == "auto" and query.shape[1] == 1)
     core = _absorbed if absorbed else _expanded
-    return core(m, queries, qr, latent, kr, mask)
+    return core(m, *queries_of(m, query, table), latent, kr, mask)
+
+
+def queries_of(m: Attention, query: Any, table: Any) -> tuple[Any, Any]:
+    """What every head asks.  query (B, S, Q), table (2, B, S, Dr/2) -> queries (B, S, H, Dn+Dr), their rotated part (B, S, H, Dr)."""
+    c = m.config
+    w = m.q_proj.weight if c.q_lora_rank is None else m.q_b_proj.weight
+    asked = q(query, w, n_heads=c.num_attention_heads)
+    return asked, q_rope(asked, table, interleaved=c.rope_interleave)
 
 
 def _expanded(m: Attention, queries: Any, qr: Any, latent: Any, kr: Any, mask: Any) -> Any:
