@@ -268,7 +268,7 @@ def heads(m: Attention, query: Any, latent: Any, kr: Any, table: Any, mask: Any,
 
 
 def queries_of(m: Attention, query: Any, table: Any) -> tuple[Any, Any]:
-    """What every head asks.  query (B, S, Q), table (2, B, S, Dr/2) -> queries (B, S, H, Dn+Dr), their rotated part (B, S, H, Dr)."""
+    """What every head asks.  query (B, S, Q), table (2, B, S, Dr/2) -> queries (B, S, H, Dn+Dr), rotated part (B, S, H, Dr)."""
     c = m.config
     w = m.q_proj.weight if c.q_lora_rank is None else m.q_b_proj.weight
     asked = q(query, w, n_heads=c.num_attention_heads)
