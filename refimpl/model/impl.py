@@ -297,6 +297,3 @@ class _Wanted:
 def _given(p: inspect.Parameter, given: Mapping[str, Any]) -> Any:
     require(p.name in given or p.default is not p.empty, f"argument {p.name!r} is missing")
     return given.get(p.name, p.default)
-
-
-__all__ = ["Impl", "KVState", "Taps", "introduce"]
