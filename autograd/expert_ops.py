@@ -4,12 +4,13 @@ results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
-from .nn_ops import once, product
+from .nn_ops import once, product, swiglu
 from .ops import Result
 from .tensor import Array, Vjp, primitive
 
@@ -102,3 +103,27 @@ def combine(rows: Array, ids: Array, weights: Array) -> Result:
         return dw.reshape(weights.shape)
 
     return y.reshape(*ids.shape[:-1], rows.shape[-1]), (vjp_rows, None, vjp_weights)
+
+
+def feed_forward(
+    x: Array, ids: Array, weights: Array, experts: Sequence[tuple[Array, Array, Array]], *, early: bool = False
+) -> Array:
+    """y[t] = sum_k weights[t, k] down_k(silu(gate_k x_t) up_k x_t), ascending expert id.  x (..., D), ids (..., K) all different,
+    weights (..., K), E triples gate (F, D), up (F, D), down (D, F) -> y (..., D).
+
+    The fused, faster form of `dispatch`, three `grouped_linear`, `swiglu` and `combine`, for arrays that nobody differentiates:
+    one expert at a time, whose rows stay in the processor's cache. The same bits. `early`: weights before `down`.
+    """
+    flat, k, rows = ids.reshape(-1), ids.shape[-1], x.reshape(-1, x.shape[-1])
+    order = np.argsort(flat, kind="stable")
+    sent, tokens, g = flat[order], order // k, weights.reshape(-1)[order][:, None]
+    y = np.zeros_like(rows)
+    cuts = [0, *(np.flatnonzero(sent[1:] != sent[:-1]) + 1).tolist(), len(sent)]
+    for a, b in pairwise(cuts):
+        gate, up, down = experts[sent[a]]
+        mine = tokens[a:b]
+        some = rows[mine]
+        act = swiglu(product(some, gate), product(some, up))
+        out = product(act * g[a:b], down) if early else product(act, down) * g[a:b]
+        y[mine] += out
+    return y.reshape(x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -231,11 +232,10 @@ def concat(parts: list[Any] | tuple[Any, ...], *, axis: int = -1) -> Any:
 @primitive
 def _concat(*parts: Array, axis: int) -> Result:
     """y = [x_1; x_2; ...]."""
-    sizes = [p.shape[axis] for p in parts]
-    ends = np.cumsum(sizes).tolist()
+    ends = [0, *accumulate(p.shape[axis] for p in parts)]
 
     def part(i: int) -> Vjp:
-        span = slice(ends[i] - sizes[i], ends[i])
+        span = slice(ends[i], ends[i + 1])
 
         def vjp(dy: Array) -> Array:
             where: list[Any] = [slice(None)] * dy.ndim

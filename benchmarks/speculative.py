@@ -96,15 +96,15 @@ class Told(Drafter):
         super().__init__(impl, how)
         self._right, self._rate, self._rng = right, rate, np.random.default_rng(0)
 
-    def propose(self, rows: Any, hidden: Any, tokens: Any, draft: Any) -> list[list[Draft]]:
+    def propose(self, rows: Any, hidden: Any, tokens: Any, draft: Any, most: int) -> list[list[Draft]]:
         """The drafts of one row that decodes greedily, as told."""
-        (drafts,) = super().propose(rows, hidden, tokens, draft)
+        (drafts,) = super().propose(rows, hidden, tokens, draft, most)
         coming = self._right[len(tokens[0]) :][: len(drafts)]
         told = [t if self._rng.random() < self._rate else (t + 1) % 256 for t in coming]
         return [[Draft(t, one_hot(t, len(d.q))) for t, d in zip(told, drafts, strict=False)]]
 
 
-def rates(length: int = 64) -> None:
+def rates(length: int = 128) -> None:
     """The speed-up of greedy decoding at set rates of acceptance; a step's cost is measured where all drafts stand."""
     impl, prompt = Impl().load(DEEP, init(DEEP, std=0.05)), list(range(PROMPT))
     request = [Request(prompt, Settings(temperature=0, max_tokens=length))]
@@ -124,7 +124,8 @@ def rates(length: int = 64) -> None:
             cost = cost or step  # of a run with drafts, in plain ones
             expected = expected_tokens(rate, depth)
             print(
-                f"| {depth} | {rate} | {tally.acceptance[0]:.2f} | {tally.tokens_per_step:.2f} | {expected:.2f} | {gain:.2f} "
+                f"| {depth} | {rate} | {', '.join(f'{a:.2f}' for a in tally.acceptance)} | {tally.tokens_per_step:.2f} "
+                f"| {expected:.2f} | {gain:.2f} "
                 f"| {expected / cost:.2f} |",
                 flush=True,
             )

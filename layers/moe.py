@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from refimpl.autograd import expert_ops, ops
 from refimpl.autograd.tensor import Array
@@ -12,7 +15,7 @@ from .common import linear
 from .config import Config
 from .module import Linear, Module
 from .router import MoEGate, Routing
-from .stage import stage
+from .stage import observed, stage
 
 
 def _swiglu(gate: Any, up: Any) -> Any:
@@ -121,6 +124,12 @@ class MoE(Module):
 
     def _routed(self, x: Any, r: Routing) -> Any:
         early = self.config.dialect.routing_weight_on == "activation"
+        if not observed():
+            matrices = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in self.experts]
+            if all(
+                isinstance(a, np.ndarray) for a in (x, r.weights, *chain(*matrices))
+            ):  # no gradients, nothing on disk
+                return expert_ops.feed_forward(x, r.ids, r.weights, matrices, early=early)
         sent = rows(x, r.ids, n_experts=len(self.experts))
         gate = moe_gate(sent, r.ids, *[e.gate_proj.weight for e in self.experts])
         up = moe_up(sent, r.ids, *[e.up_proj.weight for e in self.experts])

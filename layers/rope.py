@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ class RopeScaling:
         return mscale(self.factor, 1.0)
 
 
+@cache
 def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
     """theta^(-2i/Dr), slowed down by `factor` where a wavelength exceeds the original context -> (Dr/2,) float64.
 
@@ -87,7 +89,7 @@ def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
     i = np.arange(dim // 2, dtype=np.float64)
     freq = theta ** (-2 * i / dim)
     if yarn is None:
-        return freq
+        return _kept(freq)
 
     def corr(turns: float) -> float:
         length = yarn.original_max_position_embeddings
@@ -98,7 +100,13 @@ def inv_freq(dim: int, theta: float, yarn: RopeScaling | None) -> Array:
     if low == high:
         high += 0.001
     ramp = np.clip((i - low) / (high - low), 0, 1)
-    return freq / yarn.factor * ramp + freq * (1 - ramp)
+    return _kept(freq / yarn.factor * ramp + freq * (1 - ramp))
+
+
+def _kept(freq: Array) -> Array:
+    """The array, which every run shares from now on: read-only."""
+    freq.flags.writeable = False
+    return freq
 
 
 @stage(

@@ -66,7 +66,8 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], d
     raw = parse_json(text)
     metadata = raw.pop(METADATA, None)
     check_metadata(metadata := {} if metadata is None else metadata)
-    header = {name: _tensor_info(name, entry) for name, entry in raw.items()}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: a model of 90 thousand tensors has a few dozen
+    header = {name: _tensor_info(name, entry, shapes) for name, entry in raw.items()}
     _check_tiling(header, data_bytes)
     return header, metadata
 
@@ -103,7 +104,7 @@ def _no_constant(token: str) -> None:
     raise SpecError(f"{token} is not JSON")
 
 
-def _tensor_info(name: str, entry: Any) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorInfo:
     check_name(name)
     ok = isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}
     require(ok, f"tensor {name!r}: expected an object with dtype, shape and data_offsets")
@@ -128,7 +129,8 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
         nbytes == span,
         f"tensor {name!r}: {dtype} {shape} has {nbytes} bytes, data_offsets span {span}",
     )
-    return TensorInfo(sys.intern(dtype), tuple(shape), offsets[0], offsets[1])
+    same = shapes.setdefault(tuple(shape), tuple(shape))
+    return TensorInfo(sys.intern(dtype), same, offsets[0], offsets[1])
 
 
 def _naturals(values: Any) -> bool:

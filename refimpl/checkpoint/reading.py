@@ -15,6 +15,7 @@ import numpy as np
 
 from refimpl.autograd.errors import SpecError, require, where
 
+from .buffers import Buffers
 from .header import DTYPES
 from .mapping import Checkpoint
 from .safetensors import Array
@@ -40,7 +41,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.bytes_read = checkpoint, 0
-        self._lock = threading.Lock()
+        self._lock, self._buffers = threading.Lock(), Buffers()
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows [start, stop) as stored; of FP8 codes from the beginning of their first block on.
@@ -69,7 +70,7 @@ class Reader:
 
     def _piece(self, piece: Piece, dtype: str, start: int, stop: int) -> Array:
         begin, shape = piece.extent(start, stop)
-        out = np.empty(shape, DTYPES[dtype])
+        out = self._buffers.new(shape, DTYPES[dtype])
         with where(f"in {piece.file.path}"), self._lock:
             try:
                 with piece.file.path.open("rb", buffering=0) as f:

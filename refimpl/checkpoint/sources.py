@@ -86,13 +86,14 @@ def same_bits(a: Array, b: Array, chunk: int = 1 << 24) -> bool:
 
 def hf_sources(files: Iterable[SafetensorsFile]) -> Iterator[tuple[str, Source]]:
     """Canonical names, each once; fused experts come apart into views."""
-    owner: dict[str, str] = {}
+    owner: dict[str, Source] = {}
     for f in files:
         for key, info in f.header.items():
             for name, source in _unfuse(f, key) or [(key, Source(info.dtype, info.shape, (Piece(f, key),)))]:
-                first = owner.setdefault(name, f"{key} of {f.path.name}")
-                here = f"{key} of {f.path.name}"
-                require(first == here, f"tensor {name!r} is found twice: {first} and {here}")
+                first = owner.setdefault(name, source).pieces[0]
+                if first is not source.pieces[0]:
+                    there = f"{first.key} of {first.file.path.name}"
+                    raise SpecError(f"tensor {name!r} is found twice: {there} and {key} of {f.path.name}")
                 yield name, source
 
 

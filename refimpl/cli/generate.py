@@ -16,7 +16,7 @@ from .common import Commands, gib
 
 if TYPE_CHECKING:
     from refimpl.checkpoint import Checkpoint
-    from refimpl.infer import Completion, Request, Speculation, Tally, Token, Tokenizer
+    from refimpl.infer import Beam, Completion, Request, Speculation, Tally, Token, Tokenizer
     from refimpl.model import Impl
 
 EXAMPLES = """examples:
@@ -240,17 +240,32 @@ def _whole(prompt: int, c: Completion, top: list[Any]) -> dict[str, Any]:
 
 
 def _beams(args: argparse.Namespace, impl: Impl, requests: list[Request], tokenizer: Tokenizer | None) -> int:
-    from refimpl.infer import beam_search
+    from refimpl.infer import search_beams
 
     for i, r in enumerate(requests):
-        _watch(f"searching with {args.beams} beams")
-        found = beam_search(impl, r.prompt, beams=args.beams, max_tokens=args.max_tokens, eos=r.settings.eos)
-        _watch("")
-        for beam in found if args.json else found[:1]:
-            text = tokenizer.decode(beam.tokens) if tokenizer else ""
-            whole = {"prompt": i, "tokens": beam.tokens, "logprob": beam.logprob, "score": beam.score, "text": text}
-            print(json.dumps(whole) if args.json else text if tokenizer else _joined(list(beam.tokens)))
+        found: list[Beam] = []
+        n = 0
+        _watch(f"reading the prompt of {args.beams} beams")
+        try:
+            search = search_beams(impl, r.prompt, beams=args.beams, max_tokens=args.max_tokens, eos=r.settings.eos)
+            for n, found in enumerate(search, 1):
+                _watch(f"{len(found)} beams, {n} of at most {args.max_tokens} tokens")
+        except KeyboardInterrupt:
+            _watch("")
+            print(f"prompt {i}: interrupted after {n} tokens; the best beams so far", file=sys.stderr)
+            raise
+        finally:
+            _watch("")
+            _show_beams(args, i, found, tokenizer)
     return 0
+
+
+def _show_beams(args: argparse.Namespace, prompt: int, found: list[Beam], tokenizer: Tokenizer | None) -> None:
+    """The best one, or with --json all."""
+    for beam in found if args.json else found[:1]:
+        text = tokenizer.decode(beam.tokens) if tokenizer else ""
+        whole = {"prompt": prompt, "tokens": beam.tokens, "logprob": beam.logprob, "score": beam.score, "text": text}
+        print(json.dumps(whole) if args.json else text if tokenizer else _joined(list(beam.tokens)))
 
 
 def _joined(ids: list[int]) -> str:

@@ -1,6 +1,6 @@
 """Inference: samplers as distributions, generation with the latent cache, drafts by MTP and their verification."""
 
-from .beam import Beam, beam_search
+from .beam import Beam, beam_search, search_beams
 from .drafter import Speculation
 from .draws import Draw, by_inverse, by_race, seeded
 from .row import Token
@@ -26,6 +26,7 @@ __all__ = [
     "expected_tokens",
     "generate",
     "greedy",
+    "search_beams",
     "seeded",
     "stream",
 ]

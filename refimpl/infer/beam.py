@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,21 @@ def beam_search(
     eos: tuple[int, ...] = (),
     length_penalty: float = 1.0,
 ) -> list[Beam]:
-    """The `beams` best continuations found, best first. With as many beams as there are beginnings it is exhaustive.
+    """The `beams` best continuations found, best first: the last that `search_beams` gives."""
+    *_, found = search_beams(impl, prompt, beams=beams, max_tokens=max_tokens, eos=eos, length_penalty=length_penalty)
+    return found
+
+
+def search_beams(
+    impl: Impl,
+    prompt: Sequence[int],
+    *,
+    beams: int,
+    max_tokens: int,
+    eos: tuple[int, ...] = (),
+    length_penalty: float = 1.0,
+) -> Iterator[list[Beam]]:
+    """The `beams` best continuations after each token, best first. With as many beams as there are beginnings it is exhaustive.
 
     Of all one-token continuations of the running beams the likeliest are taken (ties: earlier beam, lower id), until there are
     `beams` that go on; those among the first `beams` that end with `eos` are done. It stops when nothing that runs can come
@@ -51,12 +65,12 @@ def beam_search(
         parents, running = _extend(running, last, beams, eos, length_penalty, done)
         done = _best(done, beams)
         furthest = limit if length_penalty > 0 else length + 1
+        yield _best(done + running, beams)
         hopeless = [b for b in running if len(done) == beams and b.logprob / furthest**length_penalty <= done[-1].score]
         if not running or length == limit or len(hopeless) == len(running):
             break
         state["kv"] = state["kv"].kept(np.array(parents), np.full(len(parents), len(state["kv"])))
         last = impl.advance([[b.tokens[-1]] for b in running], state).logits[:, -1]
-    return _best(done + running, beams)
 
 
 def _extend(

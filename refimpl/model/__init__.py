@@ -2,6 +2,7 @@
 
 from .by_rows import Streamed
 from .causal_lm import ForCausalLM, Model, Output, expected_tensors
+from .identity import identity
 from .impl import Impl, KVState, Taps, introduce
 from .inputs import Cache, Inputs, read_inputs
 from .weights import effective
@@ -18,6 +19,7 @@ __all__ = [
     "Taps",
     "effective",
     "expected_tensors",
+    "identity",
     "introduce",
     "read_inputs",
 ]

@@ -7,7 +7,7 @@ it is in the processor's cache, which costs less than decoding the whole first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -34,7 +34,7 @@ class Streamed:
     weights: Source
     name: str
     plan: Plan
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (F, D)
     ndim: ClassVar[int] = 2
     __array_ufunc__: ClassVar[None] = None  # x @ w.T asks the transpose below
 
@@ -62,9 +62,9 @@ class Streamed:
         return whole
 
     def reshape(self, heads: int, _: int, width: int) -> Any:
-        """Its rows by heads, (H, F/H, D), of which only a part is decoded: `[:, rows]`."""
+        """Its rows by heads, (H, F/H, D), of which `[:, rows]` may be multiplied by."""
         assert width == self.shape[1]
-        return _ByHeads(self, heads)
+        return _ByHeads(self, heads, slice(None))
 
     def __getitem__(self, ids: Array) -> Array:
         """Rows by their numbers.  ids (*) -> (*, D)."""
@@ -80,21 +80,45 @@ def rows_of_a_block(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _ByHeads:
+    """Some rows of every head, (H, R, D), or turned, (H, D, R): decoded where they are multiplied by, a few heads at a time."""
+
     of: Streamed
     heads: int
+    rows: slice
+    turned: bool = False
 
-    def __getitem__(self, part: tuple[slice, slice]) -> Array:
-        """Some rows of every head, as many heads at a time as a block holds.  -> (H, R, D)."""
-        w, (all_heads, rows) = self.of, part
-        assert all_heads == slice(None)
-        each, width = w.shape[0] // self.heads, w.shape[1]
-        out = np.empty((self.heads, len(range(each)[rows]), width), w.dtype)
-        step = max(BLOCK // (each * width), 1)
+    def __getitem__(self, part: tuple[slice, slice]) -> _ByHeads:
+        every, rows = part
+        assert every == self.rows == slice(None)
+        return replace(self, rows=rows)
+
+    def swapaxes(self, _: int, __: int) -> _ByHeads:
+        """The last two axes exchanged."""
+        return replace(self, turned=not self.turned)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, width = len(range(self.of.shape[0] // self.heads)[self.rows]), self.of.shape[1]
+        return (self.heads, width, rows) if self.turned else (self.heads, rows, width)
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """(which heads, their values), a block after the other."""
+        w, each = self.of, self.of.shape[0] // self.heads
+        step = max(BLOCK // (each * w.shape[1]), 1)
         for a in range(0, self.heads, step):
             b = min(a + step, self.heads)
-            values = w.weights.read(w.name, w.plan, a * each, b * each)
-            out[a:b] = values.reshape(b - a, each, width)[:, rows]
-        return out
+            values = w.weights.read(w.name, w.plan, a * each, b * each).reshape(b - a, each, -1)[:, self.rows]
+            yield slice(a, b), values.swapaxes(1, 2) if self.turned else values
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, out: tuple[Array, ...] = (), **more: Any) -> Any:
+        """x @ w, head by head.  x (H, N, R), or (H, N, D) if turned -> (H, N, *)."""
+        if ufunc is not np.matmul or method != "__call__" or args[1] is not self or out or more:
+            return NotImplemented
+        x = args[0]
+        y = np.empty((*x.shape[:2], self.shape[2]), np.result_type(x, self.of.dtype))
+        for heads, values in self.blocks():
+            np.matmul(x[heads], values, out=y[heads])
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +126,7 @@ class _Transposed:
     of: Streamed
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.of.shape[::-1]
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, out: tuple[Array, ...] = (), **more: Any) -> Any:

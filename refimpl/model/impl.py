@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from refimpl.layers.stage import STAGES, Recorder, observing, tap_matches
 
 from . import packed_cache
 from .causal_lm import ForCausalLM, Output
+from .identity import identity
 from .inputs import Cache, Inputs
 from .weights import effective
 
@@ -148,7 +150,7 @@ class Impl:
         return observing(*([] if self.plan.name in ("float32", "float64") else [self.plan]))
 
     def _remember(self, state: KVState, cache: Cache) -> None:
-        before = state.get("kv")
+        before, cache = state.get("kv"), replace(cache, model=identity(self.model))
         state["kv"] = packed_cache.pack(cache, before, self.kv_format) if self.kv_format else cache
 
     def step(self, token: Any, cache: KVState, taps: Iterable[str] = ()) -> Taps:
@@ -217,7 +219,7 @@ class Impl:
         else:
             require(kept is None or self.kv_format is None, "the cache is not packed, but kv_format is set")
         if kept is not None:
-            kept.check(self.model.config)
+            kept.check(self.model.config, identity(self.model))
         return kept
 
     def _array(self, a: Any) -> Any:
@@ -295,6 +297,3 @@ class _Wanted:
 def _given(p: inspect.Parameter, given: Mapping[str, Any]) -> Any:
     require(p.name in given or p.default is not p.empty, f"argument {p.name!r} is missing")
     return given.get(p.name, p.default)
-
-
-__all__ = ["Impl", "KVState", "Taps", "introduce"]

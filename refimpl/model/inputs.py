@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,15 @@ from refimpl.layers.mla import KV
 
 @dataclass(frozen=True)
 class Cache:
-    """What decoding remembers: per layer c_kv (B, T, C) and k_rope (B, T, Dr); positions, valid, documents (B, T)."""
+    """What decoding remembers: per layer c_kv (B, T, C) and k_rope (B, T, Dr); positions, valid, documents (B, T). `model`: whose
+    it is (`identity`), if that is known.
+    """
 
     layers: tuple[KV, ...]
     positions: Array
     valid: Array | None = None
     documents: Array | None = None
+    model: str = ""
 
     def __len__(self) -> int:
         return int(self.positions.shape[1])
@@ -39,7 +42,8 @@ class Cache:
             return self
         layers = tuple([(c[rows[:, None], columns], k[rows[:, None], columns]) for c, k in self.layers])
         documents = None if self.documents is None else self.documents[rows[:, None], columns]
-        return Cache(layers, self.positions[rows[:, None], columns], valid, documents)
+        positions = self.positions[rows[:, None], columns]
+        return replace(self, layers=layers, positions=positions, valid=valid, documents=documents)
 
     def selection(self, rows: Array, counts: Array) -> tuple[Array | None, Array | None]:
         """Columns (R, T) of each row's first `counts` tokens, which of them are tokens (None: all). (None, _): all as it is."""
@@ -54,8 +58,8 @@ class Cache:
         valid = (np.arange(longest) < counts[:, None]).astype(np.int64)
         return columns, None if valid.all() else valid
 
-    def check(self, c: Config) -> None:
-        """SpecError unless a model of this config could have filled the cache."""
+    def check(self, c: Config, model: str) -> None:
+        """SpecError unless a model of this config could have filled the cache, and `model` did, if it says who did."""
         require(
             len(self.layers) == c.num_hidden_layers,
             f"the cache has {len(self.layers)} layers, the model {c.num_hidden_layers}: it is another model's",
@@ -64,6 +68,10 @@ class Cache:
             found = tuple([int(a.shape[-1]) for a in pair])
             expected = (c.kv_lora_rank, c.qk_rope_head_dim)
             require(found == expected, f"the cache of layer {i} holds {found} numbers a token, the model {expected}")
+        require(
+            self.model in ("", model),
+            f"the cache is another model's, of the same shape: {self.model} filled it, this one is {model}",
+        )
 
 
 @dataclass(frozen=True)

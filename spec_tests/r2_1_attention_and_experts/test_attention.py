@@ -129,6 +129,19 @@ def test_attention_is_scaled_as_the_config_says():
 # ---- Absorbed = expanded
 
 
+@pytest.mark.parametrize("queries", [1, 2, 50])
+def test_absorbed_scores_are_one_sum_a_pair(queries):
+    """Catches operands turned around without their axes, for few rows (queries x heads) and for many; a row of another text."""
+    heads, keys = 3, 7
+    q, qr = normal(2, queries, heads, 5), normal(2, queries, heads, 4, seed=1)
+    c, kr, mask = normal(2, keys, 5, seed=2), normal(2, keys, 4, seed=3), normal(2, 1, queries, keys, seed=4)
+    s = mla.scores_absorbed(q, qr, c, kr, mask, scale=0.3)
+    assert s.shape == (2, heads, queries, keys)
+    for n, h, i, t in np.ndindex(s.shape):
+        expected = 0.3 * (sum(q[n, i, h] * c[n, t]) + sum(qr[n, i, h] * kr[n, t])) + mask[n, 0, i, t]
+        assert abs(s[n, h, i, t] - expected) < 1e-12
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absorbed_attention_is_the_expanded_one(variant):
     """Catches W_UK and W_UV mixed up, heads regrouped, the scale lost. Values and the gradient of

@@ -7,6 +7,7 @@ import pytest
 
 from refimpl.autograd import Parameter, Tensor, backward, expert_ops, nn_ops
 from refimpl.layers import Dialect, moe
+from refimpl.layers.stage import observing
 from refimpl.spec_tests.cases.small_models import CLOSE, SMALL, small
 
 
@@ -49,6 +50,26 @@ def test_moe_is_the_loop_over_tokens(shared, weight_on):
     x = normal(2, 7, SMALL.hidden_size)
     y, routing = mlp(x)
     np.testing.assert_allclose(y, per_token(mlp, x, routing), **CLOSE)
+
+
+@pytest.mark.parametrize("weight_on", ["output", "activation"])
+@pytest.mark.parametrize("tokens", [1, 3, 400])
+def test_the_fused_experts_are_the_stages_bit_for_bit(weight_on, tokens):
+    """Catches an expert left out or run twice, the weight in the wrong place, a sum in another order: nobody observes the first
+    run, the second is made stage by stage."""
+    mlp = block(dialect=Dialect(routing_weight_on=weight_on)).map(lambda _, w: w.astype(np.float32))
+    x = normal(1, tokens, SMALL.hidden_size).astype(np.float32)
+    seen = []
+
+    def look(stage, run, *args, **static):
+        seen.append(stage.name)
+        return run(*args, **static)
+
+    fused, _ = mlp(x)
+    with observing(look):
+        stages, _ = mlp(x)
+    assert "moe.down" in seen
+    np.testing.assert_array_equal(fused, stages)
 
 
 def test_dense_mlp_is_silu_of_gate_times_up():

@@ -22,6 +22,14 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+def test_the_frequencies_that_runs_share_cannot_be_written_to():
+    """Catches a caller that scales the remembered array in place, and so every later run's positions."""
+    for yarn in (None, V3):
+        assert inv_freq(8, 100.0, yarn) is inv_freq(8, 100.0, yarn)
+        with pytest.raises(ValueError, match="read-only"):
+            inv_freq(8, 100.0, yarn)[0] = 1
+
+
 # ---- Constants of the released models, computed by hand in float64 from R 4.3
 
 

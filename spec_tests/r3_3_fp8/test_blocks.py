@@ -121,6 +121,22 @@ def test_e5m2_and_power_of_two_scales_are_understood():
         dequantize_blocks(codes, np.array([[1e34]]))
 
 
+@pytest.mark.parametrize("scale", [2.0**-149, 1.1754943e-38, 3e-38, 1.3e-4, 1.0, 127.9, 128.0, 128.1, 7e35])
+@pytest.mark.parametrize("rows", [7, 8, 9])
+def test_every_code_times_any_scale_is_rounded_once(scale, rows):
+    """Catches: subnormal codes or products flushed to 0 or rounded twice, a sign in the wrong bit, -0 lost, an exponent pushed to
+    infinity, NaN codes read as 480, a ragged tile: moved bits (from 8 rows a tile on) and the table agree with the definition."""
+    codes = np.resize(np.arange(256, dtype=np.uint8), (2 * rows + 1, 259))
+    finite = np.where((codes & 127) == 127, 0, codes).astype(np.uint8)
+    scales = np.full((3, 3), scale, np.float32)
+    for some, has_nan in ((finite, False), (codes, True), (np.where(codes == 255, 0, codes).astype(np.uint8), True)):
+        w = dequantize_blocks(some.view(E4M3), scales, (rows, 128))
+        with np.errstate(under="ignore"):
+            expected = (VALUES[some] * float(np.float32(scale))).astype(np.float32)  # exact in float64
+        assert np.isnan(w).any() == has_nan
+        np.testing.assert_array_equal(w.view(np.int32)[~np.isnan(w)], expected.view(np.int32)[~np.isnan(expected)])
+
+
 def test_memory_beside_the_result_is_a_row_of_blocks():
     """Catches: a float64 or repeated-scale copy of the whole matrix."""
     codes = np.ones((4096, 1024), E4M3)

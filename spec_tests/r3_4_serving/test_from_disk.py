@@ -88,13 +88,21 @@ def test_blocks_are_put_where_they_belong(case, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_a_part_of_every_head(case, monkeypatch, block):
-    """Catches the values' rows taken for the keys', and a head in another's place."""
+    """Catches the values' rows taken for the keys', a head in another's place, a matrix decoded whole: a block of one number is
+    one head."""
     monkeypatch.setattr(by_rows, "BLOCK", block)
     name, heads = "model.layers.1.self_attn.kv_b_proj.weight", CONFIG.num_attention_heads
     whole = case[name].reshape(heads, -1, CONFIG.kv_lora_rank)
     w = DiskWeights(case, FLOAT32)[name].reshape(heads, -1, CONFIG.kv_lora_rank)
+    read, asked = DiskWeights.read, []
+    monkeypatch.setattr(DiskWeights, "read", lambda self, *a: asked.append(a[3] - a[2]) or read(self, *a))
+    rng = np.random.default_rng(0)
     for rows in (slice(None, CONFIG.qk_nope_head_dim), slice(-CONFIG.v_head_dim, None)):
-        np.testing.assert_array_equal(w[:, rows], whole[:, rows])
+        x = rng.standard_normal((heads, 2, len(range(whole.shape[1])[rows])), np.float32)
+        np.testing.assert_array_equal(x @ w[:, rows], x @ whole[:, rows])
+        x = rng.standard_normal((heads, 2, CONFIG.kv_lora_rank), np.float32)
+        np.testing.assert_array_equal(x @ w[:, rows].swapaxes(1, 2), x @ whole[:, rows].swapaxes(1, 2))
+    assert sum(asked) == 4 * heads * whole.shape[1] and (block > 1 or set(asked) == {whole.shape[1]})
 
 
 def test_only_what_is_needed_is_read_and_once(case, monkeypatch):

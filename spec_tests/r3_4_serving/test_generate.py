@@ -9,6 +9,7 @@ import pytest
 from refimpl import Impl, SpecError
 from refimpl.infer import Request, Settings, Speculation, generate, stream
 from refimpl.infer.text import TextStream
+from refimpl.layers import Dialect
 from refimpl.model import Cache
 from refimpl.spec_tests.cases.generation import CLOSE, PROMPTS, impl, requests
 
@@ -226,6 +227,32 @@ def test_a_cache_of_another_model_is_refused(changes, says):
     for go_on in (lambda: impl(0).step([1], state), lambda: impl(0).advance([[1]], state)):
         with pytest.raises(SpecError, match=says):
             go_on()
+
+
+@pytest.mark.parametrize("kv_format", [None, "fp8"])
+def test_a_cache_of_a_model_of_equal_shape_is_refused(kv_format):
+    """Catches latents of other weights, or of another dialect, read as one's own; also after a roll-back. The same weights loaded
+    again, in another precision too, are the same model."""
+    models = [impl(0, seed=seed).model for seed in (0, 1)]
+    first, other = ({n: w for n, w in m.named_weights() if hasattr(w, "dtype")} for m in models)
+    config = models[0].config
+    near = first | {"model.norm.weight": first["model.norm.weight"] * 1.5}
+    state = {}
+    Impl(kv_format=kv_format).load(config, first).forward([[1, 2, 3]], cache=state)
+    state["kv"] = state["kv"].kept(np.array([0]), np.array([2]))
+    for c, weights in (
+        (config, other),
+        (config, near),
+        (config.replace(dialect=Dialect(latent_norm_eps=None)), first),
+    ):
+        stranger = Impl(kv_format=kv_format).load(c, weights)
+        for go_on in (stranger.step, stranger.forward, stranger.advance):
+            with pytest.raises(SpecError, match="another model's, of the same shape"):
+                go_on([[1]], cache=state)
+    assert len(state["kv"]) == 2
+    for precision in ("float32", "float64"):
+        again = Impl(precision=precision, kv_format=kv_format).load(config, {n: w.copy() for n, w in first.items()})
+        again.step([1], dict(state))
 
 
 def test_generation_computes_under_the_precision_plan():

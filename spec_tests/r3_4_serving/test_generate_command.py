@@ -93,6 +93,25 @@ def test_beams(capsys, tiny):
     assert code == 0 and [json.loads(line)["tokens"] for line in out.splitlines()] == [list(b.tokens) for b in found]
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_best_beams_before_an_interruption_are_printed(capsys, tiny, monkeypatch, form):
+    """Catches a long search that is lost at Ctrl-C: the beams of the tokens so far, and a word that the search was cut short."""
+    advance, runs = Impl.advance, []
+
+    def interrupted(self, *args, **how):
+        runs.append(0)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return advance(self, *args, **how)
+
+    monkeypatch.setattr(Impl, "advance", interrupted)
+    code, out, err = run(capsys, TINY, "--tokens", IDS, "--max-tokens", 9, "--beams", 3, *form)
+    monkeypatch.undo()
+    found = [list(b.tokens) for b in beam_search(tiny, PROMPT, beams=3, max_tokens=3)]
+    lines = [json.loads(line)["tokens"] if form else [int(t) for t in line.split()] for line in out.splitlines()]
+    assert (code, lines) == (130, found if form else found[:1]) and "interrupted after 3 tokens" in err
+
+
 def test_what_came_before_an_interruption_is_printed(capsys, tiny, monkeypatch):
     """Catches Ctrl-C that loses a long run: the tokens so far are on standard output, the exit code is that of an interruption."""
     advance, runs = Impl.advance, []

@@ -7,6 +7,7 @@ import pytest
 
 from refimpl.autograd.errors import SpecError
 from refimpl.checkpoint import Rows
+from refimpl.checkpoint.buffers import LARGE, Buffers
 from refimpl.infer.from_disk import Hot, Shelf
 
 
@@ -133,3 +134,27 @@ def test_what_comes_out_of_turn_is_read_at_once():
     with Shelf(lambda key: rows_of(10), Hot(0), ahead=1) as shelf:
         shelf.begin([("a", 0), ("b", 0)])
         assert shelf.get(("z", 0)).nbytes == 10
+
+
+def test_memory_of_what_was_dropped_serves_the_next_of_its_size_and_no_one_else():
+    """Catches chunks that are overwritten while a part of them is in use, memory held for every size that ever came, and none that
+    is used again: then each chunk's pages are taken and cleared anew."""
+    buffers = Buffers()
+
+    def place(a):
+        return a.__array_interface__["data"][0]
+
+    first = buffers.new((4, LARGE), np.dtype(np.uint8))
+    part, at = first[2:], place(first)
+    part[:] = 7
+    del first
+    second = buffers.new((4, LARGE), np.dtype(np.uint8))
+    second[:] = 1
+    assert (part == 7).all() and place(second) != at
+    del part
+    third = buffers.new((LARGE,), np.dtype(np.float32))  # as many bytes
+    assert place(third) == at
+    del second, third
+    assert len(buffers._free) == 1
+    other = buffers.new((5, LARGE), np.dtype(np.uint8))
+    assert not buffers._free and other.shape == (5, LARGE)

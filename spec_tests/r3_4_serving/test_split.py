@@ -281,6 +281,17 @@ def test_what_cannot_be_served_is_refused(how, more, complaint):
         served(Deployment(**how), **more)
 
 
+def test_ranks_with_different_models_do_not_hand_latents_over():
+    """Catches a decode unit that reads another checkpoint's latents: shapes and configs agree, weights do not."""
+    other = MODEL.map(lambda name, w: w * 2 if name == "model.norm.weight" else w)
+
+    def rank(comm):
+        return serve(comm, (MODEL, other)[comm.rank], prompts(), TOKENS, Deployment(tp=1, decode=1))
+
+    with pytest.raises(SpecError, match="unit of model"):
+        spmd(2, rank)
+
+
 def test_deployments_that_cannot_be_are_refused():
     """Catches a run with other ranks than were planned, a format nobody knows, and a prompt of which tokens are missing."""
     rows = [np.zeros((n, 17)) for n in (2, 2, 2, 2)]

@@ -19,6 +19,7 @@ from refimpl.layers.numerics.formats import BF16, E4M3, UE8M0, Format
 from refimpl.layers.numerics.formats.codec import Overflow, as_codes, check_values, decode, encode
 from refimpl.layers.numerics.formats.rounding import to_bf16, to_fp32
 
+from .by_bits import reaches, times_scales
 from .scales import PowerOfTwo, encode_scales, round_up_to_power_of_two
 from .tiles import Tile, as_rows, as_tile, check_tiled, chunks, grid, per_tile, refuse_tiles, tile_amax
 
@@ -114,8 +115,11 @@ class Quantized:
 
     def dequantize(self, *, bf16: bool = False) -> Array:
         """RN_f32(code * scale), then bfloat16 if asked (`weight_dequant` of kernel.py stores that).  -> (M, K)"""
-        x, s = _matrices(decode(self.codes, self.fmt), self.scales, self.tile)
-        y = per_tile(np.multiply, x, s, self.tile, out=x).reshape(self.shape)
+        if reaches(self.codes, self.scales, self.tile, self.fmt):
+            y = times_scales(self.codes, self.scales, self.tile)
+        else:
+            x, s = _matrices(decode(self.codes, self.fmt), self.scales, self.tile)
+            y = per_tile(np.multiply, x, s, self.tile, out=x).reshape(self.shape)
         return to_bf16(y) if bf16 else y
 
     def requantize(self, tile: int | Tile, dialect: str | Dialect = V3, fmt: Format | None = None) -> Quantized:

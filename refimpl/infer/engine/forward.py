@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.block import DecoderLayer
-from refimpl.layers.common import attn_norm, embed, ffn_norm, final_norm, logits, mask, resid, resid_mid
+from refimpl.layers.common import embed, final_norm, logits, mask
 from refimpl.layers.mla import (
     Attention,
     attn_out,
@@ -22,9 +22,8 @@ from refimpl.layers.mla import (
     ctx_latent,
     latents,
     probs,
-    q,
     q_absorbed,
-    q_rope,
+    queries_of,
     scores_absorbed,
 )
 from refimpl.layers.rope import rope_tables
@@ -80,34 +79,22 @@ def forward(model: ForCausalLM, pieces: Sequence[Piece], pages: Pages, *, singly
         table = rope_tables(positions, dim=c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn, dtype=model.dtype)
         for i in range(c.num_hidden_layers):
             with unit(f"L{i}"):
-                x = _layer(model.model.layers[i], x, table, new, sides, pages, i, singly)
+                layer = model.model.layers[i]
+                attention = partial(_attention, layer.self_attn, table, new, sides, pages, i, singly)
+                x, _, _ = layer.around(x, attention)
         asked = [np.arange(e - len(p.tokens) if p.every else e - 1, e) for p, e in zip(pieces, ends, strict=True)]
         h = final_norm(x[:, np.concatenate(asked)], model.model.norm.weight, eps=c.rms_norm_eps)
         return np.asarray(logits(h, model.head)[0])
 
 
-def _layer(
-    m: DecoderLayer, x: Array, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
-) -> Array:
-    """A decoder layer, as `block.DecoderLayer` with the cache elsewhere.  x (1, N, D) -> (1, N, D)."""
-    eps = m.config.rms_norm_eps
-    a = _attention(m.self_attn, attn_norm(x, m.input_layernorm.weight, eps=eps), table, new, sides, pages, i, singly)
-    x = resid_mid(x, a)
-    y, _ = m.mlp(ffn_norm(x, m.post_attention_layernorm.weight, eps=eps))
-    return np.asarray(resid(x, y))
-
-
 def _attention(
-    m: Attention, x: Array, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool
-) -> Array:
-    """Multi-head latent attention, absorbed, as `mla.Attention`.  x (1, N, D), table (2, 1, N, Dr/2) -> (1, N, D)."""
-    c = m.config
+    m: Attention, table: Array, new: Array, sides: Sequence[_Side], pages: Pages, i: int, singly: bool, x: Array
+) -> tuple[Array, None]:
+    """As `mla.Attention`, with the cache elsewhere.  x (1, N, D), table (2, 1, N, Dr/2) -> (1, N, D)."""
     query, latent, kr = latents(m, x, table)
     pages.write(i, new, latent[0], kr[0])
-    queries = q(query, (m.q_proj if c.q_lora_rank is None else m.q_b_proj).weight, n_heads=c.num_attention_heads)
-    qr = q_rope(queries, table, interleaved=c.rope_interleave)  # (1, N, H, Dr)
-    heads = (_stages if observed() else _blockwise)(m, queries, qr, sides, pages, i, singly)
-    return np.asarray(attn_out(heads, m.o_proj.weight, m.o_proj.bias))
+    heads = (_stages if observed() else _blockwise)(m, *queries_of(m, query, table), sides, pages, i, singly)
+    return np.asarray(attn_out(heads, m.o_proj.weight, m.o_proj.bias)), None
 
 
 def _blockwise(

@@ -102,7 +102,7 @@ class DiskWeights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         shape = self.checkpoint.shape(name)
         if len(shape) == 2:
-            return Streamed(self, name, self.plan, (shape[0], shape[1]))
+            return Streamed(self, name, self.plan, shape)
         return self.reader.rows(name, 0, shape[0]).codes if len(shape) == 1 else self.checkpoint[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -155,7 +155,8 @@ def _turn(name: str) -> tuple[float, int]:
 
 def _refuse_nan(codes: Array) -> None:
     """SpecError for codes that are NaN, of which E4M3 has two, 0x7f and 0xff, and E5M2 more, beside infinities."""
-    size, first = codes.view(np.uint8) & 0x7F, 0x7F if codes.dtype.name == "float8_e4m3fn" else 0x7C
-    if size.max(initial=0) >= first:
+    first = 0x7F if codes.dtype.name == "float8_e4m3fn" else 0x7C
+    if codes.view(np.int8).max(initial=0) >= first or codes.view(np.uint8).max(initial=0) >= 0x80 + first:
+        size = codes.view(np.uint8) & 0x7F
         bad = np.argwhere(size >= first)
         raise SpecError(f"{len(bad)} codes are NaN or infinite, the first at {bad[0].tolist()}")

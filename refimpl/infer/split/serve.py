@@ -14,7 +14,7 @@ import numpy as np
 
 from refimpl.autograd import Array
 from refimpl.autograd.errors import require, where
-from refimpl.model import ForCausalLM
+from refimpl.model import ForCausalLM, identity
 from refimpl.parallel_emulation.comm import Comm
 
 from .decode import Answer, Decode
@@ -53,7 +53,9 @@ def serve(
     size = per_round or len(tokens)
     rounds = [range(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
     reads = world.rank < how.prefill
-    unit = world.split(int(not reads), world.rank, "unit")
+    unit = world.split(
+        int(not reads), world.rank, f"unit of model {identity(model)}"
+    )  # latents mean nothing to another
     found = Served()
     if reads:
         prefill = Prefill(unit, model, how)
