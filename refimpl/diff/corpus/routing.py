@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.layers.router import top_k
 
-from .mutant import Mutant, scaled, setting, stage, threads
+from .mutant import Best, Mutant, scaled, setting, stage, threads
 
 _WEIGHTS, _IDS, _BIAS = "router.weights", "router.ids", "w:mlp.gate.e_score_correction_bias"
 
@@ -53,9 +54,9 @@ def _shifted_ids(s: Array, ids: Array, **static: Any) -> Array:
     return np.roll(stage(_WEIGHTS)(s, ids, **static), 1, axis=-1)
 
 
-def _over_all(s: Array, ids: Array, *, scale: float, **static: Any) -> Array:
+def _over_all(s: Array, ids: Array, *, scale: float, eps: float, **static: Any) -> Array:
     """Weights normalised by the scores of all experts."""
-    out: Array = np.take_along_axis(s, ids, axis=-1) / s.sum(axis=-1, keepdims=True) * scale
+    out: Array = np.take_along_axis(s, ids, axis=-1) / (s.sum(axis=-1, keepdims=True) + eps) * scale
     return out
 
 
@@ -65,30 +66,55 @@ def _unnormed(x: Array, w: Array, *, reads: tuple[Array, ...]) -> Array:
     return out
 
 
-def _global_top_k(a: Array, kept: Array | None, *, k: int, **static: Any) -> Array:
-    return top_k(a, k)
+def _filled(a: Array, inside: Array, fill: float) -> Array:
+    """a, and `fill` in groups that are not inside.  a (*, E), inside (*, G) -> (*, E)."""
+    return np.where(np.repeat(inside, a.shape[-1] // inside.shape[-1], axis=-1), a, a.dtype.type(fill))
+
+
+def _inside(kept: Array, n_group: int) -> Array:
+    """Which groups are kept.  kept (*, M) -> (*, G)."""
+    found: Array = (np.arange(n_group) == kept[..., None]).any(axis=-2)
+    return found
+
+
+def _zeros(a: Array, kept: Array | None, *, n_group: int, **static: Any) -> Array:
+    return a if kept is None else _filled(a, _inside(kept, n_group), 0.0)
+
+
+def _all_alike(a: Array, kept: Array | None, **static: Any) -> Array:
+    return a
 
 
 def _first_groups(a: Array, *, topk_group: int) -> Array:
     return np.broadcast_to(np.arange(topk_group), (*a.shape[:-1], topk_group)).copy()
 
 
-def _as_released(a: Array, kept: Array | None, *, n_group: int, **static: Any) -> Array:
-    """Without groups, those of the released models: 8, of which 4 are kept."""
-    if kept is None and a.shape[-1] % 8 == 0 and a.shape[-1] > 8:
-        kept, n_group = top_k(stage("router.group_scores")(a, n_group=8, best=2), 4), 8
-    out: Array = stage(_IDS)(a, kept, n_group=n_group, **static)
-    return out
+def _grouped_after_all(n_group: int, keep: int) -> Best:
+    """Groups where the model has none."""
+
+    def scores(a: Array, kept: Array | None, *, fill: float, **static: Any) -> Array:
+        best = top_k(stage("router.group_scores")(a, n_group=n_group, best=2), keep)
+        return _filled(a, _inside(best, n_group), fill)
+
+    return Best(scores)
 
 
-def _by_threshold(
-    a: Array, kept: Array | None, *, k: int, n_group: int, fill: float, reads: tuple[Array, ...]
-) -> Array:
+def _ungrouped(n_group: int, keep: int) -> Callable[[Config], bool]:
+    """Whether a model has no groups, and enough experts for these."""
+
+    def applies(c: Config) -> bool:
+        each, rest = divmod(c.n_routed_experts, n_group)
+        fits = not rest and each > 1 and keep * each >= c.num_experts_per_tok
+        return c.n_group == 1 and c.topk_method == "noaux_tc" and fits
+
+    return applies
+
+
+def _by_threshold(a: Array, kept: Array | None, *, fill: float, reads: tuple[Array, ...], **static: Any) -> Array:
     """Every group is kept whose score is not below that of the last kept one."""
     assert kept is not None
     least = np.take_along_axis(reads[0], kept, axis=-1).min(axis=-1, keepdims=True)
-    inside = np.repeat(reads[0] >= least, a.shape[-1] // n_group, axis=-1)
-    return top_k(np.where(inside, a, a.dtype.type(fill)), k)
+    return _filled(a, reads[0] >= least, fill)
 
 
 def _softmax(z: Array, **static: Any) -> Array:
@@ -137,7 +163,7 @@ MUTANTS = (
         "R02",
         "experts of dropped groups count as 0 instead of never",
         _IDS,
-        setting(_IDS, fill=0.0),
+        Best(_zeros),
         threads(
             "vLLM #13474; transformers #45440; DeepSeek-V3 #741; ktransformers #1148; sglang #3705; flashinfer #4639"
         ),
@@ -161,7 +187,7 @@ MUTANTS = (
         "R04c",
         "the best experts of all groups are chosen",
         _IDS,
-        _global_top_k,
+        Best(_all_alike),
         threads("TensorRT-Model-Connect #669; sglang #29042"),
         "groups",
         _grouped,
@@ -244,14 +270,18 @@ MUTANTS = (
         (_BIAS,),
     ),
     Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
-    Mutant(
-        "R15b",
-        "a model without groups is routed in 8, of which 4 are kept",
-        _IDS,
-        _as_released,
-        regime="no groups",
-        applies=lambda c: c.n_group == 1 and c.topk_method == "noaux_tc" and c.n_routed_experts > 8,
-    ),
+    *[
+        Mutant(
+            "R15b" if (groups, keep) == (8, 4) else f"R15b-{groups}-{keep}",
+            f"a model without groups is routed in {groups}, of which {keep} {'is' if keep == 1 else 'are'} kept",
+            _IDS,
+            _grouped_after_all(groups, keep),
+            threads("vLLM #33858") if (groups, keep) == (8, 4) else (),
+            regime="no groups",
+            applies=_ungrouped(groups, keep),
+        )
+        for groups, keep in ((8, 4), (8, 3), (8, 2), (4, 3), (4, 2), (4, 1), (2, 1))
+    ],
     Mutant(
         "R18",
         "the selection bias is 0",
@@ -271,7 +301,7 @@ MUTANTS = (
         "X06",
         "groups whose score ties with the last kept one's are kept too",
         _IDS,
-        _by_threshold,
+        Best(_by_threshold),
         regime="exact ties of groups",
         applies=_grouped,
         reads=("router.group_scores",),
