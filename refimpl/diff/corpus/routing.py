@@ -15,6 +15,7 @@ from refimpl.layers.router import top_k
 from .mutant import Best, Mutant, scaled, setting, stage, threads
 
 _WEIGHTS, _IDS, _BIAS = "router.weights", "router.ids", "w:mlp.gate.e_score_correction_bias"
+_SMALL = "chosen scores whose sum is near 1e-20, or 0"
 
 
 def _grouped(c: Config) -> bool:
@@ -253,12 +254,10 @@ MUTANTS = (
         _WEIGHTS,
         setting(_WEIGHTS, eps=0.0),
         threads("sglang #30989; sglang #31017; flashinfer #3803"),
-        "every chosen logit below -88",
+        _SMALL,
     ),
     Mutant("R12b", "the sigmoid overflows below -88", "router.scores", _plain_sigmoid, regime="logits below -88"),
-    Mutant(
-        "R13", "the epsilon is added after the division", _WEIGHTS, _eps_after, threads("tt-metal #33153"), "small sums"
-    ),
+    Mutant("R13", "the epsilon is added after the division", _WEIGHTS, _eps_after, threads("tt-metal #33153"), _SMALL),
     Mutant(
         "R14",
         "the score is recovered as (s + b) - b",
