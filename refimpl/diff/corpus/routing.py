@@ -90,12 +90,13 @@ def _first_groups(a: Array, *, topk_group: int) -> Array:
     return np.broadcast_to(np.arange(topk_group), (*a.shape[:-1], topk_group)).copy()
 
 
-def _grouped_after_all(n_group: int, keep: int) -> Best:
+def _grouped_after_all(groups: int, keep: int) -> Best:
     """Groups where the model has none."""
 
-    def scores(a: Array, kept: Array | None, *, fill: float, **static: Any) -> Array:
-        best = top_k(stage("router.group_scores")(a, n_group=n_group, best=2), keep)
-        return _filled(a, _inside(best, n_group), fill)
+    def scores(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+        if kept is None and a.shape[-1] % groups == 0 and a.shape[-1] > groups:
+            kept, n_group = top_k(stage("router.group_scores")(a, n_group=groups, best=2), keep), groups
+        return a if kept is None else _filled(a, _inside(kept, n_group), fill)
 
     return Best(scores)
 
