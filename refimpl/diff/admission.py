@@ -46,6 +46,7 @@ def admit(
     picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
     for part in sizes.parts:
         recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
+    recorded = _without_shared(recorded, c, found)
     for call in program:
         if call.tap not in recorded:
             continue
@@ -134,6 +135,28 @@ def _unshifted(
     what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
     found.notes.setdefault(what, []).extend(moved)
     return renamed | moved
+
+
+def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Mapping[str, Array]:
+    """The taps, without slots of shared experts: fused kernels take these for routed ones that every token has, numbered behind
+    the others.
+    """
+    changed: dict[str, Array] = {}
+    for tap in [t for t in taps if t.endswith("/router.ids")] if c.n_shared_experts else []:
+        ids, k = np.asarray(taps[tap]), c.num_experts_per_tok
+        if ids.dtype.kind not in "iu" or not ids.ndim or ids.shape[-1] <= k:
+            continue
+        routed = ids < c.n_routed_experts
+        if not (routed.sum(axis=-1) == k).all():
+            continue
+        weights = tap.replace("router.ids", "router.weights")
+        for name in [t for t in (tap, weights) if t in taps and taps[t].shape == ids.shape]:
+            changed[name] = np.asarray(taps[name])[routed].reshape(*ids.shape[:-1], k)
+    if changed:
+        found.notes.setdefault("shared experts are among the routed ones: their slots are taken out", []).extend(
+            changed
+        )
+    return {**taps, **changed} if changed else taps
 
 
 def check_layouts(layouts: Mapping[str, str]) -> None:

@@ -56,7 +56,10 @@ def test_ranks_that_torch_has_saved_tell_their_place(tmp_path):
     import torch
 
     for rank, x in enumerate(torch.arange(24.0).reshape(2, 6, 2)):
-        meta = {"world_rank": rank, "sglang_parallel_info": {"tp_rank": 1 - rank, "tp_size": 2, "enable_dp_attention": False}}
+        meta = {
+            "world_rank": rank,
+            "sglang_parallel_info": {"tp_rank": 1 - rank, "tp_size": 2, "enable_dp_attention": False},
+        }
         name = f"step=0___rank={rank}___dump_index=1___name=non_intrusive__a.q_b_proj.output.pt"
         torch.save({"value": x, "meta": meta}, tmp_path / name)
     found = open_dump(tmp_path, Case.read(TINY)).find(Part("a.q_b_proj"))
