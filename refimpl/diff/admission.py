@@ -18,6 +18,7 @@ from .compare import unusable
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .padding import NOWHERE, PACKED, padding_of, unpacked, with_ids
 from .program import integers
 from .reading import Pick, Reading, read
 from .trace import Header, Trace
@@ -42,6 +43,7 @@ def admit(
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
     known to be a part: which, in our axes already.
     """
+    padding = padding_of(trace.header.valid)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
     picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
     for part in sizes.parts:
@@ -55,6 +57,12 @@ def admit(
         x, done = in_our_form(stage.name, x, shape)
         for what in done:
             found.notes.setdefault(what, []).append(call.tap)
+        if (whole := unpacked(x, shape, stage.shape.split(), padding)) is not None:
+            found.notes.setdefault(PACKED, []).append(call.tap)
+            x = whole
+        if (known_ids := with_ids(x, padding, limits.get(call.stage, 0)) if call.stage in limits else x) is not x:
+            found.notes.setdefault(NOWHERE, []).append(call.tap)
+            x = known_ids
         note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
         known = (cuts or {}).get(call.tap)
@@ -72,6 +80,7 @@ def admit(
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     _follow(found, program, recorded, c.num_experts_per_tok)
+    _packed_rows(found, program)
     return found
 
 
@@ -90,6 +99,15 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
                     found.notes.setdefault(what, []).append(other.tap)
+
+
+def _packed_rows(found: Admitted, program: list[Call]) -> None:
+    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours."""
+    ids = [t for what in (PACKED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
+    units = {t.rpartition("/")[0] for t in ids}
+    for tap in [c.tap for c in program if c.of.shape.split()[:1] == ["M"] and c.tap.rpartition("/")[0] in units]:
+        if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
+            found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:

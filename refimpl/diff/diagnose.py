@@ -16,6 +16,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.precision import FLOAT64
+from refimpl.layers.router import top_k
 from refimpl.layers.stage import Call
 
 from .compare import Finding
@@ -24,6 +25,7 @@ from .fp8_rules import RULES, alike
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
+from .padding import filled
 from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
@@ -118,6 +120,7 @@ def _nearest(
             continue  # these are reproduced to the number, or not at all
         ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
         x = r.taps[tap] if tap in r.taps else by_rank(r.withdrawn[tap], ours[0])
+        x = filled(calls[tap], x, ours[0], r.padding)
         seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
         for outputs, y in zip(given, ours, strict=True):
             outputs.append(y)
@@ -171,11 +174,13 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         return None
     x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
     if choice:
+        x = filled(calls[f.tap], x, top_k(ours, x.shape[-1]), r.padding)
         return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
     if ours.shape != x.shape:
         return False
     if f.tap in r.withdrawn:  # in an order that nobody knows
         x = by_rank(x, ours)
+    x = filled(calls[f.tap], x, ours, r.padding)
     if calls[f.tap].of.compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":
@@ -242,6 +247,7 @@ def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
     for call in region:
         exact.values[call.tap] = exact.run(call, r)
     x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    x = filled(region[-1], x, exact.values[f.tap], r.padding)
     if np.median(row_errors(f.stage, x, exact.values[f.tap])) <= f.allowed:
         return False
     for k in range(1, TWINS):

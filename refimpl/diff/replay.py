@@ -65,7 +65,7 @@ def replay(
     stop = len(program) if stop is None else stop
     recorded = {c.tap for c in program[start:stop]} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
-    lanes, unsettled = _Lanes(r.plan), Unsettled()
+    lanes, unsettled = _Lanes(r.plan), Unsettled(r.padding)
     exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
     end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[:end]):
@@ -80,7 +80,8 @@ def replay(
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
             inputs = _inputs(call, (exact, *twins), r)
-            ours, doubt = chained.values[call.tap], unsettled.of(call)
+            ours = chained.values[call.tap]
+            doubt = unsettled.of(call, ours.shape)
             yield Step(call, exact.values[call.tap], ours, _lazy(call, twins, r), doubt, inputs, lanes.spread(call.tap))
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
