@@ -18,7 +18,7 @@ from .compare import unusable
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
-from .padding import NOWHERE, PACKED, padding_of, unpacked, with_ids
+from .padding import NOWHERE, PACKED, padding_of, placed
 from .program import integers
 from .reading import Pick, Reading, read
 from .trace import Header, Trace
@@ -55,14 +55,9 @@ def admit(
         x, stage = np.asarray(recorded[call.tap]), call.of
         shape = shape_of(call, c, sizes)
         x, done = in_our_form(stage.name, x, shape)
-        for what in done:
+        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage))
+        for what in (*done, *placing):
             found.notes.setdefault(what, []).append(call.tap)
-        if (whole := unpacked(x, shape, stage.shape.split(), padding)) is not None:
-            found.notes.setdefault(PACKED, []).append(call.tap)
-            x = whole
-        if (known_ids := with_ids(x, padding, limits.get(call.stage, 0)) if call.stage in limits else x) is not x:
-            found.notes.setdefault(NOWHERE, []).append(call.tap)
-            x = known_ids
         note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
         known = (cuts or {}).get(call.tap)

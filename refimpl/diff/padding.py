@@ -36,7 +36,18 @@ def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
     return np.where(rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim)), like, x)
 
 
-def unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None) -> Array | None:
+def placed(
+    x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, limit: int | None
+) -> tuple[Array, tuple[str, ...]]:
+    """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done."""
+    whole = _unpacked(x, shape, axes, padding)
+    if whole is not None:
+        return whole, (PACKED,)
+    ids = x if limit is None else _with_ids(x, padding, limit)
+    return ids, () if ids is x else (NOWHERE,)
+
+
+def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None) -> Array | None:
     """x (N, ...) of the N tokens that are no padding as (B, S, ...), there 0; None if it is not that."""
     if padding is None or not x.ndim or axes[:2] not in (["B", "S"], ["B", "T"]) or shape[:2] != padding.shape:
         return None
@@ -48,7 +59,7 @@ def unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array |
     return whole
 
 
-def with_ids(x: Array, padding: Array | None, limit: int) -> Array:
+def _with_ids(x: Array, padding: Array | None, limit: int) -> Array:
     """Chosen experts or groups (B, S, K), where padding has none of `limit` the first ones: kernels write -1 or anything."""
     if padding is None or x.shape[:2] != padding.shape or x.ndim != 3 or x.dtype.kind not in "iu":
         return x
