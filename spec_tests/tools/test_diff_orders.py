@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from refimpl.diff.compare import Units, compare
+from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.lanes import Recorded
 from refimpl.diff.orders import ORDERS
 from refimpl.diff.precision import declared_precision
@@ -127,6 +128,7 @@ def test_a_loop_that_loses_too_much_is_not_allowed():
     assert exact > 1.02 and abs(ORDERS["optim.grad_norm"](*large) / exact - 1) <= 2**-10 * 1.0001
     (f, _) = clipping(large, 1.0)
     assert not f.ok
+    assert MUTANTS["O06d"].fn(*large) == 1.0  # which is its name
 
 
 def test_every_norm_has_the_other_order():
