@@ -22,8 +22,6 @@ _SAME = (
     "R18",
     "R20",
     "A04",
-    "A05",
-    "A06",
     "A09",
 )
 NAMES = {
@@ -48,6 +46,8 @@ NAMES = {
     },
     **{
         "X11": "R10",
+        "A05": "A05b",
+        "A06": "A06 A06c",
         "A01-q": "A01q",
         "A01-k": "A01k",
         "A01-both": "A01*",
@@ -72,6 +72,13 @@ NAMES = {
 
 
 def uniquely(entry: str, causes: list[list[str]]) -> bool:
-    """Whether the causes, (id, title) each, are one, and the right one."""
-    found = {title: id or "dtype" for id, title in causes}
-    return len(found) == 1 and any(fnmatchcase(id, p) for id in found.values() for p in NAMES[entry].split())
+    """Whether the causes, (ids, title) each, are one, and the right one. One that may be several mistakes is not."""
+    found = {title: ids or "dtype" for ids, title in causes}
+    return len(found) == 1 and any(fnmatchcase(ids, p) for ids in found.values() for p in NAMES[entry].split())
+
+
+def among_like(entry: str, causes: list[list[str]]) -> bool:
+    """Whether the cause is one that may be several mistakes, which compute the same numbers on this case; and it is among them."""
+    found = {title: ids.split() for ids, title in causes}
+    right = [any(fnmatchcase(i, p) for p in NAMES[entry].split()) for ids in found.values() for i in ids]
+    return len(found) == 1 and all("the same numbers on this case" in title for title in found) and any(right)

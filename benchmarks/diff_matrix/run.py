@@ -94,7 +94,7 @@ def _causes(found: Judgement, entry_id: str, tap_set: str) -> list[tuple[str, st
     if tap_set != "all" or ENTRIES[entry_id].innocent or not found.culprits:
         return []
     first = [d for d in found.causes if found.culprits[0].tap in d.taps]
-    return [(d.id, d.title) for d in first or found.causes]
+    return [(" ".join(d.ids), d.said) for d in first or found.causes]
 
 
 def main() -> None:

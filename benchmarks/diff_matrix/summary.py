@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from corpus import ENTRIES
-from naming import NAMES, uniquely
+from naming import NAMES, among_like, uniquely
 from sets import SETS
 
 Row = dict[str, Any]
@@ -55,9 +55,11 @@ def _named(rows: list[Row]) -> Iterable[str]:
     for dtype in sorted({r["dtype"] for r in rows}):
         some = [r for r in rows if r["set"] == "all" and r["dtype"] == dtype and r["entry"] in NAMES and _flagged(r)]
         right = [r for r in some if uniquely(r["entry"], r["causes"])]
-        others = [f"{r['entry']} ({r['case']}-{r['seed']})" for r in some if r not in right]
+        like = [r for r in some if r not in right and among_like(r["entry"], r["causes"])]
+        others = [f"{r['entry']} ({r['case']}-{r['seed']})" for r in some if r not in right and r not in like]
         less = f"; not so: {', '.join(others)}" if others else ""
-        yield f"named uniquely, {dtype}: {len(right)} of {len(some)} flagged bugs of the catalogue{less}"
+        more = f"; {len(like)} more with mistakes that compute the same numbers there" if like else ""
+        yield f"named uniquely, {dtype}: {len(right)} of {len(some)} flagged bugs of the catalogue{more}{less}"
 
 
 def _gates(rows: list[Row]) -> Iterable[str]:

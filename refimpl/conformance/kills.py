@@ -53,6 +53,7 @@ def unusable() -> dict[str, str]:
         for i, m in MUTANTS.items()
         if not usable(m)
     }
+    reads |= {i: "reads settings of the config that its stage does not see" for i, m in MUTANTS.items() if m.made}
     return parts | reads | dict(NOT_STAGES)
 
 

@@ -20,7 +20,7 @@ from .innocent import INNOCENTS, Innocent, without_tape
 
 def usable(mutant: Mutant) -> bool:
     """Whether a mutant is a stage of the forward pass that needs nothing but its own arguments."""
-    return mutant.stage in STAGES and not mutant.reads and not mutant.stage.startswith("optim.")
+    return mutant.stage in STAGES and not mutant.reads and not mutant.made and not mutant.stage.startswith("optim.")
 
 
 class Mutated:

@@ -18,6 +18,7 @@ from .compare import unusable
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .padding import NOWHERE, PACKED, padding_of, placed
 from .program import integers
 from .reading import Pick, Reading, read
 from .trace import Header, Trace
@@ -42,17 +43,20 @@ def admit(
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
     known to be a part: which, in our axes already.
     """
+    padding = padding_of(trace.header.valid)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
     picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
     for part in sizes.parts:
         recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
+    recorded = _without_shared(recorded, c, found)
     for call in program:
         if call.tap not in recorded:
             continue
         x, stage = np.asarray(recorded[call.tap]), call.of
         shape = shape_of(call, c, sizes)
         x, done = in_our_form(stage.name, x, shape)
-        for what in done:
+        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage))
+        for what in (*done, *placing):
             found.notes.setdefault(what, []).append(call.tap)
         note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
@@ -71,6 +75,7 @@ def admit(
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     _follow(found, program, recorded, c.num_experts_per_tok)
+    _packed_rows(found, program)
     return found
 
 
@@ -89,6 +94,15 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
                     found.notes.setdefault(what, []).append(other.tap)
+
+
+def _packed_rows(found: Admitted, program: list[Call]) -> None:
+    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours."""
+    ids = [t for what in (PACKED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
+    units = {t.rpartition("/")[0] for t in ids}
+    for tap in [c.tap for c in program if c.of.shape.split()[:1] == ["M"] and c.tap.rpartition("/")[0] in units]:
+        if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
+            found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
@@ -134,6 +148,28 @@ def _unshifted(
     what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
     found.notes.setdefault(what, []).extend(moved)
     return renamed | moved
+
+
+def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Mapping[str, Array]:
+    """The taps, without slots of shared experts: fused kernels take these for routed ones that every token has, numbered behind
+    the others.
+    """
+    changed: dict[str, Array] = {}
+    for tap in [t for t in taps if t.endswith("/router.ids")] if c.n_shared_experts else []:
+        ids, k = np.asarray(taps[tap]), c.num_experts_per_tok
+        if ids.dtype.kind not in "iu" or not ids.ndim or ids.shape[-1] <= k:
+            continue
+        routed = ids < c.n_routed_experts
+        if not (routed.sum(axis=-1) == k).all():
+            continue
+        weights = tap.replace("router.ids", "router.weights")
+        for name in [t for t in (tap, weights) if t in taps and taps[t].shape == ids.shape]:
+            changed[name] = np.asarray(taps[name])[routed].reshape(*ids.shape[:-1], k)
+    if changed:
+        found.notes.setdefault("shared experts are among the routed ones: their slots are taken out", []).extend(
+            changed
+        )
+    return {**taps, **changed} if changed else taps
 
 
 def check_layouts(layouts: Mapping[str, str]) -> None:

@@ -16,14 +16,17 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.precision import FLOAT64
+from refimpl.layers.router import top_k
 from refimpl.layers.stage import Call
 
 from .compare import Finding
-from .corpus import MUTANTS, Mutant
+from .corpus import MUTANTS, Best, Mutant
 from .fp8_rules import RULES, alike
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
+from .padding import filled
+from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 NARROW = ("bfloat16", "float16")
@@ -32,20 +35,44 @@ NARROW = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One cause: `id` of the corpus ("" for a dtype), what it is in a sentence, threads, the taps it explains."""
+    """One cause: `id` of the corpus ("" for a dtype), what it is in a sentence, threads, the taps it explains, the `regime` in
+    which it shows; `rivals`, further mistakes that explain the taps as well, and whether they are the `same` numbers on this case.
+    """
 
     id: str
     title: str
     threads: tuple[str, ...]
     taps: tuple[str, ...]
+    regime: str = "any"
+    rivals: tuple[Diagnosis, ...] = ()
+    same: bool = False
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All that it may be."""
+        return tuple([d.id for d in (self, *self.rivals) if d.id])
+
+    @property
+    def said(self) -> str:
+        """The cause in words, with the others that it may be."""
+        if not self.rivals:
+            return self.title
+        all_ = (self, *self.rivals)
+        why = "the same numbers on this case" if self.same else "this recording does not tell which"
+        shows = ", ".join([f"{d.id} shows with {'any input' if d.regime == 'any' else d.regime}" for d in all_])
+        apart = f"; {shows}" if len({d.regime for d in all_}) > 1 else ""
+        return f"{', or '.join([d.title for d in all_])}: {why}{apart}"
 
 
 def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Config) -> list[Diagnosis]:
     """Causes that reproduce blamed taps, those that explain most first; taps that nothing explains are in none."""
     blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps | r.withdrawn]
     calls = {call.tap: call for call in program}
-    found = _joined([d for m in MUTANTS.values() if m.applies(c) and (d := _tried(m, blamed, calls, r))])
+    mutants = [m.under(c) for m in MUTANTS.values() if m.applies(c)]
+    tried = [(m, d) for m in mutants if (d := _tried(m, blamed, calls, r))]
+    found = _joined([d for _, d in tried])
     found = [d for d in found if not any(set(d.taps) < set(other.taps) for other in found)]
+    found = _told_apart(found, tried, {f.tap: f for f in blamed}, calls, r)
     named = {tap for d in found for tap in d.taps}
     rest = [f for f in blamed if f.tap not in named]
     found += [d for dtype in NARROW if (d := _narrow(dtype, rest, calls, r))][:1]
@@ -62,6 +89,47 @@ def _joined(found: list[Diagnosis]) -> list[Diagnosis]:
     return list(by_title.values())
 
 
+def _told_apart(
+    found: list[Diagnosis],
+    tried: list[tuple[Mutant, Diagnosis]],
+    blamed: dict[str, Finding],
+    calls: dict[str, Call],
+    r: Recorded,
+) -> list[Diagnosis]:
+    """Of diagnoses that explain the same taps the one that the candidate is nearest to; or one that names all that it may be."""
+    groups: dict[frozenset[str], list[Diagnosis]] = {}
+    for d in found:
+        groups.setdefault(frozenset(d.taps), []).append(d)
+    return [
+        d if len(same) == 1 else _nearest(same, tried, blamed, calls, r) for same in groups.values() for d in same[:1]
+    ]
+
+
+def _nearest(
+    rivals: list[Diagnosis],
+    tried: list[tuple[Mutant, Diagnosis]],
+    blamed: dict[str, Finding],
+    calls: dict[str, Call],
+    r: Recorded,
+) -> Diagnosis:
+    """The rival whose outputs the candidate is nearest to, with those that are as near."""
+    seen, given = list[Array](), list[list[Array]]([[] for _ in rivals])
+    for tap in rivals[0].taps:
+        makers = [next(m for m, d in tried if d.title == rival.title and tap in d.taps) for rival in rivals]
+        if calls[tap].of.compare in ("set", "exact"):
+            continue  # these are reproduced to the number, or not at all
+        ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
+        x = r.taps[tap] if tap in r.taps else by_rank(r.withdrawn[tap], ours[0])
+        x = filled(calls[tap], x, ours[0], r.padding)
+        seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
+        for outputs, y in zip(given, ours, strict=True):
+            outputs.append(y)
+    left, same = nearest(seen, given)
+    first, *others = [rivals[i] for i in left]
+    threads = tuple(dict.fromkeys([t for i in left for t in rivals[i].threads]))
+    return replace(first, threads=threads, rivals=tuple(others), same=bool(others) and same)
+
+
 def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
     """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
     if m.also and not _stages(r.taps, calls, m) <= {f.stage for f in blamed}:
@@ -74,7 +142,8 @@ def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded
         if reproduced is False:
             return None
         same |= {f.tap} if reproduced else set()
-    return Diagnosis(m.id, m.title, m.threads, tuple([f.tap for f in touched if f.tap in same])) if same else None
+    taps = tuple([f.tap for f in touched if f.tap in same])
+    return Diagnosis(m.id, m.title, m.threads, taps, m.regime) if same else None
 
 
 def _stages(taps: Iterable[str], calls: dict[str, Call], m: Mutant) -> set[str]:
@@ -95,18 +164,23 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
     """Whether the region, with the mutant in it, gives the candidate's tap within what the tap is allowed; None for a gradient
     that the mutant, written for arrays, does not have.
     """
+    choice = m.fn if isinstance(m.fn, Best) and f.stage == m.stage else None
     try:
-        ours = rerun([calls[t] for t in f.region], r, m)
+        ours = rerun([calls[t] for t in f.region], r, replace(m, fn=choice.scores) if choice else m)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError):
         # the mutant does not take these inputs: it is not the mistake
         return None if any(calls[t].own for t in f.region) else False
     if ours.dtype.kind == "O":  # arrays made of what lies on the tape: the same
         return None
     x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    if choice:
+        x = filled(calls[f.tap], x, top_k(ours, x.shape[-1]), r.padding)
+        return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
     if ours.shape != x.shape:
         return False
     if f.tap in r.withdrawn:  # in an order that nobody knows
         x = by_rank(x, ours)
+    x = filled(calls[f.tap], x, ours, r.padding)
     if calls[f.tap].of.compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":
@@ -173,6 +247,7 @@ def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
     for call in region:
         exact.values[call.tap] = exact.run(call, r)
     x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    x = filled(region[-1], x, exact.values[f.tap], r.padding)
     if np.median(row_errors(f.stage, x, exact.values[f.tap])) <= f.allowed:
         return False
     for k in range(1, TWINS):

@@ -38,6 +38,8 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         yield "the softmax scale is multiplied into q", x / x.dtype.type(c.softmax_scale)
     if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
         yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
+    if call.stage in ("mla.scores", "mla.scores_absorbed"):
+        yield "scores are those before the mask", np.where(np.isneginf(exact), -np.inf, x).astype(x.dtype)
     if call.stage == LSE:
         yield from in_other_units(x, c.softmax_scale)
     if call.stage == SCALE and x.shape[-1] > 1:

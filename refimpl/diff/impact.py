@@ -157,7 +157,9 @@ def _own(
     assert g is not None
     regions = {t for f in j.findings if f.tap in group for t in f.region}
     by_stage = {
-        m.stage: m for m in MUTANTS.values() if title and m.title == title and m.applies(g.config) and m.regime != "fp8"
+        m.stage: m.under(g.config)
+        for m in MUTANTS.values()
+        if title and m.title == title and m.applies(g.config) and m.regime != "fp8"
     }
     found = {t: of_mistake(by_stage[g.calls[t].stage]) for t in regions if g.calls[t].stage in by_stage}
     return found or {t: apart[t] for t in group}

@@ -23,7 +23,7 @@ def to_junit(j: Judgement) -> str:
         for f in found:
             case = SubElement(suite, "testcase", classname=stage, name=f.tap)
             if not f.ok:
-                because = "; ".join([d.title for d in j.causes if f.tap in d.taps])
+                because = "; ".join([d.said for d in j.causes if f.tap in d.taps])
                 text = f"error {f.error:.1e}, allowed {f.allowed:.1e}; {f.note}" + (f"; {because}" if because else "")
                 SubElement(case, "failure", message=text)
             elif f.open:

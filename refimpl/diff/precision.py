@@ -79,15 +79,18 @@ def declared_precision(told: Mapping[str, str]) -> Precision:
 
 
 def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
-    """What the header declares, corrected where the values say otherwise: bfloat16 or float16 numbers in float32 arrays."""
+    """What the header declares, corrected where arrays or values say otherwise: bfloat16 or float16, also in float32 arrays."""
     parts = {k: v for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
     storage, note = str(header.precision.get("storage", "float32")), ""
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
     narrow = {"bfloat16": is_bfloat16, "float16": is_float16}
     held = {name: {t for t, a in floats.items() if is_it(a)} for name, is_it in narrow.items()}
-    kept = [t for t, a in taps.items() if a.dtype.name == "bfloat16"]
-    if storage == "float32" and len(kept) >= MOST * (len(floats) + len(kept)) and kept:
-        storage, note = "bfloat16", f"{len(kept)} taps are bfloat16 arrays: declare storage bfloat16"
+    for name in narrow if storage in ("float32", *narrow) else ():
+        kept = [t for t, a in taps.items() if a.dtype.name == name]
+        others = [t for t, a in taps.items() if a.dtype.name in ("float32", *narrow)]
+        if name != storage and kept and len(kept) >= MOST * len(others):
+            storage, note = name, f"{len(kept)} taps are {name} arrays: declare storage {name}"
+            break
     if storage == "float32":
         for name, found in held.items():
             if found and len(found) >= MOST * len(floats):

@@ -92,6 +92,8 @@ def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator
     if len(shape) > 1 and axes[1] in ("S", "T"):
         yield from _padded(x, shape, axes)
         yield from _chunks(x, shape)
+    if axes[:1] == ["B"]:
+        yield from _first(x, shape, axes)
 
 
 def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
@@ -106,13 +108,24 @@ def _padded(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Readi
     """More positions than there are, of every sequence or behind all flattened tokens."""
     if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
         longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
-        if longer <= {"S", "T"}:
+        if longer <= {"S", "T", "V"}:
             cut = x[tuple([slice(0, n) for n in shape])]
             yield Reading(cut, f"padded along {' and '.join(sorted(longer))}: cut to {'x'.join(map(str, shape))}")
     tokens = shape[0] * shape[1]
     if axes[0] == "B" and x.ndim and x.shape[0] > tokens and _coarser(x.shape[1:], shape[2:]):
         note = f"tokens are flattened and padded to {x.shape[0]}: cut to the first {tokens}"
         yield Reading(x[:tokens].reshape(shape), note)
+
+
+def _first(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    """Fewer sequences or positions than there are: no one says which, and the first are the likeliest."""
+    few = {i: n for i, n in enumerate(x.shape) if x.ndim == len(shape) and n != shape[i]}
+    if few and all(axes[i] in ("B", "S", "T") and 0 < n < shape[i] for i, n in few.items()):
+        what = {"B": "sequences"}
+        told = " and ".join([f"{n} of {shape[i]} {what.get(axes[i], 'tokens')}" for i, n in few.items()])
+        more = ": declare slices" if all(axes[i] != "B" for i in few) else ""  # which know of tokens
+        note = f"{told}, taken for the first{more}"
+        yield Reading(x, note, {i: slice(0, n) for i, n in few.items()})
 
 
 def _chunks(x: Array, shape: tuple[int, ...]) -> Iterator[Reading]:

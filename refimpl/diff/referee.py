@@ -28,7 +28,7 @@ def referee(case: Case, first: Trace, second: Trace, names: tuple[str, str]) -> 
 
 def _one(name: str, j: Judgement) -> Iterator[str]:
     yield f"{name}: {summary(j)}"
-    yield from (f"  {d.title}: {', '.join(d.taps[:3])}" for d in j.causes[:3] if j.culprits)
+    yield from (f"  {d.said}: {', '.join(d.taps[:3])}" for d in j.causes[:3] if j.culprits)
 
 
 def _parting(order: list[str], first: Trace, second: Trace) -> str:

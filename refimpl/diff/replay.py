@@ -69,7 +69,7 @@ def replay(
     stop = len(program) if stop is None else stop
     recorded = {c.tap for c in program[start:stop]} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
-    lanes, unsettled = _Lanes(r.plan), Unsettled()
+    lanes, unsettled = _Lanes(r.plan), Unsettled(r.padding)
     exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
     end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[:end]):
@@ -84,7 +84,7 @@ def replay(
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
         if call.tap in recorded:
-            yield lanes.step(call, r, unsettled.of(call))
+            yield lanes.step(call, r, unsettled.of(call, chained.values[call.tap].shape))
             if call.tap in r.withdrawn:
                 _compute(call, twins, r)
             if call.tap in r.partial:  # what reads it reads the candidate's entries

@@ -11,6 +11,7 @@ from statistics import median
 from refimpl.version import __version__
 
 from .compare import Finding
+from .diagnose import Diagnosis
 from .judge import Judgement
 from .tolerance import reason
 
@@ -96,13 +97,19 @@ def next_tap(j: Judgement) -> str:
     return next((t for t in coverage.details if t.endswith(ends)), "") if coverage else ""
 
 
+def _cause(d: Diagnosis) -> dict[str, object]:
+    rivals = [{"id": other.id, "title": other.title} for other in d.rivals]
+    told = {"id": d.id, "title": d.title, "threads": list(d.threads), "taps": list(d.taps)}
+    return told | {"rivals": rivals, "same_numbers": d.same}
+
+
 def _causes(j: Judgement) -> Iterator[str]:
     """Known mistakes that reproduce what is blamed, a common cause said once; and whether anything stays unexplained."""
     if not j.culprits:
         return
     for d in j.causes[:5]:
-        known = ", ".join([x for x in (d.id, *d.threads[:3]) if x])
-        yield f"{'cause':<10}{'':<5} {d.title}{f' ({known})' if known else ''}: reproduces {folded(d.taps)}"
+        known = ", ".join([*d.ids, *d.threads[:3]])
+        yield f"{'cause':<10}{'':<5} {d.said}{f' ({known})' if known else ''}: reproduces {folded(d.taps)}"
     named = {tap for d in j.causes for tap in d.taps}
     rest = [f.tap for f in j.culprits if f.tap not in named]
     if rest:
@@ -220,7 +227,7 @@ def to_json(j: Judgement) -> str:
 
     gates = [{"name": g.name, "state": g.state, "text": g.text, "details": list(g.details)} for g in j.gates]
     body = {"schema": "refimpl-diff/1", "version": __version__, "verdict": j.verdict, "exit_code": j.exit_code}
-    causes = [{"id": d.id, "title": d.title, "threads": list(d.threads), "taps": list(d.taps)} for d in j.causes]
+    causes = [_cause(d) for d in j.causes]
     recognised = {"gauges": j.gauges, "notes": j.notes, "unknown": j.unknown, "contested": j.contested}
     more = {"layouts": j.layouts} | recognised | {"causes": causes, "next": next_tap(j)}
     return json.dumps(body | more | {"gates": gates, "findings": list(rows())}, indent=1)

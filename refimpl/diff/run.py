@@ -30,6 +30,7 @@ from .gradients import backward_of
 from .lanes import Recorded
 from .lse import with_lse
 from .optimizer import Inputs as Read
+from .padding import padding_of
 from .pages import Pages
 from .precision import Precision
 from .program import program_of
@@ -169,7 +170,17 @@ class Run:
         adam = self.training.optimizer if self.training else None
         masters = adam.masters if adam else "float32"
         read = Read(named(inputs, self.parts), self.case.checkpoint, masters)
-        return Recorded(taken, read, self.weights, p.plan, noise, parts, layers=layers, partial=some)
+        return Recorded(
+            taken,
+            read,
+            self.weights,
+            p.plan,
+            noise,
+            parts,
+            layers=layers,
+            partial=some,
+            padding=padding_of(self.case.valid),
+        )
 
 
 def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:

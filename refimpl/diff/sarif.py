@@ -44,7 +44,7 @@ def to_sarif(j: Judgement, trace: PurePath | None = None) -> str:
     ended = {"executionSuccessful": True, "exitCode": j.exit_code, "exitCodeDescription": j.verdict}
     run: dict[str, Any] = {"tool": {"driver": driver}, "invocations": [ended], "results": results}
     if known := [d for d in j.causes if d.id]:
-        run["taxonomies"] = [{"name": CORPUS, "version": __version__, "taxa": [_taxon(d) for d in known]}]
+        run["taxonomies"] = [{"name": CORPUS, "version": __version__, "taxa": [t for d in known for t in _taxa(d)]}]
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1)
 
 
@@ -72,8 +72,9 @@ def _first(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
-def _taxon(d: Diagnosis) -> dict[str, Any]:
-    return {"id": d.id, "shortDescription": {"text": d.title}, "properties": {"threads": list(d.threads)}}
+def _taxa(d: Diagnosis) -> Iterator[dict[str, Any]]:
+    for one in (d, *d.rivals):
+        yield {"id": one.id, "shortDescription": {"text": one.title}, "properties": {"threads": list(d.threads)}}
 
 
 def _result(rule: str, kind: str, level: str, text: str) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _findings(j: Judgement) -> Iterator[dict[str, Any]]:
         result = _result(f.stage, *_KINDS["?" if f.ok else "FAIL"], _text(f, found))
         logical = {"name": f.tap.rpartition("/")[2], "fullyQualifiedName": f.tap, "kind": "variable"}
         result |= {"locations": [{"logicalLocations": [logical]}], "partialFingerprints": {"tap/v1": f.tap}}
-        if known := [{"id": d.id, "toolComponent": {"name": CORPUS}} for d in found if d.id]:
+        if known := [{"id": id, "toolComponent": {"name": CORPUS}} for d in found for id in d.ids]:
             result["taxa"] = known
         numbers = {k: getattr(f, k) for k in ("error", "allowed", "lean", "upright")}
         result["properties"] = {k: x for k, x in numbers.items() if math.isfinite(x)} | {"region": list(f.region)}
@@ -104,7 +105,7 @@ def _findings(j: Judgement) -> Iterator[dict[str, Any]]:
 
 
 def _text(f: Finding, found: list[Diagnosis]) -> str:
-    parts = [f.note] if f.ok else [f"error {f.error:.1e}, allowed {f.allowed:.1e}", f.note, *[d.title for d in found]]
+    parts = [f.note] if f.ok else [f"error {f.error:.1e}, allowed {f.allowed:.1e}", f.note, *[d.said for d in found]]
     return f"{f.tap}: " + "; ".join([p for p in parts if p])
 
 

@@ -50,11 +50,11 @@ def _hypothesis(f: Finding, causes: list[Diagnosis]) -> Iterator[str]:
     found = [d for d in causes if f.tap in d.taps]
     for d in found:
         known = (
-            f" ({', '.join([d.id, *d.threads])}). Re-run on these inputs it gives the candidate's output."
+            f" ({', '.join([*d.ids, *d.threads])}). Re-run on these inputs it gives the candidate's output."
             if d.id
             else ""
         )
-        yield f'<p class="cause"><b>Hypothesis:</b> {escape(d.title + known)}</p>'
+        yield f'<p class="cause"><b>Hypothesis:</b> {escape(d.said + known)}</p>'
     if not found:
         yield '<p class="cause"><b>Hypothesis:</b> none: no known mistake reproduces it.</p>'
 

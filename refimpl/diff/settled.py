@@ -14,6 +14,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
 from .lse import LSE
+from .padding import rows_of
 from .program import names
 
 SLACK = 4.0
@@ -27,8 +28,8 @@ Values = Mapping[str, Array]
 class Unsettled:
     """Follows the doubtful tokens (B, S) through a program: from a close choice to everything that is computed from it."""
 
-    def __init__(self) -> None:
-        self.marks: dict[str, Array] = {}
+    def __init__(self, padding: Array | None = None) -> None:
+        self.marks, self.padding = dict[str, Array](), padding
 
     def see(self, call: Call, exact: Values, twins: Sequence[Values], recorded: Values) -> None:
         """Note which tokens of this call's output are in doubt. `exact` and `twins` hold computed values by tap."""
@@ -62,9 +63,12 @@ class Unsettled:
         if mark.any():
             self.marks[call.tap] = mark
 
-    def of(self, call: Call) -> Array | None:
-        """The doubtful tokens of a call's output, None if there are none."""
-        return self.marks.get(call.tap)
+    def of(self, call: Call, shape: Sequence[int]) -> Array | None:
+        """The tokens of a call's output that say nothing, doubtful ones and padding, None if there are none."""
+        found, padding = self.marks.get(call.tap), rows_of(call, shape, self.padding)
+        return (
+            found if padding is None else padding if found is None or found.shape != padding.shape else found | padding
+        )
 
 
 def _spread(marks: Sequence[Array], keys: int) -> Array:

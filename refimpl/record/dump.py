@@ -14,7 +14,7 @@ from .tapmap import Part
 class Dump:
     """find: the tensor that a part of a tap map names, or None. named: what is called by its tap. tokens: those of the run, if
     they are shown. precision_of: the dtype that a tensor's numbers are as good as, where that is not its own. notes: what could
-    not be used.
+    not be used. replicas: the dump as further ranks see it, which hold what all should hold.
     """
 
     find: Callable[[Part], Array | None]
@@ -22,6 +22,7 @@ class Dump:
     tokens: Array | None = None
     precision_of: Callable[[Array], str] | None = None
     notes: list[str] = field(default_factory=list)
+    replicas: list[Dump] = field(default_factory=list)
 
     def precision(self, taps: Mapping[str, Array]) -> dict[str, str]:
         """For the trace's header: the dtype of most taps, and of each tap whose numbers are only as good as another's."""

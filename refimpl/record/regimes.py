@@ -99,7 +99,7 @@ REGIMES: dict[str, Regime] = {
         Regime(
             "mscale",
             "mscale 0.707 and mscale_all_dim 1.3: their ratio multiplies cos and sin",
-            ("A06b",),
+            ("A05b", "A06b", "A06c", "A11c"),
             "mscale",
             excite.unequal_mscale,
             needs=_YARN,

@@ -14,7 +14,8 @@ class Mutated:
     """An observer, as `Patch`, that runs a mutant in its stage's place and hands it what it reads beside the arguments."""
 
     def __init__(self, mutant: Mutant, case: Case) -> None:
-        self.mutant, self.weights, self.depth = mutant, case.weights(), case.config.num_hidden_layers
+        self.mutant = mutant.under(case.config)
+        self.weights, self.depth = case.weights(), case.config.num_hidden_layers
         self.seen: dict[str, Array] = {}
 
     def __call__(self, stage: Any, run: Any, /, *args: Any, **static: Any) -> Any:

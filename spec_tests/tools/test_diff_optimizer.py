@@ -18,6 +18,7 @@ from refimpl.diff.part import smallest
 from refimpl.diff.terms import terms_of
 from refimpl.layers import STAGES
 from refimpl.layers.precision import plan
+from refimpl.layers.stage import Patch
 from refimpl.record import trace_case
 from refimpl.spec_tests.oracles import optimiser
 from refimpl.train import AdamW, Recipe, State, step
@@ -27,7 +28,10 @@ from .test_diff_partial import case, drawn, only
 ADAM = {"lr": 1e-3, "decays": "matrices", "moments": "bfloat16"}
 LATER = ADAM | {"step": 3}
 NAMES = ("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.experts.3.down_proj.weight")
-QUIET = {"O09": "the case's weights are bfloat16 numbers already"}
+QUIET = {
+    "O09": "the case's weights are bfloat16 numbers already",
+    "O06d": "no sum is of more than 1e5 numbers here: such a loop is right",
+}
 SETTINGS = {"O04d": LATER, "O05c": ADAM | {"max_norm": 100.0}}
 """What a mutant needs to show: a step before this one, a norm below the limit."""
 
@@ -143,6 +147,43 @@ def test_moments_that_nobody_recorded_are_asked_for():
     known = judge(case(), only(stepped(step=3), lambda t: not t.endswith(".before")))
     opened = {f.tap.rpartition(".")[2] for f in known.findings if f.open}
     assert opened == {"exp_avg", "exp_avg_sq"} and not known.culprits
+
+
+def summed_in_turn(*grads):
+    """The norm of a plain loop over all numbers, one float32 sum."""
+    total = np.float32(0)
+    for g in grads:
+        for x in g.astype(np.float32).ravel():
+            total += x * x
+    return np.sqrt(total)
+
+
+@pytest.mark.slow
+def test_a_norm_that_is_summed_in_turn_clips_rightly():
+    """Catches a loop's lost bits, here 1,500 u, taken for a wrong norm, and what is clipped by it, or stepped, for a wrong step."""
+    trace = trace_case(
+        case(), training={"aux_weight": 0.01, "optimizer": ADAM}, patches=[Patch("optim.grad_norm", summed_in_turn)]
+    )
+    away = float(trace.taps["upd/grad_norm"].item() / stepped().taps["upd/grad_norm"].item()) - 1
+    assert 1e-5 < abs(away) < 1e-3 and trace.taps["upd/grad_norm"] > 1  # clipping is active
+    for some in (step_only(trace), only(trace, lambda t: t.startswith("grad/") or t.endswith((".clipped", "weight")))):
+        judgement = judge(case(), some)
+        assert len(judgement.findings) > 250 and not judgement.culprits, render(judgement)
+
+
+@pytest.mark.slow
+def test_a_norm_without_the_norms_gradients_is_still_found():
+    """Catches an allowance for loops that lets the smallest mistake of this case through: 1.7 % of the norm."""
+
+    def few(*grads):
+        return np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads if g.ndim != 1))
+
+    trace = trace_case(
+        case(), training={"aux_weight": 0.01, "optimizer": ADAM}, patches=[Patch("optim.grad_norm", few)]
+    )
+    assert {f.tap for f in judge(case(), step_only(trace)).culprits} == {"upd/grad_norm"}
+    unseen = only(trace, lambda t: t.startswith("grad/") or t.endswith(".clipped"))
+    assert {f.tap.rpartition(".")[2] for f in judge(case(), unseen).culprits} == {"clipped"}
 
 
 # ---- Wrong ones

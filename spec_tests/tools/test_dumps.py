@@ -93,6 +93,145 @@ def test_sglangs_folder_of_another_run_is_refused(change, complaint, tmp_path):
         imported(folder, tmp_path / "t")
 
 
+# ---- SGLang's dumper on several ranks
+
+
+def shares(n):
+    """name -> what each of n tensor-parallel ranks of SGLang has of our run: cut by hand, and sums as each rank's own products."""
+    case = Case.read(TINY)
+    run = trace_case(case).taps
+    taps = {t: np.asarray(x).reshape(48, *np.shape(x)[2:]) for t, x in run.items() if np.shape(x)[:2] == (2, 24)}
+    w = {name: np.asarray(x, np.float32) for name, x in case.weights().items()}
+    found = {"input_ids": np.asarray(case.tokens).ravel(), "logits": taps["fwd/logits"]}
+
+    def rows(x, name):  # a product by rows: every rank's channels with its part of the matrix
+        return [a @ b.T for a, b in zip(np.split(x, n, 1), np.split(w[name], n, 1), strict=True)]
+
+    def mlp(at, gate, up, act, weight):
+        halves = zip(*(np.split(x, n, 1) for x in (gate, up)), strict=True)
+        found[f"{at}.gate_up_proj.output"] = [np.concatenate(pair, 1) for pair in halves]
+        found[f"{at}.down_proj.inputs.0"] = np.split(act, n, 1)
+        found[f"{at}.output"] = found[f"{at}.down_proj.output"] = rows(act, weight)
+
+    for i in range(3):
+        at, t = f"layers.{i}.", lambda tap, i=i: taps[f"fwd/L{i}/{tap}"]
+        here = f"model.layers.{i}.mlp."
+        heads, ctx = t("mla.q").shape[1] // n, t("mla.ctx").reshape(48, -1)
+        found[at + "self_attn.q_b_proj.output"] = [
+            t("mla.q")[:, r * heads :][:, :heads].reshape(48, -1) for r in range(n)
+        ]
+        found[at + "self_attn.rotary_emb.output.0"] = [t("mla.q_rope")[:, r * heads :][:, :heads] for r in range(n)]
+        found[at + "self_attn.rotary_emb.output.1"] = t("mla.k_rope")
+        found[at + "self_attn.o_proj.inputs.0"] = np.split(ctx, n, 1)
+        found[at + "self_attn.o_proj.output"] = rows(ctx, f"model.layers.{i}.self_attn.o_proj.weight")
+        found[at + "post_attention_layernorm.output.0"] = t("ffn_norm")
+        found[at + "post_attention_layernorm.output.1"] = found[at + "output.1"] = t("resid_mid")
+        if i:
+            shared = [t(f"shared.{x}") for x in ("gate", "up", "act")]
+            mlp(at + "mlp.shared_experts", *shared, here + "shared_experts.down_proj.weight")
+            found[at + "mlp.output"] = found[at + "output.0"] = t("ffn_out")  # behind its all-reduce
+        else:
+            mlp(at + "mlp", t("mlp.gate"), t("mlp.up"), t("mlp.act"), here + "down_proj.weight")
+            found[at + "output.0"] = found[at + "mlp.output"]
+    hooked = {f"non_intrusive__model.{k}" if k.startswith("layers") else k: x for k, x in found.items()}
+    return {k: x if isinstance(x, list) else [x] * n for k, x in hooked.items()}
+
+
+def ranked(folder, held, n=2, order=None, **info):
+    """The folder that n ranks write, each into the same one; rank k's place is order[k]."""
+    folder.mkdir()
+    for r in range(n):
+        place = (order or range(n))[r]
+        meta = {"world_rank": r, "sglang_parallel_info": {"tp_rank": place, "tp_size": n, **info}}
+        for k, (name, parts) in enumerate(held.items()):
+            stem = f"step=0___rank={r}___dump_index={k + 1}___name={name}___recompute_status=disabled"
+            x = np.ascontiguousarray(parts[place])
+            safetensors.write_file(folder / f"{stem}.safetensors", {"value": x}, {"meta": json.dumps(meta)})
+    return folder
+
+
+@pytest.mark.parametrize(("n", "order"), [(2, None), pytest.param(4, [2, 0, 3, 1], marks=pytest.mark.slow)])
+def test_sglangs_ranks_are_put_together(n, order, tmp_path):
+    """Catches heads in the wrong order, gate and up cut in the middle of the ranks, a residual that is added once a rank, a sum
+    that is taken although the all-reduce has been.
+    """
+    trace = imported(ranked(tmp_path / "dump", shares(n), n, order), tmp_path / "t.safetensors")
+    run = trace_case(Case.read(TINY)).taps
+    for tap in (
+        "mla.q",
+        "mla.q_rope",
+        "mla.k_rope",
+        "mla.ctx",
+        "ffn_norm",
+        "resid_mid",
+        "shared.gate",
+        "shared.up",
+        "shared.act",
+    ):
+        np.testing.assert_array_equal(trace.taps[f"fwd/L1/{tap}"].ravel(), np.ravel(run[f"fwd/L1/{tap}"]), err_msg=tap)
+    for tap in ("L0/mlp.gate", "L0/mlp.up", "L0/mlp.act"):
+        np.testing.assert_array_equal(trace.taps[f"fwd/{tap}"].ravel(), np.ravel(run[f"fwd/{tap}"]), err_msg=tap)
+    for tap in ("L0/attn_out", "L0/ffn_out", "L0/resid", "L1/moe.shared", "L2/resid"):
+        e = np.ravel(run[f"fwd/{tap}"])
+        np.testing.assert_allclose(trace.taps[f"fwd/{tap}"].ravel(), e, rtol=0, atol=1e-5 * abs(e).max(), err_msg=tap)
+    assert f"{n} tensor-parallel ranks put together" in trace.header.notes and not trace.header.parallel
+    judgement = judge(Case.read(TINY), trace)
+    assert judgement.verdict == "CONFORMS", [f for f in judgement.findings if not f.ok]
+
+
+def test_a_part_that_a_rank_computed_wrongly_is_found(tmp_path):
+    """Catches ranks of which only the first counts: the second's part of o_proj is doubled."""
+    held = shares(2)
+    name = "non_intrusive__model.layers.1.self_attn.o_proj.output"
+    held[name] = [held[name][0], 2 * held[name][1]]
+    trace = imported(ranked(tmp_path / "dump", held), tmp_path / "t.safetensors")
+    assert {f.tap for f in judge(Case.read(TINY), trace).culprits} >= {"fwd/L1/attn_out"}
+
+
+def test_replicas_that_disagree_are_left_to_the_diff(tmp_path):
+    """Catches a norm that ranks compute differently, of which the importer shows one: a bug between ranks is a bug."""
+    held = shares(2)
+    name = "non_intrusive__model.layers.1.post_attention_layernorm.output.0"
+    held[name] = [held[name][0], held[name][1] * np.float32(1.01)]
+    folder = ranked(tmp_path / "dump", held)
+    found = dumps.record(TINY, tmp_path / "t.safetensors", source=folder)
+    assert sorted(p.name for p in found.path.iterdir()) == ["rank-0-of-2.safetensors", "rank-1-of-2.safetensors"]
+    judgement = judge(Case.read(TINY), Trace.read(found.path))
+    (gate,) = [g for g in judgement.gates if g.name == "ranks"]
+    assert gate.state == "FAIL" and "fwd/L1/ffn_norm" in gate.text and judgement.verdict == "DIVERGES"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"pp_size": 2}, "it is of pp 2"),
+        ({"attn_dp_size": 4}, "it is of attn_dp 4"),
+        ({"tp_size": 4}, r"at tp \[0, 1\] of \[4, 4\]"),
+        ({"tp_rank": 0}, r"at tp \[0, 0\]"),
+        ({"tp_rank": "0"}, r"at tp \['0', '0'\]"),
+    ],
+)
+def test_ranks_of_another_kind_are_refused(change, complaint, tmp_path):
+    """Catches layers of pipeline stages, tokens of data-parallel attention, or half of the ranks, put together as heads."""
+    held = {"logits": shares(2)["logits"]}
+    with pytest.raises(ValueError, match=complaint):
+        imported(ranked(tmp_path / "dump", held, **change), tmp_path / "t")
+
+
+def test_what_some_ranks_lack_is_said_and_parts_that_do_not_fit_are_refused(tmp_path):
+    """Catches half of the heads taken for all of them; and a shape error of NumPy's instead of the name of the tensor."""
+    held = shares(2)
+    folder, name = ranked(tmp_path / "dump", held), "non_intrusive__model.layers.0.self_attn.q_b_proj.output"
+    next(f for f in folder.iterdir() if "rank=1" in f.name and f"name={name}" in f.name).unlink()
+    trace = imported(folder, tmp_path / "t.safetensors")
+    assert "fwd/L0/mla.q" not in trace.taps and f"{name} was dumped by 1 of 2 ranks" in trace.header.notes
+    held[name] = [held[name][0], held[name][1][:5]]
+    with pytest.raises(
+        ValueError, match=r"ranks hold shapes \(48, 40\) and \(5, 40\), .*\n  in non_intrusive__.*q_b_proj"
+    ):
+        imported(ranked(tmp_path / "other", held), tmp_path / "u")
+
+
 # ---- llama.cpp's eval-callback
 
 

@@ -51,6 +51,21 @@ def test_tensors_that_torch_has_saved_are_read_and_bfloat16_is_kept(wrapped, tmp
     np.testing.assert_array_equal(found.astype(np.float32), x.float().numpy())
 
 
+def test_ranks_that_torch_has_saved_tell_their_place(tmp_path):
+    """Catches ranks in the order of their files: what torch's restricted reader gives of `meta` says another."""
+    import torch
+
+    for rank, x in enumerate(torch.arange(24.0).reshape(2, 6, 2)):
+        meta = {
+            "world_rank": rank,
+            "sglang_parallel_info": {"tp_rank": 1 - rank, "tp_size": 2, "enable_dp_attention": False},
+        }
+        name = f"step=0___rank={rank}___dump_index=1___name=non_intrusive__a.q_b_proj.output.pt"
+        torch.save({"value": x, "meta": meta}, tmp_path / name)
+    found = open_dump(tmp_path, Case.read(TINY)).find(Part("a.q_b_proj"))
+    np.testing.assert_array_equal(found, [[12 + i, 13 + i, i, 1 + i] for i in range(0, 12, 2)])
+
+
 def test_a_pt_file_with_code_in_it_is_refused_and_not_run(tmp_path):
     """Catches torch.load without its restriction."""
     import torch

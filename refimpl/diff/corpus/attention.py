@@ -10,10 +10,11 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
+from refimpl.layers.rope import mscale
 
-from .mutant import Mutant, scaled, setting, stage, threads
+from .mutant import Mutant, scaled, setting, stage, threads, unmade
 from .norms import rms
-from .rope import yarn
+from .rope import uneven, yarn
 
 _SCORES = "mla.scores"
 _A12 = threads("transformers #44261; transformers #44346; transformers #44585; vLLM #35515")
@@ -31,6 +32,12 @@ def _other_scale(by: Callable[[float, Array, Array], float]) -> Callable[..., Ar
         return out
 
     return fn
+
+
+def _by_mscale(c: Config) -> float:
+    """m(factor, mscale)^2."""
+    assert c.yarn is not None
+    return mscale(c.yarn.factor, c.yarn.mscale) ** 2 if c.yarn.mscale else 1.0
 
 
 def _by_latent(q: Array, q_rope: Array, *rest: Array, scale: float, reads: tuple[Array]) -> Array:
@@ -137,9 +144,18 @@ MUTANTS = (
         "the softmax scale has mscale once instead of squared",
         _SCORES,
         _other_scale(lambda scale, q, r: math.sqrt(scale * q.shape[-1] ** -0.5)),
+        regime="YaRN",
+        applies=yarn,
+    ),
+    Mutant(
+        "A05b",
+        "the softmax scale has mscale where mscale_all_dim is meant",
+        _SCORES,
+        unmade,
         threads("Megatron-LM #1429"),
-        "YaRN",
-        yarn,
+        "mscale that is not mscale_all_dim",
+        uneven,
+        made=lambda c: _other_scale(lambda scale, q, r: q.shape[-1] ** -0.5 * _by_mscale(c)),
     ),
     Mutant(
         "A09", "the softmax scale is inverted", _SCORES, _other_scale(lambda s, q, r: 1 / s), threads("MaxText #1370")

@@ -61,20 +61,8 @@ def _acts() -> list[Mutant]:
     return found + swapped
 
 
-_nothing = scaled("moe.shared", 0.0)
-
-
-def _first_only(routed: Array, shared: Array) -> Array:
-    return routed * 1
-
-
 def _from_norm(x: Array, y: Array, *, reads: tuple[Array, ...]) -> Array:
     return reads[0] + y
-
-
-def _scaled_embedding(tokens: Array, w: Array) -> Array:
-    out: Array = stage("embed")(tokens, w) * w.shape[1] ** 0.5
-    return out
 
 
 MUTANTS = (

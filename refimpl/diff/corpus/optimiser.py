@@ -78,6 +78,11 @@ def _experts_once(*grads: Array) -> Any:
     return stage(_NORM)(*grads[: len(grads) // 2])
 
 
+def _one_sum(*grads: Array) -> Any:
+    squares = np.concatenate([np.square(g.astype(np.float32)).ravel() for g in grads])
+    return np.sqrt(np.add.accumulate(squares)[-1])
+
+
 _bug = partial(Mutant, regime="training")
 MUTANTS = (
     _bug("O01", "eps is added to the second moment inside the square root", _STEP, _eps_inside),
@@ -128,6 +133,12 @@ MUTANTS = (
     _bug("O06", "the gradient norm is the sum of the tensors' norms", _NORM, _sum_of_norms),
     _bug("O06b", "the gradient norm is the largest value", _NORM, _largest),
     _bug("O06c", "the gradient norm is that of the first half of the tensors", _NORM, _experts_once),
+    _bug(
+        "O06d",
+        "the gradient norm is one sum in float32, number by number, and loses what is small beside it",
+        _NORM,
+        _one_sum,
+    ),
     _bug(
         "O07",
         "moments are cut to bfloat16's bits instead of rounded",

@@ -34,15 +34,23 @@ def _factor(scaling: RopeScaling | None) -> float:
     return scaling.attention_factor if scaling else 1.0
 
 
+def _one(scaling: RopeScaling | None) -> float:
+    return 1.0
+
+
+def uneven(c: Config) -> bool:
+    """Whether YaRN multiplies cos and sin by a factor that is not 1."""
+    return yarn(c) and c.yarn is not None and c.yarn.attention_factor != 1
+
+
 def _tables(
     *, places: Change = _same, scaling: Change = _same, freq: Change = _same, factor: Change = _factor
 ) -> Callable[..., Array]:
-    """Tables with changed positions, YaRN settings, frequencies or factor on cos and sin."""
+    """Tables with changed positions, YaRN settings of the frequencies, frequencies, or factor of YaRN's settings on cos and sin."""
 
     def fn(positions: Array, *, dim: int, theta: float, yarn: RopeScaling | None, dtype: Any) -> Array:
-        changed = scaling(yarn)
-        angle = places(positions.astype(np.float64))[..., None] * freq(inv_freq(dim, theta, changed))
-        out: Array = (np.stack([np.cos(angle), np.sin(angle)]) * factor(changed)).astype(dtype)
+        angle = places(positions.astype(np.float64))[..., None] * freq(inv_freq(dim, theta, scaling(yarn)))
+        out: Array = (np.stack([np.cos(angle), np.sin(angle)]) * factor(yarn)).astype(dtype)
         return out
 
     return fn
@@ -133,9 +141,17 @@ MUTANTS = (
         "A06b",
         "cos and sin are not multiplied by the ratio of the two mscales",
         _TABLES,
-        _tables(factor=lambda y: 1.0),
+        _tables(factor=_one),
         regime="mscale that is not mscale_all_dim",
         applies=yarn,
+    ),
+    Mutant(
+        "A06c",
+        "cos and sin are multiplied by one mscale as well as by the ratio of two",
+        _TABLES,
+        _tables(factor=lambda y: mscale(y.factor, y.mscale or 1.0) * y.attention_factor),
+        regime="mscale that is not mscale_all_dim",
+        applies=uneven,
     ),
     Mutant(
         "A11",
@@ -145,6 +161,14 @@ MUTANTS = (
         threads("deepseek.cpp #15"),
         "long positions",
         yarn,
+    ),
+    Mutant(
+        "A11c",
+        "there is no YaRN in the rotary tables, neither its frequencies nor its factor",
+        _TABLES,
+        _tables(scaling=lambda y: None, factor=_one),
+        regime="mscale that is not mscale_all_dim",
+        applies=uneven,
     ),
     Mutant(
         "A10",
@@ -163,7 +187,9 @@ MUTANTS = (
         "A11b",
         "positions are divided by the factor (linear scaling instead of YaRN)",
         _TABLES,
-        lambda p, *, yarn, **k: _tables(scaling=lambda y: None, places=lambda x: x / yarn.factor)(p, yarn=yarn, **k),
+        lambda p, *, yarn, **k: _tables(scaling=lambda y: None, places=lambda x: x / yarn.factor, factor=_one)(
+            p, yarn=yarn, **k
+        ),
         regime="long positions",
         applies=yarn,
     ),

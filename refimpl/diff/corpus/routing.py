@@ -9,15 +9,11 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
-from refimpl.layers.router import top_k
 
 from .mutant import Mutant, scaled, setting, stage, threads
 
-_WEIGHTS, _IDS, _BIAS = "router.weights", "router.ids", "w:mlp.gate.e_score_correction_bias"
-
-
-def _grouped(c: Config) -> bool:
-    return c.n_group > 1 and c.topk_method != "greedy"
+_WEIGHTS, _BIAS = "router.weights", "w:mlp.gate.e_score_correction_bias"
+_SMALL = "chosen scores whose sum is near 1e-20, or 0"
 
 
 def _biased(c: Config) -> bool:
@@ -53,9 +49,9 @@ def _shifted_ids(s: Array, ids: Array, **static: Any) -> Array:
     return np.roll(stage(_WEIGHTS)(s, ids, **static), 1, axis=-1)
 
 
-def _over_all(s: Array, ids: Array, *, scale: float, **static: Any) -> Array:
+def _over_all(s: Array, ids: Array, *, scale: float, eps: float, **static: Any) -> Array:
     """Weights normalised by the scores of all experts."""
-    out: Array = np.take_along_axis(s, ids, axis=-1) / s.sum(axis=-1, keepdims=True) * scale
+    out: Array = np.take_along_axis(s, ids, axis=-1) / (s.sum(axis=-1, keepdims=True) + eps) * scale
     return out
 
 
@@ -63,32 +59,6 @@ def _unnormed(x: Array, w: Array, *, reads: tuple[Array, ...]) -> Array:
     """The router reads the residual stream instead of its norm."""
     out: Array = stage("router.logits")(reads[0], w)
     return out
-
-
-def _global_top_k(a: Array, kept: Array | None, *, k: int, **static: Any) -> Array:
-    return top_k(a, k)
-
-
-def _first_groups(a: Array, *, topk_group: int) -> Array:
-    return np.broadcast_to(np.arange(topk_group), (*a.shape[:-1], topk_group)).copy()
-
-
-def _as_released(a: Array, kept: Array | None, *, n_group: int, **static: Any) -> Array:
-    """Without groups, those of the released models: 8, of which 4 are kept."""
-    if kept is None and a.shape[-1] % 8 == 0 and a.shape[-1] > 8:
-        kept, n_group = top_k(stage("router.group_scores")(a, n_group=8, best=2), 4), 8
-    out: Array = stage(_IDS)(a, kept, n_group=n_group, **static)
-    return out
-
-
-def _by_threshold(
-    a: Array, kept: Array | None, *, k: int, n_group: int, fill: float, reads: tuple[Array, ...]
-) -> Array:
-    """Every group is kept whose score is not below that of the last kept one."""
-    assert kept is not None
-    least = np.take_along_axis(reads[0], kept, axis=-1).min(axis=-1, keepdims=True)
-    inside = np.repeat(reads[0] >= least, a.shape[-1] // n_group, axis=-1)
-    return top_k(np.where(inside, a, a.dtype.type(fill)), k)
 
 
 def _softmax(z: Array, **static: Any) -> Array:
@@ -133,38 +103,9 @@ MUTANTS = (
         _biased,
         (_BIAS,),
     ),
-    Mutant(
-        "R02",
-        "experts of dropped groups count as 0 instead of never",
-        _IDS,
-        setting(_IDS, fill=0.0),
-        threads(
-            "vLLM #13474; transformers #45440; DeepSeek-V3 #741; ktransformers #1148; sglang #3705; flashinfer #4639"
-        ),
-        "biased scores below 0 in kept groups",
-        _grouped,
-    ),
-    Mutant(
-        "R03",
-        "a group's score is its best expert's, not the sum of its two best",
-        "router.group_scores",
-        setting("router.group_scores", best=1),
-        threads("vLLM #13474; mistral.rs #1278"),
-        "groups",
-        _grouped,
-    ),
     Mutant("R04", "softmax instead of sigmoid", "router.scores", _softmax, threads("TensorRT-Model-Connect #669")),
     Mutant(
         "R04b", "sigmoid instead of softmax", "router.scores", _sigmoid, applies=lambda c: c.scoring_func == "softmax"
-    ),
-    Mutant(
-        "R04c",
-        "the best experts of all groups are chosen",
-        _IDS,
-        _global_top_k,
-        threads("TensorRT-Model-Connect #669; sglang #29042"),
-        "groups",
-        _grouped,
     ),
     Mutant(
         "R05",
@@ -227,12 +168,10 @@ MUTANTS = (
         _WEIGHTS,
         setting(_WEIGHTS, eps=0.0),
         threads("sglang #30989; sglang #31017; flashinfer #3803"),
-        "every chosen logit below -88",
+        _SMALL,
     ),
     Mutant("R12b", "the sigmoid overflows below -88", "router.scores", _plain_sigmoid, regime="logits below -88"),
-    Mutant(
-        "R13", "the epsilon is added after the division", _WEIGHTS, _eps_after, threads("tt-metal #33153"), "small sums"
-    ),
+    Mutant("R13", "the epsilon is added after the division", _WEIGHTS, _eps_after, threads("tt-metal #33153"), _SMALL),
     Mutant(
         "R14",
         "the score is recovered as (s + b) - b",
@@ -242,15 +181,6 @@ MUTANTS = (
         "scores far below the bias",
         _biased,
         (_BIAS,),
-    ),
-    Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
-    Mutant(
-        "R15b",
-        "a model without groups is routed in 8, of which 4 are kept",
-        _IDS,
-        _as_released,
-        regime="no groups",
-        applies=lambda c: c.n_group == 1 and c.topk_method == "noaux_tc" and c.n_routed_experts > 8,
     ),
     Mutant(
         "R18",
@@ -267,15 +197,6 @@ MUTANTS = (
     Mutant("X01", "the routed experts are not weighted", "moe.routed", _unweighted),
     Mutant("X04", "the weights are normalised over all experts", _WEIGHTS, _over_all),
     Mutant("X05", "the router reads the residual before the norm", "router.logits", _unnormed, reads=("resid_mid",)),
-    Mutant(
-        "X06",
-        "groups whose score ties with the last kept one's are kept too",
-        _IDS,
-        _by_threshold,
-        regime="exact ties of groups",
-        applies=_grouped,
-        reads=("router.group_scores",),
-    ),
     Mutant(
         "X07",
         "the routed scaling factor is 2.5, whatever the config says",

@@ -1,0 +1,127 @@
+"""Mistakes of the choice of experts: groups and what is chosen among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.config import Config
+from refimpl.layers.router import top_k
+
+from .mutant import Best, Mutant, setting, stage, threads
+
+_IDS = "router.ids"
+
+
+def _grouped(c: Config) -> bool:
+    return c.n_group > 1 and c.topk_method != "greedy"
+
+
+def _filled(a: Array, inside: Array, fill: float) -> Array:
+    """a, and `fill` in groups that are not inside.  a (*, E), inside (*, G) -> (*, E)."""
+    return np.where(np.repeat(inside, a.shape[-1] // inside.shape[-1], axis=-1), a, a.dtype.type(fill))
+
+
+def _inside(kept: Array, n_group: int) -> Array:
+    """Which groups are kept.  kept (*, M) -> (*, G)."""
+    found: Array = (np.arange(n_group) == kept[..., None]).any(axis=-2)
+    return found
+
+
+def _zeros(a: Array, kept: Array | None, *, n_group: int, **static: Any) -> Array:
+    return a if kept is None else _filled(a, _inside(kept, n_group), 0.0)
+
+
+def _all_alike(a: Array, kept: Array | None, **static: Any) -> Array:
+    return a
+
+
+def _first_groups(a: Array, *, topk_group: int) -> Array:
+    return np.broadcast_to(np.arange(topk_group), (*a.shape[:-1], topk_group)).copy()
+
+
+def _grouped_after_all(groups: int, keep: int) -> Best:
+    """Groups where the model has none."""
+
+    def scores(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+        if kept is None and a.shape[-1] % groups == 0 and a.shape[-1] > groups:
+            kept, n_group = top_k(stage("router.group_scores")(a, n_group=groups, best=2), keep), groups
+        return a if kept is None else _filled(a, _inside(kept, n_group), fill)
+
+    return Best(scores)
+
+
+def _ungrouped(n_group: int, keep: int) -> Callable[[Config], bool]:
+    """Whether a model has no groups, and enough experts for these."""
+
+    def applies(c: Config) -> bool:
+        each, rest = divmod(c.n_routed_experts, n_group)
+        fits = not rest and each > 1 and keep * each >= c.num_experts_per_tok
+        return c.n_group == 1 and c.topk_method == "noaux_tc" and fits
+
+    return applies
+
+
+def _by_threshold(a: Array, kept: Array | None, *, fill: float, reads: tuple[Array, ...], **static: Any) -> Array:
+    """Every group is kept whose score is not below that of the last kept one."""
+    assert kept is not None
+    least = np.take_along_axis(reads[0], kept, axis=-1).min(axis=-1, keepdims=True)
+    return _filled(a, reads[0] >= least, fill)
+
+
+MUTANTS = (
+    Mutant(
+        "R02",
+        "experts of dropped groups count as 0 instead of never",
+        _IDS,
+        Best(_zeros),
+        threads(
+            "vLLM #13474; transformers #45440; DeepSeek-V3 #741; ktransformers #1148; sglang #3705; flashinfer #4639"
+        ),
+        "biased scores below 0 in kept groups",
+        _grouped,
+    ),
+    Mutant(
+        "R03",
+        "a group's score is its best expert's, not the sum of its two best",
+        "router.group_scores",
+        setting("router.group_scores", best=1),
+        threads("vLLM #13474; mistral.rs #1278"),
+        "groups",
+        _grouped,
+    ),
+    Mutant(
+        "R04c",
+        "the best experts of all groups are chosen",
+        _IDS,
+        Best(_all_alike),
+        threads("TensorRT-Model-Connect #669; sglang #29042"),
+        "groups",
+        _grouped,
+    ),
+    Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
+    *[
+        Mutant(
+            "R15b" if (groups, keep) == (8, 4) else f"R15b-{groups}-{keep}",
+            f"a model without groups is routed in {groups}, of which {keep} {'is' if keep == 1 else 'are'} kept",
+            _IDS,
+            _grouped_after_all(groups, keep),
+            threads("vLLM #33858") if (groups, keep) == (8, 4) else (),
+            regime="no groups",
+            applies=_ungrouped(groups, keep),
+        )
+        for groups, keep in ((8, 4), (8, 3), (8, 2), (4, 3), (4, 2), (4, 1), (2, 1))
+    ],
+    Mutant(
+        "X06",
+        "groups whose score ties with the last kept one's are kept too",
+        _IDS,
+        Best(_by_threshold),
+        regime="exact ties of groups",
+        applies=_grouped,
+        reads=("router.group_scores",),
+    ),
+)

@@ -1,0 +1,116 @@
+"""Padding of a prompt: engines that have none are judged all the same, and what is held there is not looked at."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from refimpl.diff import Case, Trace, render
+from refimpl.diff.corpus import MUTANTS
+from refimpl.diff.judge import judge
+from refimpl.layers.stage import Patch
+from refimpl.record import trace_case
+
+from .test_diff_partial import TINY
+
+VALID = np.array([[0] * 5 + [1] * 19, [1] * 20 + [0] * 4], bool)
+ENGINE = "attn_norm ffn_norm mla.q mla.c_kv mla.q_rope mla.k_rope mla.ctx attn_out resid_mid resid router.logits router.weights "
+ENGINE += "router.ids moe.routed moe.shared ffn_out logits"
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """The committed case, with padding in front of its first sequence and behind its second."""
+    folder = tmp_path_factory.mktemp("padded") / "case"
+    shutil.copytree(TINY, folder)
+    run = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps(run | {"valid": VALID.astype(int).tolist()}))
+    return Case.read(folder)
+
+
+@functools.cache
+def ran(path, id=None):
+    patches = [Patch(MUTANTS[id].stage, MUTANTS[id].fn)] if id else []
+    return trace_case(Case.read(path), patches=patches)
+
+
+def judged(case, change, id=None, keep=lambda t: True):
+    trace = ran(case.path, id)
+    taps = {t: change(t, np.asarray(a)) for t, a in trace.taps.items() if keep(t)}
+    return judge(case, Trace(dataclasses.replace(trace.header, expected=[]), taps))
+
+
+def packed(tap, a):
+    """The real tokens one behind the other; scores of single sequences stay as they are."""
+    return a[VALID] if a.shape[:2] == VALID.shape else a
+
+
+def spoiled(tap, a):
+    """NaN in every row of padding, no expert."""
+    if tap.endswith(("mla.scores", "mla.probs")):  # B H S T
+        return np.where(VALID[:, None, :, None], a, 0.5).astype(a.dtype)
+    if a.shape[:2] != VALID.shape:
+        return a
+    here = ~VALID.reshape(*VALID.shape, *[1] * (a.ndim - 2))
+    return np.where(here, -1 if a.dtype.kind in "iu" else np.nan, a).astype(a.dtype)
+
+
+def engine(tap):
+    return tap.rpartition("/")[2] in ENGINE.split()
+
+
+@pytest.mark.parametrize("keep", [lambda t: True, engine], ids=["all", "engine"])
+@pytest.mark.parametrize("change", [packed, spoiled])
+def test_padding_is_nobodys_business(padded, change, keep):
+    """Catches a serving engine, which has no padding, called another shape at every tap; and -1 or NaN in padding called a bug."""
+    judgement = judged(padded, change, keep=keep)
+    assert judgement.verdict in ("CONFORMS", "INCONCLUSIVE") and not judgement.culprits, render(judgement)
+    said = "without padding: put in their places" if change is packed else "padding is sent to no expert"
+    assert said in render(judgement)
+
+
+@pytest.mark.parametrize("change", [packed, pytest.param(spoiled, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "id", ["R07", pytest.param("A04", marks=pytest.mark.slow), pytest.param("R04", marks=pytest.mark.slow)]
+)
+def test_a_bug_is_found_and_named_all_the_same(padded, change, id):
+    """Catches rows of padding that no mistake reproduces, and real rows that go unseen with them."""
+    judgement = judged(padded, change, id)
+    assert {f.stage for f in judgement.culprits} == {MUTANTS[id].stage}, render(judgement)
+    assert [d.id for d in judgement.causes] == [id], render(judgement)
+
+
+@pytest.mark.parametrize("at", [(0, 3), (0, 5), (1, 0), (1, 19), (1, 20)])
+def test_one_number_counts_where_there_is_a_token(padded, at):
+    """Catches padding that is one row too wide, or of all sequences."""
+
+    def wrong(tap, a):
+        a = np.array(a)
+        if tap == "fwd/logits":
+            a[at][2] += 1
+        return a
+
+    assert [f.tap for f in judged(padded, wrong).culprits] == (["fwd/logits"] if VALID[at] else [])
+
+
+def test_a_token_that_no_expert_gets_is_a_bug(padded):
+    """Catches -1 for a real token, excused as if it were padding."""
+
+    def lost(tap, a):
+        a = np.array(spoiled(tap, a))
+        if tap == "fwd/L1/router.ids":
+            a[1, 2, 0] = -1
+        return a
+
+    assert "fwd/L1/router.ids" in {f.tap for f in judged(padded, lost, keep=engine).culprits}
+
+
+def test_padding_that_is_seen_by_tokens_is_still_a_bug(padded):
+    """Catches a mask that lets tokens see padding, excused as being about padding."""
+    judgement = judged(padded, lambda t, a: a, "A17g")
+    assert {f.stage for f in judgement.culprits} == {"mask"} and [d.id for d in judgement.causes] == ["A17g"], render(
+        judgement
+    )

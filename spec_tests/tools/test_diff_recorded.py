@@ -1,0 +1,132 @@
+"""What people record instead of what a tap is: recognised, said in a line, not called a bug; bugs that look like it are found."""
+
+import dataclasses
+import functools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refimpl.diff import Trace, render
+from refimpl.diff.corpus import MUTANTS
+from refimpl.diff.judge import judge
+from refimpl.layers.stage import Patch
+from refimpl.record import trace_case
+
+from .test_diff_partial import case
+
+
+@functools.cache
+def clean():
+    return trace_case(case())
+
+
+def judged(change, trace=None, **header):
+    """Every tap changed by change(tap, array); None leaves a tap out."""
+    trace = trace or clean()
+    made = {t: change(t, np.asarray(a)) for t, a in trace.taps.items()}
+    found = dataclasses.replace(trace.header, **{"expected": []} | header)
+    return judge(case(), Trace(found, {t: a for t, a in made.items() if a is not None}))
+
+
+def narrowed(dtype):
+    return lambda t, a: a.astype(dtype) if a.dtype.kind == "f" else a
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [(np.float16, "float32"), (np.float16, None), (ml_dtypes.bfloat16, "float16"), (np.float16, "bfloat16")],
+)
+def test_arrays_of_another_dtype_than_declared_are_judged_as_what_they_are(dtype, told):
+    """Catches a roundoff by the header's word where the arrays themselves are of a narrower dtype: 85 taps blamed."""
+    judgement = judged(narrowed(dtype), precision={"storage": told} if told else {})
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    assert any(f"are {np.dtype(dtype).name} arrays: declare" in note for note in judgement.notes)
+
+
+def test_a_few_narrow_arrays_change_nothing():
+    """Catches a run called float16 for one tap of that dtype, whose values then go too far unseen."""
+    judgement = judged(lambda t, a: a.astype(np.float16) if t == "fwd/logits" else a)
+    assert [f.tap for f in judgement.culprits] == ["fwd/logits"]
+
+
+def test_scores_before_the_mask_are_a_gauge():
+    """Catches q k scaled, recorded where most code has it, called a missing mask; probabilities say that there is one."""
+    rng = np.random.default_rng(0)
+    shown = lambda t, a: np.where(np.isneginf(a), rng.standard_normal(a.shape), a) if t.endswith("mla.scores") else a  # noqa: E731
+    judgement = judged(shown)
+    assert judgement.verdict == "CONFORMS_IN_GAUGE" and "scores are those before the mask" in render(judgement)
+    assert len(judgement.gauges["scores are those before the mask"]) == 3
+
+
+def test_a_mask_that_is_missing_is_no_gauge():
+    """Catches a candidate that attends to what comes later, taken for one whose scores were recorded early."""
+    m = MUTANTS["A17"]
+    judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+    assert {f.stage for f in judgement.culprits} == {"mla.scores"} and [d.id for d in judgement.causes] == ["A17"]
+
+
+def with_shared(extra_id, first=False):
+    """Ids and weights with one more slot, as kernels have them that run shared experts among the routed ones."""
+
+    def change(t, a):
+        if not t.endswith(("router.ids", "router.weights")):
+            return a
+        new = np.full((*a.shape[:-1], 1), extra_id if t.endswith("ids") else 0.4, a.dtype)
+        return np.concatenate([new, a] if first else [a, new], -1).reshape(48, -1)
+
+    return change
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_shared_experts_among_the_routed_ones_are_taken_out(first):
+    """Catches SGLang's fused shared expert, numbered behind the routed ones, called an id out of range."""
+    judgement = judged(with_shared(case().config.n_routed_experts, first))
+    assert judgement.verdict == "CONFORMS" and "shared experts are among the routed ones" in render(judgement)
+
+
+def test_a_routed_expert_too_many_is_no_shared_one():
+    """Catches R16 taken for a fused shared expert: the slot too many holds a routed expert's number."""
+    judgement = judged(with_shared(3))
+    assert {f.stage for f in judgement.culprits} == {"router.ids"}
+
+
+def test_a_padded_vocabulary_is_cut():
+    """Catches logits over 136 entries, 8 of them nothing, called another shape; and a wrong one of the rest that goes with them."""
+    pad = lambda t, a: np.concatenate([a, np.full((*a.shape[:-1], 8), np.nan, a.dtype)], -1) if t == "fwd/logits" else a  # noqa: E731
+    judgement = judged(pad)
+    assert judgement.verdict == "CONFORMS" and "padded along V" in render(judgement)
+
+    def wrong(t, a):
+        a = pad(t, a)
+        if t == "fwd/logits":
+            a[1, 3, 5] += 1
+        return a
+
+    assert [f.tap for f in judged(wrong).culprits] == ["fwd/logits"]
+
+
+def some(rows, tokens, then=lambda t, a: a):
+    """Every tap of the tokens cut to some of them."""
+    return lambda t, a: then(t, a[rows][:, tokens]) if a.shape[:2] == (2, 24) else None
+
+
+def test_the_first_tokens_are_compared_as_such():
+    """Catches one chunk of a prompt, or one of two sequences, called another shape at every tap."""
+    judgement = judged(some(slice(None), slice(0, 10)))
+    assert not judgement.culprits and "10 of 24 tokens, taken for the first: declare slices" in render(judgement)
+    judgement = judged(some(slice(0, 1), slice(None)))
+    assert not judgement.culprits and "1 of 2 sequences, taken for the first" in render(judgement)
+
+
+def test_other_tokens_than_the_first_and_wrong_ones_are_seen():
+    """Catches a subset that is compared with nothing: the last ten tokens are not the first, and one wrong number is wrong."""
+    assert "fwd/embed" in {f.tap for f in judged(some(slice(None), slice(14, None))).culprits}
+
+    def wrong(t, a):
+        a = np.array(a)
+        if t == "fwd/L1/ffn_norm":
+            a[0, 4, 7] += 1
+        return a
+
+    assert "fwd/L1/ffn_norm" in {f.tap for f in judged(some(slice(None), slice(0, 10), wrong)).culprits}
