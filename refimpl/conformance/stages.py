@@ -23,6 +23,7 @@ from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import integers
 from refimpl.diff.replay import Step, replay
 from refimpl.diff.wide import with_infinity
+from refimpl.layers.precision import Plan
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Call
 from refimpl.record import trace_case
@@ -72,11 +73,11 @@ def _judged(of: Subject, step: Step, g: Grounds, units: Units) -> Finding | Lack
     return next((f for _, other in others if (f := compare(step, other, units, {})).ok), found)
 
 
-def arguments(call: Call, r: Recorded) -> tuple[dict[str, Any], dict[str, Any]]:
+def arguments(call: Call, r: Recorded, plan: Plan | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `stage(name, inputs, params)` is asked with: the arrays by the names of the stage's own arguments (a list for a starred
-    one), and its settings, of plain types.
+    one), as a plan (the run's) holds them, and its settings, of plain types.
     """
-    lane = Lane(r.plan)
+    lane = Lane(plan or r.plan)
     given = [lane.value(a, call, r) for a in call.args]
     inputs: dict[str, Any] = {}
     for p in inspect.signature(call.of.fn).parameters.values():
