@@ -37,8 +37,8 @@ SLOPE = 1e-6
 
 @dataclass
 class Store:
-    """Arrays by their content: each is written once, into the file of the run that has it first. `runs`: a digest of all arrays
-    that a run reads, wherever they are written.
+    """Arrays by their content: each is written once, into the file of the run that has it first. `runs`: a digest of all that a
+    run's vectors say but limits, wherever its arrays are written.
     """
 
     files: dict[str, dict[str, Array]] = field(default_factory=dict)
@@ -49,12 +49,16 @@ class Store:
     def put(self, a: Array, file: str, name: str) -> dict[str, Any]:
         """A reference to an array, which is in the file from now on if it is in none."""
         key = hashlib.sha256(f"{a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()
-        self.runs.setdefault(file, hashlib.sha256()).update(f"{name} {key}".encode())
+        self.note(file, f"{name} {key}")
         if key not in self.known:
             self.known[key] = (file, name)
             self.files.setdefault(file, {})[name] = a
         file, name = self.known[key]
         return {"file": file, "name": name}
+
+    def note(self, file: str, text: str) -> None:
+        """Put words into the digest of a run."""
+        self.runs.setdefault(file, hashlib.sha256()).update(text.encode())
 
 
 def narrow(a: Any) -> Array:
@@ -109,6 +113,7 @@ class _Writer:
         if call.stage == CODES or call.own is not None:  # codes, as codes
             given |= {k: stored(CODES, v) for k, v in given.items() if k == "codes"}
         told = {k: plain(v) for k, v in settings.items() if k != "readers"}
+        self.store.note(self.file, f"{call.stage} {sorted(told.items())}")
         return {"inputs": {k: self.put(v, f"{prefix}/{k}") for k, v in given.items()}, "settings": told}
 
 

@@ -2,7 +2,7 @@
 
 The specification runs in float64; what its taps held is cut to a few bits, and the cut numbers are the inputs of the vectors.
 Sums in another order, more threads or another processor's `exp` move a float64 number by 1e-15 of itself, and a cut moves with it
-once in 10^9. Where numbers of few bits are added up, sums lie more often in the middle between two: so everything is moved by NUDGE first.
+once in 10^9. Sums of numbers of few bits lie in the middle between two more often: so everything is moved by NUDGE first.
 """
 
 from __future__ import annotations
