@@ -4,8 +4,10 @@ Two profiles of examples: `quick`, the default, draws the same ones every time, 
 `--hypothesis-profile deep` draws others every time, to find what nobody thought of.
 """
 
+import pytest
 from hypothesis import settings
 
+from refimpl.spec_tests import sections
 from refimpl.spec_tests.conformance import plugin
 
 settings.register_profile("quick", derandomize=True, print_blob=True)
@@ -14,12 +16,39 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser):
-    """The options of conformance."""
+    """The options of conformance, and of the report's sections."""
     plugin.add_options(parser)
+    group = parser.getgroup("sections", "sections of the report")
+    group.addoption("--section", default="", help="only tests about this section, e.g. 2.1.2")
+    group.addoption(
+        "--claims", action="store_true", help="with --collect-only: the tests as a list of claims, by section"
+    )
 
 
 def pytest_configure(config):
     """Register the marker that pyproject.toml registers in the repository, and what conformance needs."""
     config.addinivalue_line("markers", "slow: takes more than a few seconds; deselected unless -m says otherwise")
+    config.addinivalue_line("markers", "section(number): the section of the report that a test is about")
     config.pluginmanager.register(plugin, "conformance")
     config.pluginmanager.register(plugin.Collector(config), "conformance-report")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark every test with its section; leave those of the section that was asked for."""
+    kept = sections.mark(items, pytest, config.getoption("--section"))
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The list of claims, instead of pytest's own."""
+    if config.getoption("--claims"):
+        terminalreporter.write_line("\n".join(sections.claims(config.stash[ITEMS])))
+
+
+ITEMS = pytest.StashKey()
+
+
+def pytest_collection_finish(session):
+    """Keep what was collected for the list of claims."""
+    session.config.stash[ITEMS] = list(session.items)
