@@ -20,9 +20,9 @@ HEAD = """\
 
 # Section, sentence, tests
 
-What the [technical report](https://arxiv.org/abs/2412.19437) says, sentence by sentence and as short as it goes, and the tests
-that hold this specification to it. `pytest --section 2.1.2` runs what is about a section; `pytest --collect-only -qq --claims` is the
-list of all claims; `file::name` below is `test_name` of `test_file.py`, its id behind it.
+The [technical report](https://arxiv.org/abs/2412.19437) sentence by sentence, as short as it goes, and the tests that hold this
+specification to it. `pytest --section 2.1.2` runs what is about a section; `pytest --collect-only -qq --claims` lists all claims;
+`file::name` below is `test_name` of `test_file.py`, its id behind it.
 """
 
 
