@@ -54,11 +54,11 @@ def own_functions(module) -> list[str]:
 
 
 def forms_of(name: str, stage) -> set[str]:
-    """A stage's own name, and what it is in its module and package: `mla.q_a` is `q_a` of mla.py."""
+    """A stage's own name, without the prefix of a variant, and what it is in its module and package (`q_a` of mla.py)."""
     module = importlib.import_module(stage.fn.__module__)
     *_, package, file = module.__name__.split(".")
     here = next((k for k, v in vars(module).items() if v is stage), "")
-    return {name, f"{file}.{here}", f"{package}.{here}"}
+    return {name, name.removeprefix("variant."), f"{file}.{here}", f"{package}.{here}"}
 
 
 KINDS = {
