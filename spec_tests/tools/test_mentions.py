@@ -21,15 +21,17 @@ from refimpl.layers.stage import STAGES
 from refimpl.parallel_emulation.collectives import collectives, duals, two_hop
 from refimpl.spec_tests.strategies.primitives import primitives
 
-from .tree import HERE
+from .tree import FILES, tree_of
 
 
 def words_of(tree: ast.Module) -> set[str]:
     """Names, attributes, imported names, keywords, and every word of strings that are no docstrings."""
-    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+    docs: set[int] = set()
+    for node in ast.walk(tree):  # an expression comes before the constant that it is
+        if isinstance(node, ast.Expr):
+            docs.add(id(node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
             found |= set(re.findall(r"[\w.-]+", node.value))
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{(node.module or '').rpartition('.')[2]}.{a.name}" for a in node.names}
@@ -43,8 +45,8 @@ def words_of(tree: ast.Module) -> set[str]:
 @functools.cache
 def mentioned() -> frozenset[str]:
     """Of all tests, and what they are made of; this file says no name of its own."""
-    files = [p for p in HERE.rglob("*.py") if p != pathlib.Path(__file__).resolve()]
-    return frozenset().union(*(words_of(ast.parse(p.read_text(encoding="utf-8"))) for p in files))
+    files = [p for name, p in FILES.items() if name.startswith("refimpl.spec_tests.") and p.name != "test_mentions.py"]
+    return frozenset().union(*map(words_of, map(tree_of, files)))
 
 
 def own_functions(module) -> list[str]:
