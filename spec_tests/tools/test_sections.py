@@ -1,6 +1,8 @@
 """Sections, sentences and ids: every test has its place in the report, and no id is ever given twice."""
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +70,19 @@ def test_every_equation_of_the_report_is_in_the_table():
 def test_the_section_is_the_nearest_that_is_named(folder, docs, section):
     """Catches a test that is counted for a section that its docstring only mentions."""
     assert sections.section_of(folder, *docs) == section
+
+
+def item(doc):
+    """What pytest collects, as far as it is read here."""
+    return SimpleNamespace(
+        path=Path("r2_1_x/test_y.py"), function=SimpleNamespace(__doc__=doc), add_marker=lambda m: None
+    )
+
+
+@pytest.mark.parametrize("wanted, left", [("2.1", 3), ("2.1.1", 1), ("2", 3), ("2.2", 0), ("", 3)])
+def test_a_section_is_chosen_with_what_lies_in_it(wanted, left):
+    """Catches `--section 2.1.1` that takes 2.1.12 too, or not what is about 2.1.1 alone."""
+    assert len(sections.mark([item("R 2.1.1"), item("R 2.1.12"), item("")], pytest, wanted)) == left
 
 
 @in_repository

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +18,17 @@ from refimpl.cli import main
 from refimpl.layers.stage import STAGES
 from refimpl.model import Impl
 from refimpl.record.regimes import REGIMES
-from refimpl.vectors import Vectors, all_runs, entries, loops_fp8, read_vectors, runs, second, write_vectors
+from refimpl.vectors import (
+    Vectors,
+    all_runs,
+    entries,
+    loops_experts,
+    loops_fp8,
+    read_vectors,
+    runs,
+    second,
+    write_vectors,
+)
 from refimpl.vectors.limits import rounded_up
 
 from .tree import HERE, ROOT, in_repository, interpreter, python
@@ -159,8 +170,8 @@ def test_inputs_are_cut_to_numbers_that_roundings_do_not_change():
     a, b = (runs.cut(x * (1 + e), "fp32") for e in (0, 3e-16))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a / x - 1).max() < 2.0**-18 and (np.frexp(a)[0] * 2**18 % 1 == 0).all()
-    middle = np.array([1 + 2.0**-8, 1 + 2.0**-8 * (1 + 1e-15)])  # between two numbers of bfloat16
-    assert len(set(runs.cut(middle, "bf16").tolist())) == 1
+    for middle, fmt in ((1 + 2.0**-18, "fp32"), (1 + 2.0**-8, "bf16")):  # between two numbers of the format
+        assert len(set(runs.cut(np.nextafter(middle, [0, middle, 2]), fmt).tolist())) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,17 @@ def test_inputs_are_cut_to_numbers_that_roundings_do_not_change():
 def test_e4m3_by_its_list_of_numbers(x, s, nearest):
     """Catches ties away from even (17 and 19 lie in the middle), no saturation, subnormals that are flushed."""
     assert loops_fp8.nearest(x, s) == nearest
+
+
+def test_the_reader_knows_every_code_of_e4m3():
+    """Catches a bias, a NaN or subnormals that are another format's: it has its own decoder."""
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(read_vectors.e4m3(codes), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+def test_the_loops_give_a_tie_to_the_lower_index():
+    """Catches a second computation that agrees with the first on everything but ties."""
+    assert loops_experts.best_of([0.5, 1.0, 1.0, 1.0], 2) == [1, 2]
 
 
 def test_limits_are_rounded_up():
