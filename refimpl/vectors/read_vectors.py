@@ -222,7 +222,7 @@ def main(argv: list[str]) -> int:
     elif rest[:1] == ["--verify"]:
         found = {v.id: v.verify() for v in vectors}
     else:
-        print("\n".join(f"{v.id:<50}{v.entry['equation']}" for v in vectors))
+        print("\n".join(f"{v.id:<50}{vectors.index['equations'][v.entry['stage']]}" for v in vectors))
         return 0
     wrong = {id: what for id, what in found.items() if what}
     print(

@@ -46,7 +46,9 @@ def write_vectors(
             found += vectors_of(run, _file(run), g, one_a_stage(g.program, phase, dtype), store)
     specification = {"name": "refimpl", "version": __version__, "revision": revision()}
     digests = {run: store.runs[_file(run)].hexdigest() for run in chosen}
-    index = {"schema": SCHEMA, "specification": specification, "runs": digests, "vectors": found}
+    equations = {v["stage"]: v.pop("equation") for v in found}
+    head = {"schema": SCHEMA, "specification": specification, "equations": equations, "runs": digests}
+    index = head | {"vectors": found}
     _write(out, index, store)
     return index
 
@@ -87,7 +89,7 @@ def _write(out: Path, index: dict[str, Any], store: Store) -> None:
 def _json(index: Mapping[str, Any]) -> str:
     """A vector a line, so that what changed between two sets can be seen."""
     compact = partial(json.dumps, separators=(",", ":"))
-    head = [f"{json.dumps(k)}: {compact(index[k])}" for k in ("schema", "specification", "runs", "files")]
+    head = [f"{json.dumps(k)}: {compact(index[k])}" for k in ("schema", "specification", "equations", "runs", "files")]
     vectors = ",\n".join(compact(v) for v in index["vectors"])
     return "{" + ",\n".join([*head, f'"vectors": [\n{vectors}\n]']) + "}\n"
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -235,6 +236,18 @@ def test_the_text_form_gives_every_number_back(sample, capsys):
         subprocess.run(alone, capture_output=True, text=True, check=True).stdout
         == f"{len(list(sample))} of 144 right\n"
     )
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_reader_in_c_knows_every_code_of_e4m3(tmp_path):
+    """Catches subnormals, NaN or a sign that its decoder gets wrong, which no example of its engine reads."""
+    print_all = 'for (int i = 0; i < 256; i++) { unsigned char c = i; printf("%.9g\\n", number(&c, "F8_E4M3")); }'
+    reader = Path(read_vectors.__file__).with_suffix(".c")
+    text = f'#define main unused\n#include "{reader}"\n#undef main\nint main(void) {{ {print_all} }}'
+    (tmp_path / "all.c").write_text(text)
+    subprocess.run(["cc", "-w", "-o", tmp_path / "all", tmp_path / "all.c", "-lm"], check=True)
+    said = subprocess.run([tmp_path / "all"], capture_output=True, text=True, check=True).stdout.split()
+    np.testing.assert_array_equal(np.array(said, float), read_vectors.e4m3(np.arange(256, dtype=np.uint8)))
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
