@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,7 @@ list of what it is known to do otherwise. --cmd drives a process of any language
 example: refimpl conform bf16
 example: refimpl conform mlx --profile core,cache
 example: refimpl conform --cmd './engine --spec' --profile core,yarn --certified --badge spec.svg
-example: refimpl conform my.port:Impl -- -k RN-002 -x"""
+example: refimpl conform my.port:Impl --pytest '-k RN-002 -x'"""
 
 
 def add(commands: Commands) -> None:
@@ -43,7 +44,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--json", type=Path, help="write the report here (schema refimpl-conformance/1)")
     p.add_argument("--junit", type=Path, help="write JUnit XML here")
     p.add_argument("--badge", type=Path, help="write a badge here (SVG)")
-    p.add_argument("pytest", nargs="*", help="after --: further arguments of pytest")
+    p.add_argument("--pytest", default="", metavar="ARGS", help="further arguments of pytest, in quotes")
     p.set_defaults(run=run)
 
 
@@ -62,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         "--junitxml": args.junit,
         "--badge": args.badge,
     }
-    more = [*(["--certified"] if args.certified else []), *args.pytest]
+    more = [*(["--certified"] if args.certified else []), *shlex.split(args.pytest)]
     code = subprocess.run(command(options, slow=not args.quick, more=more), env=environment()).returncode
     return code if code in (0, 1) else 3

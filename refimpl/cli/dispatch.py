@@ -39,6 +39,7 @@ from . import (
     taps,
     trace,
     train,
+    vectors,
     weights,
 )
 from . import map as maps
@@ -47,7 +48,7 @@ BAD_INPUT = 3
 INTERRUPTED = 130
 INTERNAL = 70
 COMMANDS = (
-    *(diff, impact, explain, repro, conform, mutants, info, weights, score, case, record, maps, trace, taps),
+    *(diff, impact, explain, repro, conform, vectors, mutants, info, weights, score, case, record, maps, trace, taps),
     *(generate, run_layer, batch, serve, recipe, data, train, plot, precision, schedule, cluster, eplb),
 )
 """The commands in the order of `--help`: each a module with `add` (its arguments) and `run`."""

@@ -23,6 +23,7 @@ from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import integers
 from refimpl.diff.replay import Step, replay
 from refimpl.diff.wide import with_infinity
+from refimpl.layers.precision import Plan
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Call, Stage
 from refimpl.record import trace_case
@@ -72,9 +73,9 @@ def _judged(of: Subject, step: Step, g: Grounds, units: Units) -> Finding | Lack
     return next((f for _, other in others if (f := compare(step, other, units, {})).ok), found)
 
 
-def arguments(call: Call, r: Recorded) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `stage(name, inputs, params)` is asked with for a call of the program."""
-    lane = Lane(r.plan)
+def arguments(call: Call, r: Recorded, plan: Plan | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `stage(name, inputs, params)` is asked with for a call of the program, as a plan (the run's) holds it."""
+    lane = Lane(plan or r.plan)
     return named_arguments(call.of, [lane.value(a, call, r) for a in call.args], call.static)
 
 

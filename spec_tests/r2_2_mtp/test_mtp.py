@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refimpl.autograd import Parameter, backward
-from refimpl.layers import Dialect, loss
+from refimpl.layers import Dialect, loss, mtp
 from refimpl.spec_tests.cases.small_models import CLOSE, SMALL, logits, small, some_tokens
 
 D = SMALL.hidden_size
@@ -37,6 +37,22 @@ def chain(model, tokens, hidden):
         hidden = norm(y, layer.shared_head.norm.weight)
         out.append(hidden @ model.lm_head.weight.T)
     return out
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_front_pairs_each_position_with_the_token_depth_ahead(depth):
+    """R eq 21. Catches the embedding of another token, a hidden cut at its beginning, one norm's weight in the other's place."""
+    tokens, w, h = some_tokens(2, 7), normal(SMALL.vocab_size, D), normal(2, 8 - depth, D, seed=1)
+    we, wh = normal(D, seed=2), normal(D, seed=3)
+    e, cut = mtp.emb(tokens, w, depth=depth), mtp.hidden(h)
+    front = [mtp.enorm(e, we, eps=SMALL.rms_norm_eps), mtp.hnorm(cut, wh, eps=SMALL.rms_norm_eps)]
+    last = mtp.norm(h, we * wh, eps=SMALL.rms_norm_eps)
+    for b, i in np.ndindex(2, 7 - depth):
+        np.testing.assert_array_equal(cut[b, i], h[b, i])
+        np.testing.assert_allclose(front[0][b, i], norm(w[tokens[b, i + depth]], we), **CLOSE)
+        np.testing.assert_allclose(front[1][b, i], norm(h[b, i], wh), **CLOSE)
+    np.testing.assert_allclose(last[1, -1], norm(h[1, -1], we * wh), **CLOSE)
+    assert cut.shape == e.shape == (2, 7 - depth, D)
 
 
 def test_main_logits_do_not_depend_on_mtp():

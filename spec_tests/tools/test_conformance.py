@@ -14,6 +14,7 @@ import pytest
 import refimpl.spec_tests
 from refimpl import SpecError
 from refimpl.checkpoint import save
+from refimpl.cli import main
 from refimpl.conformance import Lacking, subject
 from refimpl.conformance.bench import Bench
 from refimpl.conformance.innocent import INNOCENTS
@@ -335,3 +336,24 @@ def _ids_of(fn):
 
 def _line(claim, id, sentence):
     return f"{id} {claim['profile']} {claim['section']}: {sentence}"
+
+
+def test_the_command_gives_its_options_to_the_suite_and_says_what_came_of_it(monkeypatch):
+    """Catches an option of `conform` that does not reach pytest, and pytest's own exit codes, of which 2 reads as inconclusive."""
+    asked = []
+
+    def run(command, env):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, codes.pop())
+
+    monkeypatch.setattr("refimpl.cli.conform.subprocess.run", run)
+    codes = [4, 1, 0]
+    arguments = ["my.port:Impl", "--profile", "core", "--certified", "--pytest", "-k 'RN-002 or FW' -x"]
+    assert [main(["conform", *arguments, "--badge", "b.svg"]) for _ in range(3)] == [0, 1, 3]
+    assert {"--impl=my.port:Impl", "--profile=core", "--certified", "RN-002 or FW", "-x", "--badge=b.svg"} <= set(
+        asked[0]
+    )
+    assert not [a for a in asked[0] if a.startswith(("--impl-cmd", "--skips-file"))]
+    codes = [0]
+    main(["conform", "--quick"])
+    assert asked[0][asked[0].index("-m", 3) + 1] == "" and asked[-1][asked[-1].index("-m", 3) + 1] == "not slow"
