@@ -21,8 +21,8 @@ LEAST = 1 << 19
 """Numbers of an array below which it is made whole."""
 BLOCK = 1 << 18
 """Numbers that a block may hold."""
-KEPT = 1 << 25
-"""Bytes of blocks that an array keeps, so that they need not be made again."""
+KEPT = 1 << 22
+"""Bytes of blocks that an array keeps, so that they need not be made again; more of them, in fresh memory, cost more than making."""
 
 
 def with_infinity(mask: Array) -> Array:
