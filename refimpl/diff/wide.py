@@ -177,6 +177,8 @@ def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None
     def view(place: Place) -> Array:
         whole, n = x[place.index], like.block(place).shape[-1]
         rest = whole[..., n:]
+        if rest.dtype.itemsize < 4:
+            rest = rest.astype(np.float32)  # exact, and quicker to look through
         top = rest.max(initial=like.fill)
         same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
         if ends is not None and same:
