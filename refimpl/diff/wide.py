@@ -22,7 +22,7 @@ LEAST = 1 << 19
 BLOCK = 1 << 18
 """Numbers that a block may hold."""
 KEPT = 1 << 22
-"""Bytes of blocks that an array keeps, so that they need not be made again; more of them, in fresh memory, cost more than making."""
+"""Bytes of blocks that an array keeps, so that they need not be made again; more, in fresh memory, cost more than making them."""
 
 
 def with_infinity(mask: Array) -> Array:
