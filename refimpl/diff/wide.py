@@ -21,8 +21,8 @@ LEAST = 1 << 19
 """Numbers of an array below which it is made whole."""
 BLOCK = 1 << 18
 """Numbers that a block may hold."""
-KEPT = 1 << 25
-"""Bytes of blocks that an array keeps, so that they need not be made again."""
+KEPT = 1 << 22
+"""Bytes of blocks that an array keeps, so that they need not be made again; more, in fresh memory, cost more than making them."""
 
 
 def with_infinity(mask: Array) -> Array:
@@ -177,6 +177,8 @@ def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None
     def view(place: Place) -> Array:
         whole, n = x[place.index], like.block(place).shape[-1]
         rest = whole[..., n:]
+        if rest.dtype.itemsize < 4:
+            rest = rest.astype(np.float32)  # exact, and quicker to look through
         top = rest.max(initial=like.fill)
         same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
         if ends is not None and same:
