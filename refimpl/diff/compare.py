@@ -180,7 +180,8 @@ def _drift(x: Array | Wide, ours: Array | Wide) -> float:
         blocks = [(theirs, mine)] if place else _blocks(theirs, mine)
         for u, v in blocks:
             a, b = (w.astype(np.float32, copy=False) for w in (u, v))
-            away, own = _squares(a - b), _squares(b)
+            with np.errstate(over="ignore", invalid="ignore"):
+                away, own = _squares(a - b), _squares(b)
             if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
                 a, b = _shown(a), _shown(b)
                 away, own = _squares(a - b), _squares(b)

@@ -206,8 +206,8 @@ def _dots(x: Array, e: Array, out: Array, room: Array) -> None:
     d = room[: x.size].reshape(x.shape) if x.size <= room.size else np.empty(x.shape)
     np.copyto(d, x)
     d -= e
-    for to, (left, right) in zip(out, ((d, d), (e, e), (d, e)), strict=True):
-        np.vecdot(left, right, out=to)
+    for i, (left, right) in enumerate(((d, d), (e, e), (d, e))):
+        np.vecdot(left, right, out=out[i, ...])  # an array also of one number
 
 
 def floor_of(stage: str) -> tuple[float, str]:

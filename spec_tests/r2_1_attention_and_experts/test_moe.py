@@ -53,7 +53,7 @@ def test_moe_is_the_loop_over_tokens(shared, weight_on):
 
 
 @pytest.mark.parametrize("weight_on", ["output", "activation"])
-@pytest.mark.parametrize("tokens", [1, 3, 400])
+@pytest.mark.parametrize("tokens", [1, 3, 60, 400])
 def test_the_fused_experts_are_the_stages_bit_for_bit(weight_on, tokens):
     """Catches an expert left out or run twice, the weight in the wrong place, a sum in another order: nobody observes the first
     run, the second is made stage by stage."""
