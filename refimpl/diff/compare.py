@@ -177,13 +177,13 @@ def _drift(x: Array | Wide, ours: Array | Wide) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
     far, size = 0.0, 0.0
     for place, theirs, mine in paired(x, ours):
-        blocks = [(theirs, mine)] if place else _blocks(theirs, mine)
-        for u, v in blocks:
+        for u, v in [(theirs, mine)] if place else _blocks(theirs, mine):
             a, b = (w.astype(np.float32, copy=False) for w in (u, v))
-            away, own = _squares(a - b), _squares(b)
-            if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
-                a, b = _shown(a), _shown(b)
+            with np.errstate(over="ignore", invalid="ignore"):
                 away, own = _squares(a - b), _squares(b)
+                if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
+                    a, b = _shown(a), _shown(b)
+                    away, own = _squares(a - b), _squares(b)
             far, size = far + away, size + own
     return math.sqrt(far) / max(math.sqrt(size), 1e-300)
 
