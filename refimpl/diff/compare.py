@@ -138,18 +138,14 @@ def _values(
     pick: Pick,
 ) -> Finding:
     """Two questions: is a row further off than roundings may put it, and do all rows lean one way, which roundings do not."""
-    call, family, leans = step.call, 0.0, 0.0
+    call, leans = step.call, 0.0
     if not isinstance(e, Wide) and e.size and np.isnan(e.flat[0]) and np.isnan(e).all():
         return Finding(call.tap, call.stage, True, 0.0, note=UNKNOWN, open=True)
     seen = looked_at(x, e, step.ends)
     found = tolerance.distance(call.stage, seen, e, settled)
-    limit = tolerance.allowed(call.stage, units.own, 0.0)
+    family = 0.0 if pick else _of_parts(step, e, found, settled, units)
+    limit = tolerance.allowed(call.stage, units.own, family)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
-    parts = iter(()) if pick else step.glimpses()
-    while found.worst > limit and (part := next(parts, None)):  # the worst of a part is no more than that of all
-        rows = None if settled is None else settled[part.index]
-        family = max(family, tolerance.distance(call.stage, *part.of(e), rows, found.largest).worst)
-        limit = tolerance.allowed(call.stage, units.own, family)
     twins = step.twins()
     while not (ok := found.worst <= limit and found.lean <= upright):  # only now is a twin worth its cost
         twin = next(twins, None)
@@ -173,18 +169,26 @@ def _values(
     return replace(made, lean=found.lean, upright=upright, elements=elements)
 
 
+def _of_parts(step: Step, e: Array | Wide, found: tolerance.Distance, settled: Array | None, units: Units) -> float:
+    """The worst row of parts of twins, of as many as it takes to allow what was found: no more than the worst of all of them."""
+    stage, family, parts = step.call.stage, 0.0, step.glimpses()
+    while found.worst > tolerance.allowed(stage, units.own, family) and (part := next(parts, None)):
+        rows = None if settled is None else settled[part.index]
+        family = max(family, tolerance.distance(stage, *part.of(e), rows, found.largest).worst)
+    return family
+
+
 def _drift(x: Array | Wide, ours: Array | Wide) -> float:
     """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
     far, size = 0.0, 0.0
     for place, theirs, mine in paired(x, ours):
-        blocks = [(theirs, mine)] if place else _blocks(theirs, mine)
-        for u, v in blocks:
+        for u, v in [(theirs, mine)] if place else _blocks(theirs, mine):
             a, b = (w.astype(np.float32, copy=False) for w in (u, v))
             with np.errstate(over="ignore", invalid="ignore"):
                 away, own = _squares(a - b), _squares(b)
-            if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
-                a, b = _shown(a), _shown(b)
-                away, own = _squares(a - b), _squares(b)
+                if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
+                    a, b = _shown(a), _shown(b)
+                    away, own = _squares(a - b), _squares(b)
             far, size = far + away, size + own
     return math.sqrt(far) / max(math.sqrt(size), 1e-300)
 

@@ -63,9 +63,9 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     operand = _operand(lane, call, r, form, short=sound)
     if lane.twin is None and call.stage == "mla.scores":
         made = joined(*[whole[i] for i in range(4)], **call.static)
-        return lambda place: made(place, operand(place))
+        return np.errstate(all="ignore")(lambda place: made(place, operand(place)))
     if lane.plan is FLOAT64 and call.stage == "mla.probs":
-        return lambda place: shares(operand(place))
+        return np.errstate(all="ignore")(lambda place: shares(operand(place)))
 
     def block(place: Place) -> Array:
         sequence, w = slice(place.sequence, place.sequence + 1), operand(place)

@@ -14,6 +14,7 @@ import pytest
 import refimpl
 from refimpl.diff import Case, Trace, glimpse, replay, rows, wide
 from refimpl.diff.judge import judge
+from refimpl.diff.tolerance import distance
 from refimpl.layers.stage import STAGES
 
 CASE = Path(refimpl.__file__).parent / "cases" / "tiny"
@@ -100,3 +101,12 @@ def test_shares_without_a_subtraction(size: float) -> None:
     s[0, :, 2:4, 4:] = -np.inf
     for x in (s, np.where(np.arange(5)[:, None] == 1, -np.inf, s), s - 2 * size):
         np.testing.assert_allclose(rows.shares(x), STAGES["mla.probs"].fn(x), rtol=1e-12, atol=1e-300)
+
+
+def test_rows_of_a_part_are_held_to_the_whole_taps_largest() -> None:
+    """Catches a part without the tap's largest row that counts small rows for more than the whole does. Oracle: the whole."""
+    e = np.outer([1e-6, 2e-6, 1.0], np.arange(1.0, 5.0))
+    x = e + np.array([1e-8, 3e-8, 0.0])[:, None]
+    whole = distance("attn_out", x, e)
+    assert distance("attn_out", x[:2], e[:2], largest=whole.largest).worst == pytest.approx(whole.worst, rel=1e-12)
+    assert distance("attn_out", x[:2], e[:2]).worst > 100 * whole.worst
