@@ -17,6 +17,7 @@ from refimpl.layers.fp8_parts import SCALE, group_major
 from refimpl.layers.stage import Call
 
 from .lse import LSE, in_other_units
+from .wide import MASKED
 
 Alternative = tuple[str, Array]
 """What to declare, and the tap in our arrangement."""
@@ -39,7 +40,9 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
     if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
         yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
     if call.stage in ("mla.scores", "mla.scores_absorbed"):
-        yield "scores are those before the mask", np.where(np.isneginf(exact), -np.inf, x).astype(x.dtype)
+        hidden = np.isneginf(exact)
+        if hidden.any() and (x[hidden] > MASKED).all():  # of no key, not of one: a wrong mask hides the others
+            yield "scores are those before the mask", np.where(hidden, -np.inf, x).astype(x.dtype)
     if call.stage == LSE:
         yield from in_other_units(x, c.softmax_scale)
     if call.stage == SCALE and x.shape[-1] > 1:

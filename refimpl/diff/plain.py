@@ -156,6 +156,13 @@ class _Rewrite(ast.NodeTransformer):
         called = isinstance(node.value, ast.Call) and self._object(node.value.func)
         return None if called is require else self.generic_visit(node)
 
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        """No `if ...: raise SpecError(...)`, which is a `require` whose text is made only when it is needed."""
+        (first, *more), refused = node.body, None
+        if isinstance(first, ast.Raise) and isinstance(first.exc, ast.Call) and not more and not node.orelse:
+            refused = self._object(first.exc.func)
+        return None if refused is SpecError else self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """`data_of(x)` is x here."""
         if self._object(node.func) is data_of:
