@@ -1,8 +1,8 @@
 """Settings that the suite needs wherever it runs, also from an installed wheel, which has no pyproject.toml.
 
 Three profiles of examples, all of which print how a failure is made again: `quick`, the default, draws the same ones every time, so
-that a verdict on a change is about the change; `--hypothesis-profile ci` twice as many, the same every time too; `deep` ten times
-as many and others every time, to find what nobody thought of.
+that a verdict on a change is about the change; `--hypothesis-profile ci` twice as many, the same every time too, for what is to be
+released; `deep` ten times as many and others every time, to find what nobody thought of.
 """
 
 import pytest
