@@ -97,6 +97,7 @@ def test_in_the_invariant_mode_the_logits_are_the_same_bits(schedule, bits):
     assert [bits[i] for i in range(len(requests))] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"precision": "float64"}, {"precision": "bf16"}, {"precision": "fp8"}, {"kv_format": "fp8"}]
 )

@@ -223,6 +223,7 @@ def test_all_requests_are_served_under_pressure():
         simulate([Arrival(0.0, (1,) * 70, 1)], UNIT, blocks=16, size=4, limits=Limits(), policy=FirstCome())
 
 
+@pytest.mark.slow
 def test_gaps_have_their_mean_and_spread():
     """Catches a rate taken for a gap, a shape taken for its root; 20,000 gaps, errors of the mean and of the spread below 5 %."""
     for cv in (1.0, 3.0):

@@ -327,6 +327,7 @@ def test_where_the_order_of_sums_is_fixed_another_mesh_gives_the_same_bits(tmp_p
     assert ends[0] == ends[1] == ends[2]
 
 
+@pytest.mark.slow
 def test_one_rank_reads_what_the_plain_step_wrote_and_the_other_way(tmp_path, on_four):
     """Catches two formats: `refimpl.train.step` and the mesh read each other's checkpoints."""
     resumed = serial.resume(Keeper(on_four).newest().saved, CONFIG)

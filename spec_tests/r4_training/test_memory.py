@@ -195,6 +195,7 @@ def test_the_bytes_held_are_the_bytes_there(name, precision):
     assert 0.85 * there < walked < 1.02 * there
 
 
+@pytest.mark.slow
 def test_each_policy_holds_less():
     """Catches a policy that keeps what it makes again. Most of what is left is that of the ends: two MTP modules and the head."""
     sizes = [kept(CONFIG, recipe("bf16"), p, LONG)[0] for p in (Policy.uniform(CONFIG, "keep"), *POLICIES.values())]

@@ -98,6 +98,7 @@ def test_log_softmax_of_large_logits():
     np.testing.assert_allclose(log_softmax(1000 + np.log(p)), np.log(p), rtol=1e-12)  # 1000 costs three digits
 
 
+@pytest.mark.slow
 def test_a_model_learns_two_tasks():
     """Catches a step that does not train on answers: by chance one answer in 64 is right."""
     weights = toys.both()

@@ -64,6 +64,7 @@ def quantised_accuracy(weights, bits, asked):
         return toys.accuracy(weights, asked)
 
 
+@pytest.mark.slow
 def test_training_with_the_grid_beats_rounding_afterwards():
     """A model rounded to 2 bits (-1, 0, 1) forgets; trained on under that plan it does not. Catches a plan that no stage
     uses, a master that is rounded: then small steps would be lost.

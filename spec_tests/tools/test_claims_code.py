@@ -285,6 +285,7 @@ def quoted():
     }
 
 
+@pytest.mark.slow
 @in_repository
 def test_sizes_that_rows_quote():
     """Catches a size in a row that the config does not give."""

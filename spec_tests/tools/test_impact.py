@@ -196,6 +196,7 @@ def test_slots_and_rows_follow_their_experts(shape):
     assert np.count_nonzero(expected) < expected.size
 
 
+@pytest.mark.slow
 def test_a_coarse_trace_has_impact_too():
     """Catches grafts that need every tap: the residual stream and the logits alone, named mistake and unknown one."""
     for name in ("R09", "unknown"):

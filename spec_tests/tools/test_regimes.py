@@ -186,6 +186,7 @@ def test_a_real_model_made_small_takes_regimes(regimes):
     assert judged(case).verdict == "CONFORMS"
 
 
+@pytest.mark.slow
 def test_softmax_scores_have_a_margin_of_their_size():
     """Catches the margin of sigmoids asked of 32 scores that sum to 1: no case of V2 could be drawn."""
     for regimes in ("", "small-latents", "ties"):

@@ -103,6 +103,7 @@ def test_the_command_shrinks_and_says_what_it_changed(tmp_path, capsys):
     assert any("eh_proj" in name for name in Case.read(tmp_path / "b").checkpoint)
 
 
+@pytest.mark.slow
 def test_info_takes_a_bare_config(tmp_path, capsys):
     """Catches a config.json that is read as a checkpoint, and other numbers than the preset's."""
     config = tmp_path / "config.json"
