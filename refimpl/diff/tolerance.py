@@ -39,7 +39,7 @@ BLOCK = 1 << 16
 ROOM = 1 << 18
 """Numbers whose differences are made in the same memory: fresh memory costs more than they do."""
 FEW = 16
-"""Numbers of a tap, a loss for instance, below which roundings need not cancel."""
+"""Numbers of a tap, a loss for instance, below which roundings need not cancel; of many numbers, those that count (`counting`)."""
 CONSTANTS = ("mla.scores", "mla.scores_absorbed", "mla.lse", "mla.rope_tables", "router.weights", "moe.routed")
 """Stages that multiply by a constant, which is itself rounded once: their taps may lean twice as far."""
 FLOOR = {
@@ -248,6 +248,12 @@ def comparable(x: Array, e: Array) -> tuple[Array, Array]:
     masked, unknown = np.isneginf(e), ~np.isfinite(e) & ~np.isneginf(e)
     x = np.where(unknown, 0, np.where(masked, np.inf, x))
     return np.where(np.isfinite(x), x, 1e300), np.where(unknown | masked, 0, e)
+
+
+def counting(e: Array) -> float:
+    """(sum e^2)^2 / sum e^4: so many numbers of equal size would let roundings cancel as well; one far above all others: 1."""
+    squares = np.square(comparable(e, e)[1], dtype=np.float64)
+    return float(squares.sum() ** 2 / max(np.square(squares).sum(), 1e-300))
 
 
 def allowed_lean(stages: Iterable[str], unit: float, family: float) -> float:

@@ -139,3 +139,20 @@ def test_every_norm_has_the_other_order():
     assert ORDERS["optim.grad_norm"](x, w) == pytest.approx(np.sqrt((x**2).sum() + (w**2).sum()), rel=1e-4)
     for name in norms - {"optim.grad_norm"}:
         np.testing.assert_allclose(ORDERS[name](x, w, eps=EPS), STAGES[name].fn(x, w, eps=EPS), rtol=2e-6)
+
+
+@pytest.mark.parametrize(("large", "ok"), [(1, True), (0, False)])
+def test_one_number_above_all_others_may_be_rounded_as_it_is(large, ok):
+    """Catches a lean that is one number's rounding: sigmoids of logits near -45 with one near 9, all 3 units of roundoff up.
+    Many numbers of one size that go the same way by as much are a wrong constant.
+    """
+    z = np.full((24, 16), -45.0, np.float32)
+    z[3, 5] = 9.0 if large else -45.0
+    r = Recorded(
+        {}, {"z": z}, lambda n, plan: None, FLOAT32, Noise(declared_precision({}).unit, lambda call: "float32")
+    )
+    exact = 1 / (1 + np.exp(-z.astype(np.float64)))
+    given = exact * (1 + 3 * UNIT["float32"])
+    r.taps["fwd/L1/router.scores"] = given
+    (step,) = replay([Call("router.scores", "fwd/L1/router.scores", ("z",), {"func": "sigmoid"})], r)
+    assert compare(step, given, Units(UNIT["float32"], UNIT["float32"], ("router.scores",)), {}).ok == ok
