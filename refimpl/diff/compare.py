@@ -146,8 +146,7 @@ def _values(
     family = 0.0 if pick else _of_parts(step, e, found, settled, units)
     limit = tolerance.allowed(call.stage, units.own, family)
     upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
-    if found.lean > upright and not isinstance(e, Wide) and tolerance.counting(e) < tolerance.FEW:
-        found = replace(found, lean=0.0)
+    found = tolerance.cancelling(found, e, upright)
     twins = step.twins()
     while not (ok := found.worst <= limit and found.lean <= upright):  # only now is a twin worth its cost
         twin = next(twins, None)

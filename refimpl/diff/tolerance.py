@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -254,6 +254,12 @@ def counting(e: Array) -> float:
     """(sum e^2)^2 / sum e^4: so many numbers of equal size would let roundings cancel as well; one far above all others: 1."""
     squares = np.square(comparable(e, e)[1], dtype=np.float64)
     return float(squares.sum() ** 2 / max(np.square(squares).sum(), 1e-300))
+
+
+def cancelling(found: Distance, e: Array | Wide, upright: float) -> Distance:
+    """What was found, without a lean beyond `upright` of an array in which too few numbers count for roundings to cancel."""
+    alone = found.lean > upright and not isinstance(e, Wide) and counting(e) < FEW
+    return replace(found, lean=0.0) if alone else found
 
 
 def allowed_lean(stages: Iterable[str], unit: float, family: float) -> float:
