@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import refimpl
 from refimpl.cli import main
 
 from .tree import ROOT, in_repository
 
-TINY = ROOT / "refimpl" / "cases" / "tiny"
-EXAMPLES = ROOT / "docs" / "examples"
+TINY = Path(refimpl.__file__).parent / "cases" / "tiny"
+EXAMPLES = (ROOT or TINY) / "docs" / "examples"  # which a wheel has not, as the marks below say
 
 
 def example(name, *args):

@@ -9,7 +9,7 @@ from refimpl.layers import STAGES, Dialect, variants
 
 from .tree import ROOT, in_repository
 
-EQUATIONS = ROOT / "docs" / "equations.toml"
+EQUATIONS = "docs/equations.toml"
 OURS = {n for n, s in STAGES.items() if s.fn.__module__.startswith("refimpl.layers")}  # tests make stages too
 
 
@@ -17,13 +17,13 @@ OURS = {n for n, s in STAGES.items() if s.fn.__module__.startswith("refimpl.laye
 def test_every_stage_has_its_equation():
     """Catches a new stage without a page, and an equation of a stage that is gone."""
     assert variants.__doc__
-    assert set(tomllib.loads(EQUATIONS.read_text(encoding="utf-8"))["stages"]) == OURS
+    assert set(tomllib.loads((ROOT / EQUATIONS).read_text(encoding="utf-8"))["stages"]) == OURS
 
 
 @in_repository
 def test_every_dialect_point_has_its_stages():
     """Catches a point of difference that no page speaks of, or that names a stage that is not there."""
-    points = tomllib.loads(EQUATIONS.read_text(encoding="utf-8"))["dialect"]
+    points = tomllib.loads((ROOT / EQUATIONS).read_text(encoding="utf-8"))["dialect"]
     assert set(points) == set(Dialect.choices())
     assert set().union(*points.values()) <= OURS
 
