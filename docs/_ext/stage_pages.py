@@ -11,12 +11,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dtype_contract import contract
+
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.names import frameworks
 from refimpl.layers import STAGES, Dialect, variants
 from refimpl.layers.stage import Stage
 from refimpl.record.catalogue import Entry, everything
 from refimpl.record.catalogue_text import COMPARED, GROUPS, group
+from refimpl.spec_tests.sections import ids
 
 DOCS = Path(__file__).parents[1]
 REPOSITORY = DOCS.parent
@@ -34,17 +37,25 @@ def pages() -> dict[str, str]:
 
 def _page(e: Entry, told: dict[str, Any], tests: list[str]) -> Iterator[str]:
     stage, what = e.stage, e.stage.what
-    yield from (f"# `{stage.name}`", "", f"{what[0].upper()}{what[1:]}. Report: {stage.eq}.", "")
+    yield from (f"# `{stage.name}`", "")
+    yield from ("```{index} ! single: " + stage.name, "```", "")  # so that a search for the name finds this page first
+    yield from (f"{what[0].upper()}{what[1:]}. Report: {stage.eq}.", "")
     yield from ("$$", told["stages"][stage.name], "$$", "")
     yield from ("## In code", "", "```{literalinclude} ../../" + source_of(stage.fn))
     yield from (":language: python", f":pyobject: {stage.fn.__name__}", "```", "")
     yield from ("## What goes in and out", "", "| | |", "|---|---|")
     yield f"| axes | {stage.shape or 'a scalar'} |"
-    yield f"| dtype | {e.kind}, as the implementation held it |"
     yield f"| compared | {_cell(COMPARED[stage.compare])} |"
     yield f"| tap | `{e.tap}` |"
     yield f"| computed from | {', '.join(f'`{s}`' for s in e.sources) or 'nothing recorded'} |"
-    yield from ("", *_dialect(stage.name, told["dialect"]), *_bugs(stage.name), *_elsewhere(e.tap), *_tests(tests))
+    yield from (
+        "",
+        *contract(e),
+        *_dialect(stage.name, told["dialect"]),
+        *_bugs(stage.name),
+        *_elsewhere(e.tap),
+        *_tests(tests),
+    )
 
 
 def source_of(fn: Any) -> str:
@@ -96,8 +107,11 @@ def _elsewhere(tap: str) -> Iterator[str]:
 
 
 def _tests(tests: list[str]) -> Iterator[str]:
+    named = {test: id for id, test in ids().items()}
     yield from ("## Tests that mention it", "")
-    yield from (f"- `{test}`" for test in tests)
+    for test in tests:
+        id = named.get(re.sub(r"^.*/test_(\w+)\.py::test_", r"\1::", test))
+        yield f"- `{test}` ({id})" if id else f"- `{test}`"
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,6 @@
 """What the site's stage pages are made from: every stage has an equation, every dialect point a stage."""
 
+import re
 import sys
 import tomllib
 
@@ -36,3 +37,28 @@ def test_a_stage_page_shows_source_bugs_and_names(monkeypatch):
     assert "../../layers/router.py\n:language: python\n:pyobject: weights\n" in page
     assert "| R01 | the selection bias leaks" in page and "`topk_denominator_eps` | `1e-20`, `0.0`" in page
     assert "| mlx-lm | mlp.gate[1] |" in page and "test_" in page
+
+
+@in_repository
+def test_a_stage_page_says_its_dtypes_and_its_tests_ids(monkeypatch):
+    """Catches a plan left out or another stage's, integers said to be rounded, an id that is another test's. V3's router stays in
+    float32, its experts' products run in FP8 (R 3.3.1), ids are integers.
+    """
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs" / "_ext"), *sys.path])
+    pages = pytest.importorskip("stage_pages").pages()
+    rows = {
+        n: [x for x in pages[f"{n}.md"].split("\n") if "`fp8`" in x]
+        for n in ("router.weights", "moe.down", "router.ids")
+    }
+    assert rows["router.weights"] == ["| `float32`, `bf16`, `fp8`, `fp8_hopper`, `fp8_ue8m0` | float32 | float32 |"]
+    assert (
+        len(rows["moe.down"]) == 1
+        and "rounded to bfloat16" in rows["moe.down"][0]
+        and "FP8: exact" in rows["moe.down"][0]
+    )
+    assert rows["router.ids"] == [] and "no plan rounds it" in pages["router.ids.md"]
+    told = dict(
+        line.split(" ", 1) for line in (ROOT / "spec_tests" / "ids.txt").read_text(encoding="utf-8").split("\n") if line
+    )
+    shown = re.findall(r"^- `\S+/test_(\w+)\.py::test_(\w+)` \((\S+)\)$", "\n".join(pages.values()), re.M)
+    assert len(shown) > 200 and all(told[id] == f"{file}::{name}" for file, name, id in shown)
