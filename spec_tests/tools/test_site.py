@@ -4,9 +4,11 @@ import re
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 
 from refimpl.layers import STAGES, Dialect, variants
+from refimpl.plotting import drawn
 
 from .tree import ROOT, in_repository
 
@@ -62,3 +64,23 @@ def test_a_stage_page_says_its_dtypes_and_its_tests_ids(monkeypatch):
     )
     shown = re.findall(r"^- `\S+/test_(\w+)\.py::test_(\w+)` \((\S+)\)$", "\n".join(pages.values()), re.M)
     assert len(shown) > 200 and all(told[id] == f"{file}::{name}" for file, name, id in shown)
+
+
+def test_lines_of_a_figure_differ_without_their_colours():
+    """Catches curves that one cannot tell apart in grey: six lines have six patterns of dashes."""
+    pytest.importorskip("matplotlib")  # in the extra `plot`
+    svg = drawn(lambda f: f.subplots().plot(np.outer([0, 1], range(6))), size=(4, 3), salt="six").decode()
+    styles = re.findall(r'style="fill: none; (stroke-dasharray.*?)?stroke: #(?!000000)', svg)
+    dashes = [style.split(";")[0] for style in styles]
+    assert len(dashes) == len(set(dashes)) == 6
+
+
+@in_repository
+def test_no_figure_of_the_pages_is_told_apart_by_colour_alone():
+    """Catches a figure drawn past `refimpl.plotting`, with matplotlib's own colours, whose lines are all solid."""
+    plain = {
+        f.name
+        for f in (ROOT / "docs").glob("*.svg")
+        if re.search("#(1f77b4|ff7f0e|2ca02c)", f.read_text(encoding="utf-8"))
+    }
+    assert not plain
