@@ -110,8 +110,8 @@ def in_browser(site: Path, axe: str) -> list[str]:
 
 def searched(tab: Any, site: Path) -> list[str]:
     """What a reader does not find who opens the search page as a file."""
-    found: list[str] = []
-    tab.on("console", lambda m: found.append(f"search says {m.text}") if m.type == "error" else None)
+    found, said = list[str](), list[str]()
+    tab.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
     for name in SOUGHT:
         tab.goto(f"{(site / 'search.html').as_uri()}?q={name}")
         tab.wait_for_function(
@@ -119,7 +119,7 @@ def searched(tab: Any, site: Path) -> list[str]:
         )
         if (first := tab.evaluate(FIRST)) is None or urlsplit(first).path != f"stages/{name}.html":
             found.append(f"search: for {name} comes first {first}")
-    return found
+    return found + [f"search: {len(said)} complaints, the first: {text}" for text in said[:1]]
 
 
 def main() -> int:
