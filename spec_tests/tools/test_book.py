@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -54,3 +56,10 @@ def test_three_exercises_are_there_to_be_solved(chapter):
 def test_the_book_has_its_chapters():
     """Catches a chapter that is gone, and one whose number was given twice."""
     assert [int(f.stem[:2]) for f in CHAPTERS] == list(range(1, len(CHAPTERS) + 1)) and len(CHAPTERS) >= 15
+
+
+def test_the_first_chapters_tests_are_asked_for_alone():
+    """Catches `-k chapter1` that runs chapters 10 to 16 as well, which a reader of chapter 1 has not solved."""
+    asked = [sys.executable, "-m", "pytest", "docs/book", "-k", "chapter1", "--collect-only", "-q"]
+    ran = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    assert set(re.findall(r"(test_\w+)\.py::", ran.stdout)) == {"test_chapter1"}, ran.stdout + ran.stderr
