@@ -24,6 +24,8 @@ from refimpl.spec_tests.sections import ids
 DOCS = Path(__file__).parents[1]
 REPOSITORY = DOCS.parent
 assert variants.__doc__  # imported so that its stages are there
+OF_WEIGHTS = {s.tap.removeprefix("weight"): s.name for s in STAGES.values() if s.tap.startswith("weight.")}
+"""End of a tap -> its stage, where the tap begins with a weight's name: `.exp_avg` -> `optim.exp_avg`."""
 
 
 def pages() -> dict[str, str]:
@@ -145,13 +147,15 @@ def _known(tree: ast.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _words(node: ast.AST, known: dict[str, Any]) -> set[str]:
-    """The words of all strings, and the names of the stages that are used."""
+    """The words of strings, `cache.positions` and what else has an attribute, and the names of the stages that are used."""
     words: set[str] = set()
     for part in ast.walk(node):
         used: Any = None
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             words |= {w for found in re.findall(r"[\w.]+", part.value) for w in (found, f"variant.{found}")}
+            words |= {name for end, name in OF_WEIGHTS.items() if part.value.endswith(end)}
         elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            words.add(f"{part.value.id}.{part.attr}")
             used = getattr(known.get(part.value.id), part.attr, None)
         elif isinstance(part, ast.Name):
             used = known.get(part.id)
