@@ -25,6 +25,7 @@ autodoc_default_options = {"no-value": True}
 autodoc_member_order = "bysource"
 add_module_names = False
 html_use_index = False
+html_search_scorer = str(HERE / "_ext" / "search_scorer.js")
 html_show_search_summary = False  # it is fetched, which pages opened as files may not do
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / ".book_cache")

@@ -39,9 +39,7 @@ def pages() -> dict[str, str]:
 
 def _page(e: Entry, told: dict[str, Any], tests: list[str]) -> Iterator[str]:
     stage, what = e.stage, e.stage.what
-    yield from (f"# `{stage.name}`", "")
-    yield from ("```{index} ! single: " + stage.name, "```", "")  # so that a search for the name finds this page first
-    yield from (f"{what[0].upper()}{what[1:]}. Report: {stage.eq}.", "")
+    yield from (f"# `{stage.name}`", "", f"{what[0].upper()}{what[1:]}. Report: {stage.eq}.", "")
     yield from ("$$", told["stages"][stage.name], "$$", "")
     yield from ("## In code", "", "```{literalinclude} ../../" + source_of(stage.fn))
     yield from (":language: python", f":pyobject: {stage.fn.__name__}", "```", "")
