@@ -11,11 +11,15 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LIMIT = 300_000
 APART = {".svg", ".png", ".jpg", ".html"}  # figures, and interactive pages in a frame
 PHONE = {"width": 390, "height": 844}
+SOUGHT = ("router.weights", "mla.q", "moe.gate", "loss.mtp", "optim.step")
+"""Stages whose names have words in common with others': their own pages come first."""
+FIRST = "document.querySelector('#search-results li a')?.getAttribute('href')"
 
 
 class Page(HTMLParser):
@@ -99,8 +103,23 @@ def in_browser(site: Path, axe: str) -> list[str]:
             wide = tab.evaluate("document.documentElement.scrollWidth")
             if wide > PHONE["width"]:
                 found.append(f"{name}: {wide} pixels wide on a phone of {PHONE['width']}")
+        found += searched(tab, site)
         browser.close()
     return found
+
+
+def searched(tab: Any, site: Path) -> list[str]:
+    """What a reader does not find who opens the search page as a file."""
+    found, said = list[str](), list[str]()
+    tab.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+    for name in SOUGHT:
+        tab.goto(f"{(site / 'search.html').as_uri()}?q={name}")
+        tab.wait_for_function(
+            "document.querySelector('#search-summary, .search-summary')?.innerText.includes('finished')"
+        )
+        if (first := tab.evaluate(FIRST)) is None or urlsplit(first).path != f"stages/{name}.html":
+            found.append(f"search: for {name} comes first {first}")
+    return found + [f"search: {len(said)} complaints, the first: {text}" for text in said[:1]]
 
 
 def main() -> int:

@@ -9,12 +9,15 @@ tensor core drops below its 13 fraction bits add up in one direction. Codes and 
 
 from __future__ import annotations
 
+import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
 from refimpl.layers.numerics.quantisation import Quantized, quantize
 from refimpl.layers.numerics.tensor_cores import scaled_gemm
+from refimpl.plotting import drawn
 
 K = 4096
 
@@ -40,22 +43,15 @@ def errors(kind: str) -> dict[int, tuple[float, float, float]]:
     return found
 
 
-def plot(found: dict[str, dict[int, tuple[float, float, float]]], path: str) -> None:
+def draw(figure: Any, found: dict[str, dict[int, tuple[float, float, float]]]) -> None:
     """Error over promotion interval."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes = figure.subplots()
     for kind, rows in found.items():
         for column, label in enumerate(("rms", "largest", "one element")):
             axes.loglog(list(rows), [100 * row[column] for row in rows.values()], marker="o", label=f"{kind}, {label}")
-    axes.axhline(2, color="grey", linestyle=":", label="R 3.3.2, never promoted")
+    axes.axhline(2, color="grey", linewidth=0.8, label="R 3.3.2, never promoted")
     axes.set(xlabel=f"promotion interval (K = {K}: never)", ylabel="error, %", title="Hopper FP8 accumulation")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
+    axes.legend(fontsize=7, handlelength=4)
 
 
 if __name__ == "__main__":
@@ -66,4 +62,4 @@ if __name__ == "__main__":
             name = f"promoted every {interval}" if interval < K else "never promoted"
             print(f"{name:<24}" + "".join(f"{x:>10.1e}" for x in row))
     if len(sys.argv) > 1:
-        plot(found, sys.argv[1])
+        pathlib.Path(sys.argv[1]).write_bytes(drawn(lambda f: draw(f, found), size=(6, 4), salt="accumulation"))

@@ -17,12 +17,14 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
 from refimpl.layers import Config
 from refimpl.layers.fp8 import BLOCK
 from refimpl.layers.precision import BF16, FLOAT32, FP8, FP8_HOPPER, Plan, fp8_plan
+from refimpl.plotting import drawn
 from refimpl.train import AdamW, Recipe, init, text_batches, train
 
 SMALL = Config(
@@ -93,14 +95,9 @@ def summary(results: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-def plot(results: dict[str, list[float]], path: pathlib.Path) -> None:
+def draw(figure: Any, results: dict[str, list[float]]) -> None:
     """Loss curves, and their smoothed distance from BF16."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
     window = np.ones(25) / 25
     for name, losses in results.items():
         left.plot(losses, label=name, linewidth=0.8)
@@ -108,9 +105,7 @@ def plot(results: dict[str, list[float]], path: pathlib.Path) -> None:
         right.plot(np.convolve(relative, window, "valid"), label=name)
     left.set(xlabel="step", ylabel="loss (nats per byte)")
     right.set(xlabel="step", ylabel="loss relative to bf16, %, mean of 25 steps")
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+    right.legend(handlelength=4)
 
 
 def main() -> None:
@@ -129,7 +124,7 @@ def main() -> None:
             args.out.write_text(json.dumps(results))
     print("\n".join(summary(results)))
     if args.plot:
-        plot(results, args.plot)
+        args.plot.write_bytes(drawn(lambda f: draw(f, results), size=(10, 4), salt="training"))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dtype_contract import contract
+
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.names import frameworks
 from refimpl.layers import STAGES, Dialect, variants
 from refimpl.layers.stage import Stage
 from refimpl.record.catalogue import Entry, everything
 from refimpl.record.catalogue_text import COMPARED, GROUPS, group
+from refimpl.spec_tests.sections import ids
 
 DOCS = Path(__file__).parents[1]
 REPOSITORY = DOCS.parent
 assert variants.__doc__  # imported so that its stages are there
+OF_WEIGHTS = {s.tap.removeprefix("weight"): s.name for s in STAGES.values() if s.tap.startswith("weight.")}
+"""End of a tap -> its stage, where the tap begins with a weight's name: `.exp_avg` -> `optim.exp_avg`."""
 
 
 def pages() -> dict[str, str]:
@@ -40,11 +45,17 @@ def _page(e: Entry, told: dict[str, Any], tests: list[str]) -> Iterator[str]:
     yield from (":language: python", f":pyobject: {stage.fn.__name__}", "```", "")
     yield from ("## What goes in and out", "", "| | |", "|---|---|")
     yield f"| axes | {stage.shape or 'a scalar'} |"
-    yield f"| dtype | {e.kind}, as the implementation held it |"
     yield f"| compared | {_cell(COMPARED[stage.compare])} |"
     yield f"| tap | `{e.tap}` |"
     yield f"| computed from | {', '.join(f'`{s}`' for s in e.sources) or 'nothing recorded'} |"
-    yield from ("", *_dialect(stage.name, told["dialect"]), *_bugs(stage.name), *_elsewhere(e.tap), *_tests(tests))
+    yield from (
+        "",
+        *contract(e),
+        *_dialect(stage.name, told["dialect"]),
+        *_bugs(stage.name),
+        *_elsewhere(e.tap),
+        *_tests(tests),
+    )
 
 
 def source_of(fn: Any) -> str:
@@ -96,8 +107,11 @@ def _elsewhere(tap: str) -> Iterator[str]:
 
 
 def _tests(tests: list[str]) -> Iterator[str]:
+    named = {test: id for id, test in ids().items()}
     yield from ("## Tests that mention it", "")
-    yield from (f"- `{test}`" for test in tests)
+    for test in tests:
+        id = named.get(re.sub(r"^.*/test_(\w+)\.py::test_", r"\1::", test))
+        yield f"- `{test}` ({id})" if id else f"- `{test}`"
 
 
 def _cell(text: str) -> str:
@@ -131,13 +145,15 @@ def _known(tree: ast.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _words(node: ast.AST, known: dict[str, Any]) -> set[str]:
-    """The words of all strings, and the names of the stages that are used."""
+    """The words of strings, `cache.positions` and what else has an attribute, and the names of the stages that are used."""
     words: set[str] = set()
     for part in ast.walk(node):
         used: Any = None
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             words |= {w for found in re.findall(r"[\w.]+", part.value) for w in (found, f"variant.{found}")}
+            words |= {name for end, name in OF_WEIGHTS.items() if part.value.endswith(end)}
         elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            words.add(f"{part.value.id}.{part.attr}")
             used = getattr(known.get(part.value.id), part.attr, None)
         elif isinstance(part, ast.Name):
             used = known.get(part.id)

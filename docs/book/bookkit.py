@@ -8,9 +8,8 @@ import matplotlib as mpl
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from myst_nb import glue
 
-# Okabe and Ito's palette, from dark to light so that grey keeps the order; lines differ in dashes too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+from refimpl.plotting import COLOURS, DASHES
+
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 set_matplotlib_formats("svg")

@@ -5,6 +5,7 @@ BOOK_SOLUTIONS=1 runs them on solutions/ instead, as continuous integration does
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,11 @@ def mine(request):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_collection_modifyitems(config, items):
+    """`-k chapter1` is chapter 1: not chapters 10 to 16 too, whose names begin alike."""
+    if re.fullmatch(r"chapter\d+", asked := config.option.keyword):
+        other = [item for item in items if item.path.stem != f"test_{asked}"]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item.path.stem == f"test_{asked}"]

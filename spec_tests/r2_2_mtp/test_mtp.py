@@ -72,6 +72,17 @@ def test_depth_k_combines_position_i_with_token_i_plus_k():
         np.testing.assert_allclose(ours, expected, **CLOSE)
 
 
+def test_padding_on_the_left_reaches_no_module():
+    """Catches `mtp.valid` left out, or cut at its beginning: a module would look at padding, or not at its first token."""
+    model, tokens = with_mtp(), some_tokens(2, 9)
+    given = np.ones_like(tokens)
+    given[1, :3] = 0
+    padded = model(model.inputs(tokens, valid=given), with_mtp=True).mtp_logits
+    alone = model(model.inputs(tokens[1:, 3:]), with_mtp=True).mtp_logits
+    for ours, expected in zip(padded, alone, strict=True):
+        np.testing.assert_allclose(ours[1:, 3:], expected, **CLOSE)
+
+
 def test_depth_k_knows_no_token_beyond_i_plus_k():
     """R 2.2: "keep the complete causal chain". Catches a module that sees the token it predicts."""
     model, tokens, at = with_mtp(), some_tokens(1, 9), 6

@@ -39,6 +39,18 @@ def test_a_page_asks_for_nothing(name):
     )
 
 
+def grey(colour):
+    """The luma of #rrggbb, 0 to 255 (ITU-R BT.601)."""
+    return sum(w * int(colour[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5)))
+
+
+def test_dark_and_warm_are_two_greys():
+    """Catches two groups of experts that are one in a grey print, by day or by night: a quarter of the scale lies between."""
+    css = (ROOT / "docs" / "book" / "interactive" / "_shell.css").read_text(encoding="utf-8")
+    modes = re.findall(r"--dark: (#\w{6}); --warm: (#\w{6})", css)
+    assert len(modes) == 2 and all(abs(grey(a) - grey(b)) > 64 for a, b in modes)
+
+
 # ---- In a browser
 
 SHOWN = "[...document.querySelectorAll('[data-row]')].filter((g) => g.getAttribute('opacity') === '1').length"
