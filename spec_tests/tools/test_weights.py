@@ -520,6 +520,12 @@ def test_codes_without_scales_are_told_of_one_by_one(ours, tmp_path, capsys):
     assert moved["L1/self_attn.q_b_proj.weight, no scale"] is None and moved["L1/mlp.gate.weight"]["kl"] > 0
 
 
+def test_nothing_to_weigh_leaves_the_table_of_impact_out(capsys):
+    """Catches a heading over nothing."""
+    assert main(["weights", str(TINY_CASE), str(TINY_CASE), "--impact"]) == 0
+    assert "moves the logits" not in capsys.readouterr().out
+
+
 def test_impact_is_our_own_run_with_the_tensor_replaced(tmp_path, capsys):
     """Catches an impact of another tensor, of float32 noise, or of nothing."""
     case = Case.read(TINY_CASE)
