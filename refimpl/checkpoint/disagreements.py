@@ -29,17 +29,19 @@ class Disagreement:
 
 def disagreements(ckpt: Checkpoint, config: Config) -> list[Disagreement]:
     """All of them; reads headers only."""
-    return [*_quantisation(ckpt, ckpt.config or {}), *_mtp(ckpt, config), *_bias(ckpt), *_index(ckpt)]
+    raw = ckpt.config or {}
+    return [*_quantisation(ckpt, raw), *_mtp(ckpt, config, raw), *_bias(ckpt), *_index(ckpt)]
 
 
 def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagreement]:
     told = raw.get("quantization_config") or {}
     codes = [n for n in ckpt if ckpt.dtype(n) in _CODES]
-    if told.get("quant_method") == "fp8" and not codes and not ckpt.absent:
+    method, plain = told.get("quant_method"), {ckpt.dtype(n) for n in ckpt} <= {"BF16", "F16", "F32"}
+    if told and not codes and not ckpt.absent and (method == "fp8" or plain):
         yield Disagreement(
-            "config.json announces quantization_config fp8, but no tensor is FP8",
-            f"engines that build FP8 layers from it (vLLM, SGLang, transformers) look for weight{SCALE}: KeyError, or scales "
-            "left uninitialised; take the entry out",
+            f"config.json announces quantization_config {method}, but no tensor is {'FP8' if method == 'fp8' else 'quantised'}",
+            f"engines that build such layers from it (vLLM, SGLang, transformers) look for scales, as weight{SCALE}: KeyError, or "
+            "scales left uninitialised; take the entry out",
         )
     bare = [n for n in codes if ckpt.unscaled(n) and n + SCALE not in ckpt.absent]
     if bare:
@@ -47,30 +49,31 @@ def _quantisation(ckpt: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Disagree
             f"{len(bare)} of {len(codes)} tensors of FP8 codes have no scale, the first {bare[0]}",
             f"engines look for weight{SCALE} and stop, or multiply by what memory held; write the scales beside the codes",
         )
-    if len(codes) > len(bare) and not told:
+    if codes and not told:
         yield Disagreement(
-            f"{len(codes) - len(bare)} tensors are FP8 codes with scales, but config.json has no quantization_config",
+            f"{len(codes)} tensors are FP8 codes, but config.json has no quantization_config",
             "vLLM, SGLang and transformers build plain layers, cast the codes to their dtype without the scales, or refuse "
             f"weight{SCALE} as unexpected",
         )
 
 
-def _mtp(ckpt: Checkpoint, c: Config) -> Iterator[Disagreement]:
+def _mtp(ckpt: Checkpoint, c: Config, raw: Mapping[str, Any]) -> Iterator[Disagreement]:
     depth, counted = c.num_hidden_layers, c.num_nextn_predict_layers or 0
+    told = f"{counted}" if {"num_nextn_predict_layers", "num_mtp_layers"} & set(raw) else f"{counted} by default"
     present = {i for n in (*ckpt, *ckpt.absent) if (i := layer_of(n)) is not None and i >= depth}
     if counted and not present:
         yield Disagreement(
-            f"num_nextn_predict_layers is {counted}, but no layer follows the {depth} of the model: MTP is absent",
+            f"num_nextn_predict_layers is {told}, but no layer follows the {depth} of the model: MTP is absent",
             "engines that build what it counts find weights missing, vLLM and SGLang when drafting is asked for; set it to 0",
         )
     elif len(present) > counted:
         yield Disagreement(
-            f"{len(present)} MTP layers are present, but num_nextn_predict_layers is {counted}",
+            f"{len(present)} MTP layers are present, but num_nextn_predict_layers is {told}",
             "engines that count by it take these tensors for unexpected ones, or never draft; transformers ignores them",
         )
     elif len(present) < counted:
         yield Disagreement(
-            f"num_nextn_predict_layers is {counted}, but {len(present)} MTP layers are present",
+            f"num_nextn_predict_layers is {told}, but {len(present)} MTP layers are present",
             "engines that build what it counts find weights missing",
         )
 

@@ -91,7 +91,7 @@ def _shown(args: argparse.Namespace, case: Case) -> Shown:
     from refimpl.score.spelling import Spelling
 
     plain_only(case, "an engine behind its server")
-    if not args.what.startswith(("http://", "https://")):
+    if "://" not in args.what:
         return read(args.what, case.tokens)
     if args.top < 1:
         raise SpecError(f"--top is {args.top}; at least one token is needed")

@@ -199,7 +199,8 @@ def _content(path: Path) -> tuple[Array, dict[str, Any]]:
         x: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes of it
         way_out = "save the tensor alone, torch.save(tensor, path), or as .safetensors under the key `value`"
-        raise SpecError(f"{path.name} holds more than tensors: {way_out} ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # without torch's advice, to read it unrestrictedly
+        raise SpecError(f"{path.name} holds more than tensors: {way_out} ({reason})") from None
     both = isinstance(x, dict) and "value" in x
     meta = x.get("meta") if both else None
     return array(x["value"] if both else x), meta if isinstance(meta, dict) else {}

@@ -114,7 +114,10 @@ def read(path: str | Path, c: Config) -> Held:
         except (OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
             raise SpecError(f"not a GGUF file, or not all of it: {error}") from None
         require(name == "deepseek2", f"architecture {name!r}; expected 'deepseek2'")
-        require(count == c.num_hidden_layers, f"{count} blocks; the case has {c.num_hidden_layers} layers")
+        require(
+            count == c.num_hidden_layers,
+            f"{'no count of' if count is None else count} blocks; the case has {c.num_hidden_layers} layers",
+        )
         return Held("GGUF", path, _restored(gguf, {t.name: t for t in reader.tensors}, c))
 
 

@@ -21,8 +21,8 @@ def read(path: str | Path, tokens: list[list[int]]) -> Shown:
     anything else, and for other tokens than the case's.
     """
     path = Path(path)
+    d = json_object(path)
     with where(f"while reading {path}"):
-        d = json_object(path)
         if "choices" in d:
             require(isinstance(d["choices"], list), "choices is no list")
             require(len(d["choices"]) == len(tokens), f"{len(d['choices'])} choices; the case has {len(tokens)} rows")

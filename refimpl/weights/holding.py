@@ -117,13 +117,21 @@ class _Pair:
         if source := self.kin.nearest(self.name, theirs):
             how = alike(np.asarray(self.checkpoint[source], np.float32), theirs, part)
             if how is not None:
-                yield "copy", kinship(self.name, source) + (f"; rounded to {how}" if how else ""), source
+                kind = kinship(self.name, source, exchanged=self._exchanged(source))
+                yield "copy", kind + (f"; rounded to {how}" if how else ""), source
         for axis, what in enumerate(("rows", "columns")[: ours.ndim]):
             order = _order(np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0))
             x = np.take(ours, order, axis=axis)
             if alike(x, theirs, part) is not None:
                 groups = self.config.n_group if ".mlp.gate." in self.name else 0
                 yield "permuted", f"{what} {order_of(order.tolist(), groups or 0)}", ""
+
+    def _exchanged(self, source: str) -> bool:
+        """Whether what lies at `source` is nearer to this tensor than to its own."""
+        if source not in self.held or (theirs := self.held[source]).shape != self.checkpoint.shape(source):
+            return False
+        mine, its = (np.asarray(self.checkpoint[n], np.float32) for n in (self.name, source))
+        return bool(distance(mine, theirs) < distance(its, theirs))
 
 
 def _of_shape(part: Part, x: Array, ours: Array) -> Part:

@@ -56,15 +56,16 @@ def _sample(x: Array) -> Array:
     return flat[:: max(1, flat.size // _SAMPLES)].astype(np.float32)
 
 
-def kinship(name: str, source: str) -> str:
-    """How the tensor that lies there is related to the one that should."""
+def kinship(name: str, source: str, *, exchanged: bool) -> str:
+    """How the tensor that lies there is related to the one that should; exchanged: where it belongs lies this one."""
     if _without_layer(name) == _without_layer(source):
         return f"a copy of layer {layer_of(source)}'s"
     if re.sub(r"\.experts\.\d+\.", ".experts.", name) == re.sub(r"\.experts\.\d+\.", ".experts.", source):
         return f"expert {expert_of(source)}'s"
     for a, b in _PAIRS:
         if name.replace(a, "|").replace(b, "|") == source.replace(a, "|").replace(b, "|"):
-            return f"{a} and {b} exchanged"
+            here, there = (a, b) if a in name else (b, a)
+            return f"{a} and {b} exchanged" if exchanged else f"{there} instead of {here}"
     return f"{source} instead"
 
 

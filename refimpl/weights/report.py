@@ -44,7 +44,7 @@ def render(r: Report, *, everything: bool = False) -> str:
     if len(groups) > MOST and not everything:
         lines.append(f"  ... and {len(groups) - MOST} more (--all lists them)")
     lines += ["", f"{'stored as':<32}{'tensors':>8}{'error':>10}{'worst':>10}", *_formats(r)]
-    if r.weighed is not None:
+    if r.weighed:
         lines += [
             "",
             f"{'moves the logits by':<52}{'KL':>9}{'|logit|':>10}{'flipped':>9}",

@@ -366,7 +366,16 @@ def test_codes_that_lost_their_scales_are_warned_of(tmp_path, weights):
     found = told(rewritten(tmp_path / "fp8", quantization_config=FP8))
     codes = sum(t[0] == "F8_E4M3" for t in tensors.values())
     assert [f for f in found if f"{codes} of {codes} tensors of FP8 codes have no scale" in f]
-    assert not [f for f in told(rewritten(tmp_path / "fp8", quantization_config=None)) if "codes with scales" in f]
+    unannounced = told(rewritten(tmp_path / "fp8", quantization_config=None))
+    assert len(unannounced) == 2 and f"{codes} tensors are FP8 codes, but config.json has no" in unannounced[1]
+
+
+@pytest.mark.parametrize("config", [{"quant_method": "compressed-tensors"}, {"bits": 4}])
+def test_another_quantisation_announced_over_plain_weights_is_warned_of(tmp_path, weights, config):
+    """Catches a config left beside dequantised weights, asked only where its method was FP8."""
+    save(tmp_path, weights, TINY)
+    (only,) = told(rewritten(tmp_path, quantization_config=config))
+    assert only == f"config.json announces quantization_config {config.get('quant_method')}, but no tensor is quantised"
 
 
 @pytest.mark.parametrize(
@@ -377,6 +386,13 @@ def test_mtp_that_is_counted_otherwise_than_present_is_warned_of(tmp_path, weigh
     save(tmp_path, {n: w for n, w in weights.items() if int((re.search(r"layers\.(\d+)", n) or "00")[1]) < kept}, TINY)
     (only,) = told(rewritten(tmp_path, num_nextn_predict_layers=counted))
     assert what in only
+
+
+def test_mtp_that_config_json_does_not_speak_of_is_told_as_the_default(tmp_path, weights):
+    """Catches a number that stands nowhere in the file said to stand there: transformers and we take 1."""
+    save(tmp_path, {n: w for n, w in weights.items() if not n.startswith("model.layers.3.")}, TINY)
+    (only,) = told(rewritten(tmp_path, num_nextn_predict_layers=None))
+    assert only.startswith("num_nextn_predict_layers is 1 by default, but no layer")
 
 
 def test_a_selection_bias_that_is_not_float32_is_warned_of(tmp_path, weights, capsys):

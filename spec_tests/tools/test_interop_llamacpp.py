@@ -67,13 +67,18 @@ def test_a_file_of_another_architecture_or_size_is_refused(case, tmp_path):
     """Catches a GGUF of another model, whose nodes would be taken for this one's."""
     import gguf
 
-    for name, layers in (("llama", 3), ("deepseek2", 7)):
+    for name, layers, what in (
+        ("llama", 3, "architecture 'llama'"),
+        ("deepseek2", 7, "7 blocks; the case has 3"),
+        ("deepseek2", None, "no count of blocks"),
+    ):
         writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), name)
-        writer.add_block_count(layers)
+        if layers is not None:
+            writer.add_block_count(layers)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        with pytest.raises(SpecError, match="architecture 'llama'" if name == "llama" else "7 blocks; the case has 3"):
+        with pytest.raises(SpecError, match=what):
             gguf_weights.read(tmp_path / "other.gguf", case.config)
     (tmp_path / "none.gguf").write_bytes(b"nothing of that kind")
     with pytest.raises(SpecError, match="not a GGUF file"):

@@ -263,3 +263,16 @@ def test_an_address_that_is_none_is_refused(url):
     """Catches a client that fails on its first request with Python's words."""
     with pytest.raises(SpecError):
         Client(url)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("ftp://127.0.0.1:1", "'ftp://127.0.0.1:1'; expected http://HOST:PORT"),
+        ("absent.json", "cannot be read: No such file or directory\n  while reading absent.json\n"),
+    ],
+)
+def test_neither_an_address_nor_a_file_is_said_once(what, says, capsys):
+    """Catches an address of another scheme looked for on the disk, and the file's name told twice."""
+    assert main(["score", str(TINY), what]) == 3
+    assert capsys.readouterr().err == f"refimpl: {says.rstrip()}\n"

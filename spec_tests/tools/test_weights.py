@@ -425,6 +425,14 @@ def test_gate_and_up_exchanged_and_a_stale_layer_are_copies(ours, tmp_path):
     )
 
 
+def test_gate_that_lies_twice_is_not_called_exchanged(ours, tmp_path):
+    """Catches two tensors blamed where one is wrong: the one that was copied is where it belongs."""
+    gate, up = (f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up"))
+    for lost, kept, how in ((gate, up, "up_proj instead of gate_proj"), (up, gate, "gate_proj instead of up_proj")):
+        other = found(ours, with_(tmp_path, {lost: WEIGHTS[kept]}))
+        assert {n: (f.status, f.how) for n, f in other.items()} == {lost: ("copy", how)}
+
+
 def test_factors_are_measured(ours, tmp_path):
     """Catches a routed scale folded into down_proj, a norm folded into a matrix, a bias offset or zero."""
     down, o = expert(2, "down_proj"), L1 + "self_attn.o_proj.weight"
@@ -510,6 +518,12 @@ def test_codes_without_scales_are_told_of_one_by_one(ours, tmp_path, capsys):
     assert main(["weights", str(TINY_CASE), str(folder(tmp_path / "impact", other)), "--impact", "--json"]) == 1
     moved = {r["what"]: r["moved"] for r in json.loads(capsys.readouterr().out)["impact"]}
     assert moved["L1/self_attn.q_b_proj.weight, no scale"] is None and moved["L1/mlp.gate.weight"]["kl"] > 0
+
+
+def test_nothing_to_weigh_leaves_the_table_of_impact_out(capsys):
+    """Catches a heading over nothing."""
+    assert main(["weights", str(TINY_CASE), str(TINY_CASE), "--impact"]) == 0
+    assert "moves the logits" not in capsys.readouterr().out
 
 
 def test_impact_is_our_own_run_with_the_tensor_replaced(tmp_path, capsys):
