@@ -22,12 +22,12 @@ def needs(*names):
 @pytest.mark.parametrize(
     ("name", "taps"),
     [
-        pytest.param("trace_torch.py", 13, marks=needs("torch", "transformers")),
+        pytest.param("trace_torch.py", 10, marks=needs("torch", "transformers")),
         pytest.param("trace_jax.py", 5, marks=needs("jax")),
     ],
 )
 def test_the_trace_of_an_example_has_nothing_wrong(name, taps, tmp_path, capsys):
-    """Catches hooks on modules that moved, taps under names that are none, values of another run. torch: 4 a layer and logits."""
+    """Catches hooks on modules that moved, taps under names that are none, values of another run. torch: 3 a layer and logits."""
     out = tmp_path / "out.safetensors"
     example(name, TINY, out)
     assert len(Trace.read(out).taps) == taps
