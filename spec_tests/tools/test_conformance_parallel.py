@@ -196,6 +196,6 @@ def test_a_known_failure_is_named_by_its_run_and_may_be_of_a_profile_that_is_not
         str(out),
         "refimpl.conformance.mutated:R02",
     ]
-    assert main(["conform", *words, "--", "-k", "share_means or later"]) == 0
+    assert main(["conform", *words, "--pytest", "-k 'share_means or later'"]) == 0
     told = json.loads(out.read_text())
     assert told["stale"] == [] and [o["state"] for o in told["outcomes"]] == ["passed", "known", "passed"]
