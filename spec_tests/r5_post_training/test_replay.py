@@ -55,8 +55,8 @@ def test_mixed_batches():
 @pytest.mark.slow
 def test_replay_keeps_what_was_learned():
     """After learning to copy, a model learns to reverse after another token: with a quarter of each batch from the reservoir it
-    still copies. Catches a reservoir that fills with new items only. Over five seeds 0.64 to 0.91 of what was learned stays, 0.11 to
-    0.13 without the reservoir: half tells them apart, whatever the last bits.
+    still copies. Catches a reservoir that fills with new items only. Over five seeds 0.64 to 0.91 of what was learned stays, 0.11
+    to 0.13 without the reservoir: half tells them apart, whatever the last bits.
     """
     rng = np.random.default_rng(0)
     first = [toys.some(toys.COPY, 16, rng) for _ in range(80)]
