@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-APART = ("refimpl.spec_tests", "refimpl.cli")  # tests, and commands, which have --help
+APART = (
+    "refimpl.spec_tests",
+    "refimpl.cli",
+    "refimpl.diff.corpus",
+)  # tests; commands, which have --help; bugs, which stages list
 
 
 def pages() -> dict[str, str]:
