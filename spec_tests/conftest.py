@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from refimpl.spec_tests import sections
+from refimpl.spec_tests.cases.browser import browser  # noqa: F401 (a fixture)
 from refimpl.spec_tests.conformance import plugin
 
 MORE = {"quick": 1, "ci": 2, "deep": 10}

@@ -19,10 +19,11 @@ import time
 import xml.etree.ElementTree as xml
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
 
-from sample import Mutant, as_row, sampled
+from sample import Mutant, sampled
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = 25  # tests that are asked before all others
@@ -71,7 +72,7 @@ def judged(mutant: Mutant, root: Path, known: dict) -> dict[str, object]:
                 )
     finally:
         file.write_text(honest, encoding="utf-8")
-    row = as_row(mutant) | {"key": mutant.key, "outcome": outcome, "by": by, "tests": len(order)}
+    row = asdict(mutant) | {"key": mutant.key, "outcome": outcome, "by": by, "tests": len(order)}
     return row | {"seconds": round(time.monotonic() - start, 1), "line": honest.splitlines()[mutant.first - 1].strip()}
 
 

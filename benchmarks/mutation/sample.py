@@ -45,7 +45,7 @@ class Mutant:
 def sampled(kept: Path, root: Path, n: int, seed: int) -> list[Mutant]:
     """The sample in a file; drawn and kept if there is none, which takes minutes."""
     if not kept.exists():
-        kept.write_text("[\n" + ",\n".join(json.dumps(as_row(m)) for m in drawn(root, n, seed)) + "\n]\n")
+        kept.write_text("[\n" + ",\n".join(json.dumps(asdict(m)) for m in drawn(root, n, seed)) + "\n]\n")
     return [Mutant(**row) for row in json.loads(kept.read_text())][:n]
 
 
@@ -83,8 +83,3 @@ def _annotated(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, i
             if isinstance(part, ast.expr):
                 assert part.end_lineno is not None and part.end_col_offset is not None
                 yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
-
-
-def as_row(mutant: Mutant) -> dict[str, object]:
-    """For JSON."""
-    return asdict(mutant)

@@ -7,6 +7,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ OF_WEIGHTS = {s.tap.removeprefix("weight"): s.name for s in STAGES.values() if s
 def pages() -> dict[str, str]:
     """File name -> page, with an index that groups them."""
     told = tomllib.loads((DOCS / "equations.toml").read_text(encoding="utf-8"))
-    tests = tests_of_stages()
+    tests, named = tests_of_stages(), {test: id for id, test in ids().items()}
     entries = everything()
-    written = {f"{e.stage.name}.md": "\n".join(_page(e, told, tests[e.stage.name])) for e in entries}
+    written = {
+        f"{e.stage.name}.md": "\n".join(_page(e, told, list(_said(tests[e.stage.name], named)))) for e in entries
+    }
     return written | {"index.md": "\n".join(_index(entries))}
 
 
@@ -54,7 +57,7 @@ def _page(e: Entry, told: dict[str, Any], tests: list[str]) -> Iterator[str]:
         *_dialect(stage.name, told["dialect"]),
         *_bugs(stage.name),
         *_elsewhere(e.tap),
-        *_tests(tests),
+        *tests,
     )
 
 
@@ -79,6 +82,7 @@ def _dialect(stage: str, points: dict[str, list[str]]) -> Iterator[str]:
         yield ""
 
 
+@cache
 def _sentences(of: type) -> dict[str, str]:
     """Field -> the string below it."""
     (body,) = ast.parse(inspect.getsource(of)).body
@@ -106,8 +110,8 @@ def _elsewhere(tap: str) -> Iterator[str]:
         yield ""
 
 
-def _tests(tests: list[str]) -> Iterator[str]:
-    named = {test: id for id, test in ids().items()}
+def _said(tests: list[str], named: dict[str, str]) -> Iterator[str]:
+    """Tests as the lines of a list, with their ids."""
     yield from ("## Tests that mention it", "")
     for test in tests:
         id = named.get(re.sub(r"^.*/test_(\w+)\.py::test_", r"\1::", test))
@@ -178,7 +182,7 @@ def written(name: str, made: dict[str, str]) -> None:
     """docs/NAME/ holds these pages and no others; what did not change is not touched, so that a second build is short."""
     folder = DOCS / name
     folder.mkdir(exist_ok=True)
-    for old in set(folder.glob("*.md")) - {folder / name for name in made}:
+    for old in set(folder.glob("*.md")) - {folder / page for page in made}:
         old.unlink()
     for page, text in made.items():
         if not (folder / page).exists() or (folder / page).read_text(encoding="utf-8") != text:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from refimpl.spec_tests.cases.browser import browser
+
+__all__ = ["browser"]  # a fixture, for the interactive pages
 HERE = Path(__file__).parent
 
 

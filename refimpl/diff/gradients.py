@@ -9,7 +9,7 @@ which it is run again (R 3.3.3, special case (2)). Such a gradient reads those i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from refimpl.layers.gemm import Kernel, using
 from refimpl.layers.precision import FLOAT64, Plan
 from refimpl.layers.stage import Call, Stage
 
-from .program import integers, names
+from .program import integers, names, replaced, standing
 
 LOSS = "loss.total"
 Shape = tuple[int, ...]
@@ -101,10 +101,10 @@ def _back(reader: Call, maker: Call | None, args: tuple[Any, ...], name: str, ke
     if maker and _recomputes(kernel(maker.stage)):
         i = reader.args.index(maker.tap)
         values[i] = _waiting(maker, args[n + 1 :], values[i], kernel(maker.stage))
-    leaves = list(_leaves(reader.args, values, name))
+    leaves = list(standing(reader.args, values, name))
     leaf = (Parameter if name.startswith("w/") else Tensor)(leaves[0])
     with using(kernel(reader.stage)):
-        y = reader.of.fn(*_put(reader.args, values, name, leaf), **reader.static)
+        y = reader.of.fn(*replaced(reader.args, values, name, lambda _: leaf), **reader.static)
     if not isinstance(y, Tensor):
         return np.zeros_like(leaf.data)
     seed = None if type(dy) is float else np.asarray(data_of(dy), y.dtype).reshape(y.shape)
@@ -118,21 +118,3 @@ def _waiting(maker: Call, args: tuple[Any, ...], x: Array, kernel: Kernel) -> Te
     kept = Tensor(x)
     kept.saved = y.saved
     return kept
-
-
-def _leaves(args: Any, values: Any, name: str) -> Iterator[Array]:
-    for arg, value in zip(args, values, strict=True):
-        if isinstance(arg, tuple):
-            yield from _leaves(arg, value, name)
-        elif arg == name:
-            yield value
-
-
-def _put(args: Any, values: Any, name: str, leaf: Tensor) -> tuple[Any, ...]:
-    """The values, with the leaf wherever the name stands."""
-    return tuple(
-        [
-            _put(arg, value, name, leaf) if isinstance(arg, tuple) else leaf if arg == name else value
-            for arg, value in zip(args, values, strict=True)
-        ]
-    )

@@ -58,6 +58,21 @@ def names(args: Iterable[Any]) -> Iterator[str]:
             yield arg
 
 
+def standing(args: Iterable[Any], values: Iterable[Any], name: str) -> Iterator[Any]:
+    """The values of a call's arguments that stand where the name stands."""
+    for arg, value in zip(args, values, strict=True):
+        if isinstance(arg, tuple):
+            yield from standing(arg, value, name)
+        elif arg == name:
+            yield value
+
+
+def replaced(args: Iterable[Any], values: Iterable[Any], name: str, by: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The values of a call's arguments, by(value) wherever the name stands."""
+    pairs = zip(args, values, strict=True)
+    return tuple([replaced(a, v, name, by) if isinstance(a, tuple) else by(v) if a == name else v for a, v in pairs])
+
+
 def needed(program: list[Call], given: Iterable[str], outputs: Iterable[str] = ()) -> set[str]:
     """Taps that have to be computed: those given, those to be compared only, and what leads to them without passing a given
     one.

@@ -15,14 +15,16 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.conformance.stages import arguments
 from refimpl.diff.lanes import Lane, Recorded
+from refimpl.diff.program import replaced, standing
 from refimpl.layers.fp8_parts import CODES, SCALE
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import Call
 
-from . import loops, loops_attention, loops_experts, loops_fp8
-from .read_vectors import dot_of, place_weights
+from . import loops, loops_fp8
+from . import loops_attention as attention
+from . import loops_experts as experts
+from .read_vectors import place_weights
 
-attention, experts = loops_attention, loops_experts
 STEP = 2.0**-14
 """Of a slope, of the size of what is moved: truncation and rounding both stay below 1e-10."""
 _LINEAR = ("mla.q_a", "mla.kv_a", "mlp.gate", "mlp.up", "mlp.down", "shared.gate", "shared.up", "moe.shared")
@@ -99,36 +101,14 @@ def slope(call: Call, r: Recorded) -> float:
 
 
 def _slope(reader: Call, values: tuple[Any, ...], dy: Any, name: str) -> float:
-    moved = next(_named(reader.args, values, name))
+    moved = next(standing(reader.args, values, name))
     finite = moved[np.isfinite(moved)]
     size = math.sqrt(float(np.mean(finite * finite))) or 1.0
     direction = place_weights(moved.size).reshape(moved.shape)
 
     def at(t: float) -> float:
-        y = reader.of.fn(*_moved(reader.args, values, name, t * direction), **reader.static)
+        y = reader.of.fn(*replaced(reader.args, values, name, lambda v: v + t * direction), **reader.static)
         return math.fsum(np.ravel(np.where(np.isfinite(y), y, 0) * dy).tolist())
 
     h = STEP * size
     return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-
-
-def _named(args: Any, values: Any, name: str) -> Any:
-    """The values that stand where the name stands."""
-    for arg, value in zip(args, values, strict=True):
-        if isinstance(arg, tuple):
-            yield from _named(arg, value, name)
-        elif arg == name:
-            yield value
-
-
-def _moved(args: Any, values: Any, name: str, by: Array) -> tuple[Any, ...]:
-    """The values, moved where the name stands."""
-    return tuple(
-        [
-            _moved(arg, value, name, by) if isinstance(arg, tuple) else value + by if arg == name else value
-            for arg, value in zip(args, values, strict=True)
-        ]
-    )
-
-
-__all__ = ["SECOND", "dot_of", "second", "slope"]

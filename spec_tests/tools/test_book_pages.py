@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from .tree import ROOT, in_repository
 
 pytestmark = in_repository
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PAGES = ("router", "fp8_line", "accumulate", "dualpipe")
 
 
@@ -54,17 +52,6 @@ def test_dark_and_warm_are_two_greys():
 # ---- In a browser
 
 SHOWN = "[...document.querySelectorAll('[data-row]')].filter((g) => g.getAttribute('opacity') === '1').length"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")  # in the extra `browser`
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium, which no Python package brings")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import html.parser
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -16,9 +15,6 @@ from refimpl.diff.picture import COLUMNS, ROWS, picture
 from refimpl.layers.stage import STAGES
 
 from .test_diff_partial import SETS, TINY, case, only, recording
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
 
 BLAMED = ["fwd/L1/router.weights", "fwd/L2/router.weights"]
 
@@ -149,17 +145,6 @@ def test_the_command_writes_it(tmp_path, capsys):
 
 
 # ---- In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")  # in the extra `browser`
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium, which no Python package brings")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from refimpl.parallel_emulation.pipeline import Times, build, simulate
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def player():
@@ -22,25 +19,19 @@ def player():
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
+def opened(browser, tmp_path_factory):
     """The page in Chromium, with and without scripts, and all addresses that were asked for."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium")
     path = tmp_path_factory.mktemp("player") / "dualpipe.html"
     path.write_text(player().page(), encoding="utf-8")
     asked = []
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        pages = []
-        for scripts in (True, False):
-            page = browser.new_context(java_script_enabled=scripts, viewport={"width": 390, "height": 800}).new_page()
-            page.on("request", lambda r: asked.append(r.url))
-            page.on("pageerror", lambda e: pytest.fail(str(e)))
-            page.goto(path.as_uri())
-            pages.append(page)
-        yield *pages, asked, path.as_uri()
-        browser.close()
+    pages = []
+    for scripts in (True, False):
+        page = browser.new_context(java_script_enabled=scripts, viewport={"width": 390, "height": 800}).new_page()
+        page.on("request", lambda r: asked.append(r.url))
+        page.on("pageerror", lambda e: pytest.fail(str(e)))
+        page.goto(path.as_uri())
+        pages.append(page)
+    yield *pages, asked, path.as_uri()
 
 
 def said(page):
