@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from .tree import ROOT, in_repository
+from .tree import BASE, ROOT, in_repository
 
 pytestmark = in_repository
 
-BOOK = ROOT / "docs" / "book"
+BOOK = BASE / "docs" / "book"
 CHAPTERS = sorted(BOOK.glob("[0-9][0-9]-*.md"))
 FENCED = re.compile(r"^```\{([\w-]+)\}[^\n]*\n(.*?)^```$", re.S | re.M)
 

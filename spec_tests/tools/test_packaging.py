@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .tree import CODE, FOLDERS, ROOT, in_repository, in_wheel, project, python, shown, tree_of
+from .tree import CODE, FILES, FOLDERS, ROOT, in_repository, in_wheel, project, python, shown, tree_of
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 40
 
@@ -46,6 +46,18 @@ def test_a_package_is_installed_under_its_folders_name(name):
     assert init.is_file(), "a folder of modules without __init__.py"
     assert ast.get_docstring(tree_of(init)), "a room says what it is for"
     assert (FOLDERS["refimpl"] / "py.typed").is_file(), "without the top package's py.typed no types are seen (PEP 561)"
+
+
+def test_every_test_file_is_read_in_a_wheel_too():
+    """Catches a path under tree.ROOT that is built while a file is imported: in a wheel ROOT is None, and nothing is collected."""
+    found = []
+    for name in (n for n in FILES if n.startswith("refimpl.spec_tests")):
+        outside = [n for n in tree_of(FILES[name]).body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        imports = [n for n in outside if isinstance(n, ast.ImportFrom) and n.module == "tree"]
+        if any(a.name == "ROOT" for n in imports for a in n.names):
+            built = [b for n in outside for b in ast.walk(n) if isinstance(b, ast.BinOp)]
+            found += [f"{name}: {ast.unparse(b)}" for b in built if ast.unparse(b.left) == "ROOT"]
+    assert not found
 
 
 @in_repository

@@ -8,10 +8,10 @@ import pytest
 
 from refimpl.record.regimes import REGIMES
 
-from .tree import ROOT, in_repository
+from .tree import BASE, ROOT, in_repository
 
 pytestmark = in_repository
-FOLDER = ROOT / "benchmarks" / "ports" if ROOT is not None else None
+FOLDER = BASE / "benchmarks" / "ports"
 
 
 @pytest.fixture

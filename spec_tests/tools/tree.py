@@ -13,6 +13,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parents[1]  # spec_tests
 ROOT = HERE.parent if (HERE.parent / "pyproject.toml").is_file() else None
+BASE = ROOT or HERE.parent  # the repository, or the installed package; a path under it can be built in both
 in_repository = pytest.mark.skipif(
     ROOT is None, reason="about the repository; this is an installed wheel, without pyproject.toml"
 )
@@ -54,7 +55,7 @@ def tree_of(file: pathlib.Path) -> ast.Module:
 
 
 def shown(file: pathlib.Path) -> str:
-    return str(file.relative_to(ROOT or HERE.parent))
+    return str(file.relative_to(BASE))
 
 
 def python(code: str, *, cwd: pathlib.Path) -> subprocess.CompletedProcess:
