@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
+from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from queue import Queue
 
@@ -55,11 +57,13 @@ def mapped(root: Path, out: Path) -> None:
     out.write_text(json.dumps({"lines": lines, "tests": tests, "seconds": [seconds[t] for t in tests]}))
 
 
-def judged(mutant: Mutant, root: Path, known: dict) -> dict[str, object]:
-    """The row of one mutant: killed and by which test, or survived; timed out counts as killed."""
+def judged(mutant: Mutant, root: Path, known: dict, most: float) -> dict[str, object]:
+    """The row of one mutant: killed and by which test, or survived `most` seconds of tests; timed out counts as killed."""
     of_file = known["lines"].get(mutant.file, {})
     numbers = {t for line in range(mutant.first, mutant.last + 1) for t in of_file.get(str(line), ())}
     order = sorted(numbers, key=lambda t: known["seconds"][t])
+    total = list(accumulate(known["seconds"][t] for t in order))
+    order = order[: max(QUICK, bisect_right(total, most))]
     file, start = root / mutant.file, time.monotonic()
     honest = file.read_text(encoding="utf-8")
     outcome, by = "survived" if order else "no test runs it", ""
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
 
         def one(mutant: Mutant) -> None:
             copy = copies.get()
-            row = judged(mutant, copy, known)
+            row = judged(mutant, copy, known, args.most)
             copies.put(copy)
             rows.write(json.dumps(row) + "\n")
             rows.flush()
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=600, help="mutants (default 600)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--most", type=float, default=120, help="seconds of tests that a mutant is given (default 120)")
     parser.add_argument("--table", action="store_true", help="only print what the rows say")
     args = parser.parse_args()
     if not args.table:
