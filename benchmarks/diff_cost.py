@@ -1,7 +1,8 @@
-"""What judging a trace costs, beside one forward pass of the same tokens that nobody observes: CPU time, and peak memory.
+"""What judging a trace costs, beside one forward pass of the same tokens: CPU time, and peak memory.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/diff_cost.py [--precision bf16] [--layers]
 
+Beside a pass that keeps every tap, as the judged trace does (its attention makes whole scores), and one that nobody observes.
 Two sizes: mini with 2 x 256 tokens, where matrix products cost most, and tiny with 2 x 1024, where attention's squares do. The
 trace is our own run, every tap recorded; `--foreign` moves each of its numbers by up to a unit in the last place, as another
 implementation's would differ. Each measurement is a process of its own, and the shortest of several counts.
@@ -29,7 +30,9 @@ from refimpl.diff.judge import judge  # noqa: E402
 from refimpl.diff.tolerance import UNIT  # noqa: E402
 from refimpl.layers import PRESETS  # noqa: E402
 from refimpl.layers.precision import FLOAT32  # noqa: E402
-from refimpl.model import ForCausalLM, effective  # noqa: E402
+from refimpl.layers.stage import Recorder, observing  # noqa: E402
+from refimpl.model import ForCausalLM, Inputs, effective  # noqa: E402
+from refimpl.model.phases import parts_of, run_parts  # noqa: E402
 from refimpl.record import new_case, trace_case  # noqa: E402
 
 SIZES = (("mini", 2, 256), ("tiny", 2, 1024))
@@ -50,7 +53,7 @@ def main() -> None:
         print(json.dumps(peak(args.one) if args.peak else seconds(args.one)))
         return
     sizes = [("tiny", 1, 256, n) for n in (2, 4, 8)] if args.layers else [(*s, None) for s in SIZES]
-    print(f"{'':<22}{'forward':>10}{'judged':>10}{'ratio':>8}{'peak':>10}{'allowed':>10}")
+    print(f"{'':<22}{'forward':>10}{'recorded':>10}{'judged':>10}{'ratio to':>13} both{'peak':>10}{'allowed':>10}")
     for preset, batch, length, layers in sizes:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), preset, batch, length, layers, args.precision, args.foreign)
@@ -58,7 +61,8 @@ def main() -> None:
         name = f"{preset} {batch} x {length}" + (f", {layers} layers" if layers else "")
         ms, mib = 1e3, MIB
         print(
-            f"{name:<22}{got['forward'] * ms:7.0f} ms{got['judged'] * ms:7.0f} ms{got['judged'] / got['forward']:8.1f}"
+            f"{name:<22}{got['forward'] * ms:7.0f} ms{got['recorded'] * ms:7.0f} ms{got['judged'] * ms:7.0f} ms"
+            f"{got['judged'] / got['forward']:8.1f}, {got['judged'] / got['recorded']:8.1f}"
             f"{got['peak'] / mib:6.0f} MiB{got['allowed'] / mib:6.0f} MiB  {got['verdict']}",
             flush=True,
         )
@@ -87,20 +91,30 @@ def _moved(a: Any, u: float, rng: np.random.Generator) -> Any:
 def measured(folder: str, *more: str) -> dict[str, Any]:
     """A measurement in a process of its own."""
     command = [sys.executable, __file__, "--one", folder, *more]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found
 
 
 def seconds(folder: Path) -> dict[str, Any]:
-    """CPU time of a forward pass and of judging, the shortest of some, in turns."""
+    """CPU time of a forward pass, of one that is recorded, and of judging, the shortest of some, in turns."""
     case = Case.read(folder / "case")
     model = ForCausalLM.from_weights(case.config, effective(case.weights(), FLOAT32))
     inputs = model.inputs(case.tokens)
-    forward, judged = [], []
+    forward, recorded, judged = [], [], []
     for _ in range(TRIES):
-        forward.append(_time(lambda: model(inputs)))
+        forward.append(_time(lambda: model(inputs, with_mtp=bool(model.n_mtp))))
+        recorded.append(_time(lambda: _recorded(model, inputs)))
         judged.append(_time(lambda: judge(case, Trace.read(folder / "trace.safetensors"))))
-    return {"forward": min(forward), "judged": min(judged)}
+    return {"forward": min(forward), "recorded": min(recorded), "judged": min(judged)}
+
+
+def _recorded(model: ForCausalLM, inputs: Inputs) -> None:
+    """A forward pass whose taps are all kept, MTP's modules included, as the judged trace's are."""
+    recorder = Recorder()
+    with observing(recorder):
+        run_parts(
+            model, inputs, parts_of(["fwd"], inputs.tokens.shape[1], "expanded"), recorder, with_mtp=bool(model.n_mtp)
+        )
 
 
 def _time(fn: Callable[[], Any]) -> float:
