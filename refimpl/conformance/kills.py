@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from refimpl.autograd.errors import SpecError, require, where
@@ -22,6 +23,7 @@ from .bench import PLAIN
 from .innocent import INNOCENTS
 from .mutated import usable
 from .suite import command, environment
+from .survivors import reason
 
 Run = Callable[[str, list[str], Path, Path], list[str]]
 """What runs the suite: implementation, regimes, folder of cases, file for the report -> a command line."""
@@ -41,8 +43,8 @@ class Kill:
 
     @property
     def as_it_should(self) -> bool:
-        """Killed if it is a bug, left alone if it is innocent."""
-        return bool(self.claims) != self.innocent
+        """Killed if it is a bug and nobody says why it cannot be, left alone if it is innocent."""
+        return bool(self.claims) != (self.innocent or bool(reason(self.id)))
 
 
 def unusable() -> dict[str, str]:
@@ -73,23 +75,30 @@ def regimes_of(id: str) -> list[str]:
     return [PLAIN, *[r.id for r in REGIMES.values() if any(id == s or id.startswith(f"{s}-") for s in r.shows)]]
 
 
-def kill(id: str, run: Run, cases: Path) -> Kill:
-    """Run the suite on one. SpecError if it did not report."""
-    regimes = regimes_of(id)
-    with tempfile.TemporaryDirectory() as folder, where(f"while testing {id}"):
+def kill(id: str, run: Run, cases: Path, *, gate: bool = False) -> Kill:
+    """Run the suite on one; as a `gate` all of it only if the claims of a bug's own stage do not kill it. SpecError if it did not
+    report.
+    """
+    regimes, changed = regimes_of(id), MUTANTS.get(id) or INNOCENTS[id]
+    command = partial(run, f"{__package__}.mutated:{id}", regimes, cases)
+    with where(f"while testing {id}"):
+        claims = _failed(command, ["-k", f"stage_gives and {changed.stage}"]) if gate and id in MUTANTS else []
+        claims = claims or _failed(command)
+    title = getattr(changed, "title", "") or getattr(changed, "what", "")
+    located = any(c.partition("@")[0] == f"ST-{changed.stage}" for c in claims)
+    return Kill(id, id in INNOCENTS, changed.stage, title, regimes, claims, located)
+
+
+def _failed(command: Callable[[Path], list[str]], more: Sequence[str] = ()) -> list[str]:
+    """The claims that failed, or could not be asked because another did."""
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        ran = subprocess.run(
-            run(f"{__package__}.mutated:{id}", regimes, cases, out), capture_output=True, text=True, env=environment()
-        )
+        ran = subprocess.run([*command(out), *more], capture_output=True, text=True, env=environment())
         if not out.is_file():
             raise SpecError(f"no report (exit code {ran.returncode}): {ran.stdout[-500:]}{ran.stderr[-500:]}")
         told = json.loads(out.read_text())
     failed = [o for o in told["outcomes"] if o["state"] in ("failed", "blocked")]
-    claims = list(dict.fromkeys(o["id"] + ("@" + o["regime"] if o["regime"] else "") for o in failed))
-    changed = MUTANTS.get(id) or INNOCENTS[id]
-    title = getattr(changed, "title", "") or getattr(changed, "what", "")
-    located = any(c.partition("@")[0] == f"ST-{changed.stage}" for c in claims)
-    return Kill(id, id in INNOCENTS, changed.stage, title, regimes, claims, located)
+    return list(dict.fromkeys(o["id"] + ("@" + o["regime"] if o["regime"] else "") for o in failed))
 
 
 def kills(
@@ -99,12 +108,13 @@ def kills(
     cases: Path,
     *,
     jobs: int = 1,
+    gate: bool = False,
     say: Callable[[Kill], None] = lambda k: None,
 ) -> list[Kill]:
     """All of them, in the order asked for; rows that `out` has already are not run again."""
     done = {k.id: k for k in read(out)} if out.is_file() else {}
     with ThreadPoolExecutor(jobs) as pool, out.open("a", encoding="utf-8") as f:
-        for found in pool.map(lambda i: kill(i, run, cases), [i for i in ids if i not in done]):
+        for found in pool.map(lambda i: kill(i, run, cases, gate=gate), [i for i in ids if i not in done]):
             f.write(json.dumps(asdict(found)) + "\n")
             f.flush()
             done[found.id] = found
@@ -152,7 +162,7 @@ def page(rows: list[Kill]) -> str:
 
 def _by(r: Kill) -> str:
     if not r.claims:
-        return "**survives**"
+        return f"**survives**: {reason(r.id) or 'nobody says why'}"
     own = [c for c in r.claims if c.startswith(f"ST-{r.stage}@")]
     first = (own or r.claims)[:2]
     more = len(r.claims) - len(first)

@@ -33,7 +33,9 @@ class Mutated:
         usable_ = isinstance(changed, Innocent) or usable(changed)
         require(usable_, f"{id} changes {changed.stage}, which is not a stage by itself")
         fn = without_tape(changed.stage, changed.fn) if isinstance(changed, Innocent) else changed.fn
-        self.id, self.impl, self.patch = id, Impl(attend="expanded"), Patch(changed.stage, fn)
+        absorbed = changed.stage.endswith(("absorbed", "latent"))  # a form of attention that has stages of its own
+        self.id, self.patch = id, Patch(changed.stage, fn)
+        self.impl = Impl(attend="absorbed" if absorbed else "expanded")
 
     def info(self) -> dict[str, Any]:
         """Ours, under the bug's name."""

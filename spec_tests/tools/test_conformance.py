@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ from refimpl.cli import main
 from refimpl.conformance import Lacking, subject
 from refimpl.conformance.bench import Bench
 from refimpl.conformance.innocent import INNOCENTS
-from refimpl.conformance.kills import kill, page, read, regimes_of, subjects, suite_command, unusable
+from refimpl.conformance.kills import Kill, kill, page, read, regimes_of, subjects, suite_command, unusable
 from refimpl.conformance.process import Process
 from refimpl.conformance.report import Outcome, Report, listed
 from refimpl.conformance.serve import serve
 from refimpl.conformance.stages import ground, stage_findings
 from refimpl.conformance.subject import Subject
+from refimpl.conformance.survivors import SURVIVORS
 from refimpl.conformance.wire import put, take
 from refimpl.diff.corpus import MUTANTS
 from refimpl.layers import PRESETS
@@ -288,6 +291,22 @@ def test_kills_go_on_where_they_stopped(tmp_path, environment):
     (tmp_path / "bad.jsonl").write_text('{"id": "R01"}\n')
     with pytest.raises(SpecError, match="line 1"):
         read(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.slow
+def test_as_a_gate_a_bug_is_asked_its_own_stage_first(tmp_path, environment):
+    """Catches a gate that asks everything, and one that stops though the bug's own stage says nothing."""
+    found = [kill(i, suite_command, tmp_path, gate=True) for i in ("R09", "A20-absorbed")]
+    assert [r.claims for r in found] == [["ST-router.weights@plain"], ["RN-001", "RN-002"]]
+
+
+def test_who_may_survive_is_a_bug_with_a_reason_and_nothing_else():
+    """Catches a reason for a bug that is gone, one that covers bugs of other stages, and a listed bug that is killed unsaid."""
+    listed = {p: [i for i in MUTANTS if fnmatchcase(i, p)] for p in SURVIVORS}
+    assert all(ids and len(ids) <= 3 for ids in listed.values()), listed
+    row = Kill("L05", False, "router.counts", "", ["plain"], [], False)
+    assert row.as_it_should and not replace(row, claims=["TR-001"]).as_it_should
+    assert not replace(row, id="L06").as_it_should and SURVIVORS["L05"] in page([row])
 
 
 def test_every_bug_is_run_or_has_a_reason():
