@@ -9,6 +9,8 @@ import sys
 
 import numpy as np
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 GPUS, SLOTS = 8, 40
 
 

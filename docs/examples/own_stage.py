@@ -13,6 +13,9 @@ from refimpl.autograd import nn_ops
 from refimpl.diff import Case
 from refimpl.layers.stage import Patch, stage
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
+
 
 @stage("mine.softmax_scores", what="affinities over a temperature", eq="my paper, eq 3", shape="B S E")
 def softmax_scores(z, *, func, temperature=2.0):

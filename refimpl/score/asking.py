@@ -14,7 +14,7 @@ from refimpl.autograd.errors import SpecError, require, where
 
 from .client import Client, Unreachable
 from .replies import generated, whole
-from .shown import Again, Entry, Place, Shown
+from .shown import Again, Entry, Impossible, Place, Shown
 from .spelling import Spelling
 
 Track = Callable[[list[Any]], Iterable[Any]]
@@ -118,7 +118,7 @@ def _found(client: Client, row: list[int], spelling: Spelling, model: str, top: 
                     asked = asker(row, retries=0)
                 except SpecError as error:
                     said.append((not isinstance(error, Unreachable), str(error)))
-                    if "no answer within" in str(error):
+                    if isinstance(error, Impossible) or "no answer within" in str(error):
                         raise
                     continue
                 if asked.entries or (not way.keys(1) and spelling.words.ids):

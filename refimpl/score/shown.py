@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from refimpl.autograd.errors import require
+from refimpl.autograd.errors import SpecError, require
 
 Place = tuple[int, int]
 """Row and position: what is shown there is of the token that follows it."""
@@ -45,8 +45,13 @@ def number(text: Any, what: str) -> int:
     return int(text)
 
 
+class Impossible(SpecError):
+    """A number that is no log-probability of anything: NaN, or of more than certainty. Another way to ask would hide it."""
+
+
 def logprob(x: Any) -> float:
-    """A log-probability; SpecError for what is none, NaN too."""
-    ok = isinstance(x, int | float) and not isinstance(x, bool) and x < 1e-3
-    require(ok, f"log-probability {x!r}; expected a number that is not positive")
+    """A log-probability; SpecError for what is no number, Impossible for NaN and what is positive."""
+    require(isinstance(x, int | float) and not isinstance(x, bool), f"log-probability {x!r}; expected a number")
+    if not x < 1e-3:
+        raise Impossible(f"log-probability {x!r}; expected a number that is not positive")
     return float(x)

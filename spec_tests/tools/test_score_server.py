@@ -161,6 +161,10 @@ def test_the_command_scores_a_server(case, right, tmp_path, capsys):
         (lambda body: b"not json{", "no JSON"),
         (lambda body: {"choices": [{"text": "a", "logprobs": None}]}, "neither log-probabilities nor tokens"),
         (lambda body: {"choices": "none"}, "no choice"),
+        (
+            lambda body: {"choices": [{"text": "a", "prompt_logprobs": [None, *[{"5": float("nan")}] * 23]}]},
+            "log-probability nan; expected a number that is not positive",
+        ),
         (lambda body: {"choices": [{}], "usage": {"prompt_tokens": 25}}, "counts 25 tokens in a prompt of 24"),
     ],
 )
