@@ -23,7 +23,7 @@ from refimpl.checkpoint.safetensors import write_into
 from refimpl.diff import Case
 
 from . import gguf_weights
-from .candidate import library, written
+from .candidate import library, plain_only, written
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 """What weights may be stored in; float32 holds what a case has exactly, and is all that MLX's CPU backend runs."""
@@ -39,6 +39,7 @@ def servable(case: Case, out: str | Path, *, dtype: str = "float32", gguf: bool 
     (extra `text`), with `gguf` without that library.
     """
     require(dtype in DTYPES, f"weights in {dtype!r}; expected {' or '.join(DTYPES)}")
+    plain_only(case, "an engine behind its server")
     out, c, vocabulary = Path(out), case.config, tokens_of(case.config.vocab_size)
     weights = {n: w.astype(_held(n, dtype)) for n, w in case.weights().items() if _served(n, c.num_hidden_layers)}
     texts = _texts(case, vocabulary, dtype)

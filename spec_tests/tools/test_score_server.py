@@ -193,6 +193,12 @@ def test_a_folder_to_serve_needs_its_library(tmp_path, monkeypatch, capsys):
         assert main(["case", str(tmp_path / "c"), *options]) == 3
 
 
+def test_what_no_server_is_told_of_is_not_served(tmp_path, capsys):
+    """Catches a folder of a case with padding, which a score would refuse only when the server runs."""
+    assert main(["case", str(tmp_path / "c"), "--servable", "--regime", "padding"]) == 3
+    assert "the case has padding" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
 def test_a_slow_server_is_given_up_in_time(capsys):
     """Catches a client that waits for ever, and one that tries a hanging server again and again."""
     over = threading.Event()
