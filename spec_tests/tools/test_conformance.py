@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -307,6 +307,32 @@ def test_who_may_survive_is_a_bug_with_a_reason_and_nothing_else():
     row = Kill("L05", False, "router.counts", "", ["plain"], [], False)
     assert row.as_it_should and not replace(row, claims=["TR-001"]).as_it_should
     assert not replace(row, id="L06").as_it_should and SURVIVORS["L05"] in page([row])
+
+
+def test_the_command_says_what_is_not_as_it_should_be(tmp_path, capsys):
+    """Catches a gate that lets a survivor, a killed one of the list or a rewrite called wrong pass, and a page without the rows."""
+    rows = [
+        Kill(i, i == "silu", "s", "t", ["plain"], ["TR-001"] * n, False)
+        for i, n in (("R02", 1), ("L05", 0), ("silu", 0))
+    ]
+    asked = ["mutants", "--ids", "R02,L05,silu", "--out", str(tmp_path / "k.jsonl")]
+    (tmp_path / "k.jsonl").write_text("".join(json.dumps(asdict(r)) + "\n" for r in rows))
+    assert (
+        main([*asked, "--page", str(tmp_path / "page.md")]) == 0
+        and "3 of 3 as they should be" in capsys.readouterr().out
+    )
+    assert "1 of 2 killed" in (tmp_path / "page.md").read_text()
+    turned = [replace(r, claims=[] if r.claims else ["TR-002"]) for r in rows]
+    (tmp_path / "k.jsonl").write_text("".join(json.dumps(asdict(r)) + "\n" for r in turned))
+    assert main(asked) == 1
+    said = capsys.readouterr().out
+    assert (
+        "R02: survives" in said
+        and "silu: called wrong by TR-002" in said
+        and "L05: is listed as one that survives" in said
+    )
+    assert main([*asked, "--gate", "--page", "x"]) == 3 and main(["mutants", "--list"]) == 0
+    assert "not run: R01: reads" in capsys.readouterr().out
 
 
 def test_every_bug_is_run_or_has_a_reason():
