@@ -20,6 +20,16 @@ import pytest
 from .tree import CODE, FILES, FOLDERS, ROOT, in_repository, in_wheel, project, python, shown, tree_of
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 40
+COLLECTING = """
+conformance.bench.Bench conformance.parallel.Theirs conformance.report.Report conformance.subject.Subject
+diff.admission.Admitted diff.comparison.Comparison diff.judgement.Judgement diff.lanes.Lane diff.lanes.Recorded
+diff.run.Run diff.wide.Wide infer.engine.job.Job infer.engine.loop.Counts infer.engine.scheduler.Step
+infer.engine.simulate.Served infer.server.piece.Piece infer.split.decode.Answer infer.split.serve.Served
+infer.streaming.Completion infer.verify.Tally parallel_emulation.comm.mailbox.Group
+parallel_emulation.comm.mailbox.Message parallel_emulation.comm.mailbox.Ticket parallel_emulation.comm.mpi.Doing
+record.drafts.Draft record.dump.Dump train.data.reader.Ahead train.run.engine.Beside train.tasks.step.Objective
+vectors.entries.Store weights.holding._Pair
+"""
 
 # ---- The build map
 
@@ -135,6 +145,14 @@ def definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef
                 yield from definitions(node.body) if isinstance(node, ast.ClassDef) else ()
         elif isinstance(node, (ast.If, ast.Try, ast.With)):
             yield from definitions([*node.body, *getattr(node, "orelse", [])])
+
+
+def test_a_record_does_not_change_unless_it_is_one_that_collects():
+    """Catches a value that several hold and one of them changes: a dataclass is frozen, or it is named here."""
+    classes = {f"{m}.{c.name}": c for m, f in CODE.items() for c in ast.walk(tree_of(f)) if isinstance(c, ast.ClassDef)}
+    made = {n: ast.unparse(d) for n, c in classes.items() for d in c.decorator_list}
+    changing = {n for n, how in made.items() if how.startswith("dataclass") and "frozen=True" not in how}
+    assert {n.removeprefix("refimpl.") for n in changing} == set(COLLECTING.split())
 
 
 def test_everything_public_has_a_docstring():
