@@ -61,6 +61,8 @@ def judged(mutant: Mutant, root: Path, known: dict, most: float) -> dict[str, ob
     """The row of one mutant: killed and by which test, or survived `most` seconds of tests; timed out counts as killed."""
     of_file = known["lines"].get(mutant.file, {})
     numbers = {t for line in range(mutant.first, mutant.last + 1) for t in of_file.get(str(line), ())}
+    if not numbers:  # what runs while the module is imported, or nowhere: whoever uses the module
+        numbers = {t for tests in of_file.values() for t in tests}
     order = sorted(numbers, key=lambda t: known["seconds"][t])
     total = list(accumulate(known["seconds"][t] for t in order))
     order = order[: max(QUICK, bisect_right(total, most))]

@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from cosmic_ray.commands import init
@@ -41,6 +42,14 @@ class Mutant:
             (root / self.file).read_text(encoding="utf-8"), get_operator(self.operator)(), self.occurrence
         )
 
+    def compiles(self, root: Path) -> bool:
+        """Whether the changed file is Python at all."""
+        try:
+            compile(self.source(root), self.file, "exec")
+        except SyntaxError:
+            return False
+        return True
+
 
 def sampled(kept: Path, root: Path, n: int, seed: int) -> list[Mutant]:
     """The sample in a file; drawn and kept if there is none, which takes minutes."""
@@ -55,8 +64,15 @@ def drawn(root: Path, n: int, seed: int) -> list[Mutant]:
     for spec in _all(root):
         places.setdefault((str(spec.module_path), spec.start_pos, spec.operator_name.split("_")[0]), []).append(spec)
     chance = random.Random(seed)
-    chosen = [chance.choice(places[key]) for key in chance.sample(sorted(places), n)]
-    return [_mutant(root, spec) for spec in chosen]
+    keys = chance.sample(sorted(places), n)
+    found = [_mutant(root, chance.choice(places[key])) for key in keys]
+    left = sorted(set(places) - set(keys))
+    chance.shuffle(left)
+    further = (_mutant(root, chance.choice(places[key])) for key in left)
+    found = [m for m in found if m.compiles(root)]  # a `*` between parameters is no product
+    while len(found) < n:
+        found += [m for m in islice(further, 1) if m.compiles(root)]
+    return found
 
 
 def _mutant(root: Path, spec: MutationSpec) -> Mutant:
