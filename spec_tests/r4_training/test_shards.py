@@ -87,14 +87,16 @@ def test_first_pieces_are_what_a_search_finds(tmp_path, packing):
         np.testing.assert_array_equal(ours, searched)
 
 
-@pytest.mark.parametrize("damaged", [(0, -1), (1, 10**6), (1, -5)])
+@pytest.mark.parametrize("damaged", [(0, -1), (1, 10**6), (2, -5)])
 def test_first_pieces_that_are_not_there_are_refused(tmp_path, damaged):
     """Catches a damaged file that ends as a bug, or as another row's documents."""
-    made(tmp_path)
+    made(tmp_path, Build(16, "concatenate", shard_tokens=96, split="line"))
     first = np.fromfile(tmp_path / "out" / "000000.first", "<i8")
     first[damaged[0]] = damaged[1]
     first.tofile(tmp_path / "out" / "000000.first")
-    with pytest.raises(SpecError, match=r"000000.first names pieces that are not there: the shard was damaged"):
+    with pytest.raises(
+        SpecError, match=r"(000000.first: pieces that are not there|a row of -?\d+ pieces): (a|the) shard was damaged"
+    ):
         Shards(tmp_path / "out").ends(np.array([0, 1]))
 
 

@@ -20,7 +20,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.loss import IGNORE
 
 from .order import Permutation
-from .shards import Shards
+from .shards import Placed, Shards
 
 BLOCK = 4096
 """Positions whose samples are computed at once."""
@@ -206,8 +206,9 @@ class Reader(Ordered):
         if not (self.shards.padded or self.masked):
             tokens = self.shards.rows(rows)
             return Batch(tokens, tokens)
-        tokens = self.shards.rows(rows)
-        number, length = self._runs(rows)
+        placed = self.shards.placed(rows)
+        tokens = self.shards.rows(rows, placed)
+        number, length = self._runs(rows, placed)
         documents = np.repeat(number, length).reshape(tokens.shape)
         padding = documents < 0
         labels, valid = tokens.copy(), (~padding).astype(np.int64)
@@ -216,11 +217,11 @@ class Reader(Ordered):
         np.copyto(labels, IGNORE, where=padding)
         return Batch(tokens, labels, valid, documents if self.masked else None)
 
-    def _runs(self, rows: Array) -> tuple[Array, Array]:
+    def _runs(self, rows: Array, placed: Placed) -> tuple[Array, Array]:
         """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
         rows (B,) -> (B + P,), (B + P,).
         """
-        counts, ends = self.shards.ends(rows)
+        counts, ends = self.shards.ends(rows, placed)
         padding = np.cumsum(counts + 1) - 1
         number = np.arange(len(ends)) - np.repeat(padding - counts, counts + 1)
         number[padding] = -1

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,15 @@ class Shard:
     pieces: int
     tokens: int
     crc: tuple[int, ...]
+
+
+class Placed(NamedTuple):
+    """What sorts some rows (B,), so that what is near on the disk is read together; and for every shard that has some of them the
+    shard and its rows (n,), ascending.
+    """
+
+    order: Array
+    parts: list[tuple[int, Array]]
 
 
 class Shards:
@@ -122,29 +131,29 @@ class Shards:
             self._maps.popitem(last=False)
         return found
 
-    def rows(self, which: Array) -> Array:
-        """Rows (B,) of all shards together -> tokens (B, S), int64."""
-        order, parts = self._by_shard(which)
+    def rows(self, which: Array, placed: Placed | None = None) -> Array:
+        """Rows (B,) of all shards together -> tokens (B, S), int64. `placed`: of these rows, for who wants their ends too."""
+        order, parts = placed or self.placed(which)
         read, at = np.empty((len(which), self.length), self.dtype), 0
         for shard, local in parts:
-            self.tokens(shard).take(
-                local, 0, read[at : at + len(local)], "clip"
-            )  # other modes buffer; an index takes twice as long
+            # in other modes than "clip" NumPy copies once more, and an index takes twice as long
+            self.tokens(shard).take(local, 0, read[at : at + len(local)], "clip")
             at += len(local)
         out = np.empty(read.shape, np.int64)
         out[order] = read
         return out
 
-    def ends(self, which: Array) -> tuple[Array, Array]:
+    def ends(self, which: Array, placed: Placed | None = None) -> tuple[Array, Array]:
         """How many pieces each of the rows (B,) has, and where in its row each piece ends, then the row itself (at S): (P + B,),
         row after row. The pieces of a row follow one another from its beginning; the rest of it is padding.
         """
-        order, parts = self._by_shard(which)
+        order, parts = placed or self.placed(which)
         if not parts:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         bounds = [self._pieces(shard, local) for shard, local in parts]
-        first, last = np.concatenate(bounds, axis=1)
+        first, last = (np.concatenate(a) for a in zip(*bounds, strict=True))
         counts, some = np.empty(len(which), np.int64), last - first
+        require(some.min() >= 0 <= first.min(), f"{self.folder}: a row of {some.min()} pieces: a shard was damaged")
         counts[order] = some
         upto = np.cumsum(counts + 1)
         read, at = _runs(first, some), 0
@@ -156,15 +165,15 @@ class Shards:
         ends[_runs((upto - counts - 1)[order], some)] = read - np.repeat(begin, some)
         return counts, ends
 
-    def _pieces(self, shard: int, local: Array) -> Array:
-        """Of rows (n,) of a shard: the first piece, and the first after the row's (2, n)."""
+    def _pieces(self, shard: int, local: Array) -> tuple[Array, Array]:
+        """Of rows (n,) of a shard: the first piece (n,), and the first after the row's (n,)."""
         s = self.shards[shard]
         if len(s.crc) == 2:
-            return np.searchsorted(self.spans(shard)[0], (local[:, None] + [0, 1]) * self.length).T
-        found = np.stack([self.first_pieces(shard).take(local), self.first_pieces(shard).take(local + 1)])
-        whole = found[0].min() >= 0 and found[1].max() <= s.pieces and (found[0] <= found[1]).all()
-        require(whole, f"{self._files(s)[2]} names pieces that are not there: the shard was damaged")
-        return found
+            return np.searchsorted(self.spans(shard)[0], np.stack([local, local + 1]) * self.length)
+        table = self.first_pieces(shard)
+        first, last = table.take(local), table.take(local + 1)
+        require(last.max() <= s.pieces, f"{self._files(s)[2]}: pieces that are not there: the shard was damaged")
+        return first, last
 
     def verify(self) -> Iterator[Shard]:
         """Read every shard and compare its CRC-32s; yields each as it is found whole. SpecError for the first that is not."""
@@ -179,17 +188,15 @@ class Shards:
                 )
             yield s
 
-    def _by_shard(self, which: Array) -> tuple[Array, list[tuple[int, Array]]]:
-        """What sorts rows (B,), so that what is near on the disk is read together; and for every shard that has some of them
-        (shard, its rows (n,), ascending).
-        """
+    def placed(self, which: Array) -> Placed:
+        """Where rows (B,) of all shards together lie. SpecError for one that there is not."""
         order = which.argsort()
         rows = which[order]
         if len(rows) and not (rows[0] >= 0 and rows[-1] < len(self)):
             raise SpecError(f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
         cuts = np.searchsorted(rows, self.first)
         some = np.diff(cuts).nonzero()[0].tolist()
-        return order, [(shard, rows[cuts[shard] : cuts[shard + 1]] - self.first[shard]) for shard in some]
+        return Placed(order, [(shard, rows[cuts[shard] : cuts[shard + 1]] - self.first[shard]) for shard in some])
 
     def _files(self, s: Shard) -> list[Path]:
         return [self.folder / f"{s.name}.{kind}" for kind, _ in zip(("tokens", "spans", "first"), s.crc, strict=False)]
