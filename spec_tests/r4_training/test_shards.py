@@ -87,17 +87,17 @@ def test_first_pieces_are_what_a_search_finds(tmp_path, packing):
         np.testing.assert_array_equal(ours, searched)
 
 
-@pytest.mark.parametrize("damaged", [(0, -1), (1, 10**6), (2, -5)])
-def test_first_pieces_that_are_not_there_are_refused(tmp_path, damaged):
+@pytest.mark.parametrize(("row", "at", "value"), [(0, 0, -1), (0, 1, 10**6), (1, 2, -5)])
+def test_first_pieces_that_are_not_there_are_refused(tmp_path, row, at, value):
     """Catches a damaged file that ends as a bug, or as another row's documents."""
     made(tmp_path, Build(16, "concatenate", shard_tokens=96, split="line"))
     first = np.fromfile(tmp_path / "out" / "000000.first", "<i8")
-    first[damaged[0]] = damaged[1]
+    first[at] = value
     first.tofile(tmp_path / "out" / "000000.first")
     with pytest.raises(
         SpecError, match=r"(000000.first: pieces that are not there|a row of -?\d+ pieces): (a|the) shard was damaged"
     ):
-        Shards(tmp_path / "out").ends(np.array([0, 1]))
+        Shards(tmp_path / "out").ends(np.array([row]))
 
 
 # ---- Interrupted builds
