@@ -29,6 +29,8 @@ from refimpl.train.data.shards import index_of  # noqa: E402
 
 GOAL = 100e6
 SHARDS = 4
+TOKENS = 17_000_000
+"""Of a shard, and of a round. The rows are a little more than a power of two, which is what the order takes longest for."""
 
 
 def make(folder: Path, length: int, rows: int, shards: int, dtype: str) -> Shards:
@@ -109,13 +111,13 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--length", type=int, default=4096, help="tokens of a row (default 4096)")
     p.add_argument("--batch", type=int, default=32, help="rows of a batch (default 32)")
-    p.add_argument("--batches", type=int, help="batches of a round (default: 2^24 tokens)")
-    p.add_argument("--rows", type=int, help="rows of each of the four shards (default: 2^24 tokens)")
+    p.add_argument("--batches", type=int, help="batches of a round (default: 17 M tokens)")
+    p.add_argument("--rows", type=int, help="rows of each of the four shards (default: 17 M tokens)")
     p.add_argument("--dtype", choices=["uint16", "uint32"], default="uint32")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
-    rows, batches = a.rows or 2**24 // a.length, a.batches or 2**24 // (a.length * a.batch)
+    rows, batches = a.rows or TOKENS // a.length, a.batches or TOKENS // (a.length * a.batch)
     with tempfile.TemporaryDirectory() as folder:
         shards = make(Path(folder), a.length, rows, SHARDS, a.dtype)
         found = measure(shards, a.batch, batches, a.rounds)

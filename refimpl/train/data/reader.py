@@ -22,8 +22,8 @@ from refimpl.layers.loss import IGNORE
 from .order import Permutation
 from .shards import Placed, Shards
 
-BLOCK = 4096
-"""Positions whose samples are computed at once."""
+BLOCK = 1 << 15
+"""Positions whose samples are computed at once: a pass of the network is a hundred calls of NumPy, however few it is of."""
 AHEAD = 1 << 17
 """Tokens that are read at once, in batches of fewer, as soon as two batches follow one another."""
 

@@ -156,13 +156,15 @@ class Shards:
         require(some.min() >= 0 <= first.min(), f"{self.folder}: a row of {some.min()} pieces: a shard was damaged")
         counts[order] = some
         upto = np.cumsum(counts + 1)
-        read, at = _runs(first, some), 0
+        row = np.repeat(np.arange(len(which)), some)  # of every piece, in the order of the file
+        within = np.arange(len(row)) - (np.cumsum(some) - some)[row]
+        piece, last, at = first[row] + within, np.empty(len(row), np.int64), 0
         for (shard, _), (a, b) in zip(parts, bounds, strict=True):
-            size = int((b - a).sum())
-            read[at : at + size] = self.spans(shard)[1].take(read[at : at + size])
-            at += size
+            some_here = slice(at, at + int((b - a).sum()))
+            last[some_here] = self.spans(shard)[1].take(piece[some_here])
+            at = some_here.stop
         ends, begin = np.full(upto[-1], self.length), np.concatenate([local for _, local in parts]) * self.length
-        ends[_runs((upto - counts - 1)[order], some)] = read - np.repeat(begin, some)
+        ends[(upto - counts - 1)[order][row] + within] = last - begin[row]
         return counts, ends
 
     def _pieces(self, shard: int, local: Array) -> tuple[Array, Array]:
@@ -207,12 +209,6 @@ class Shards:
             found = path.stat().st_size if path.exists() else None
             text = "is missing" if found is None else f"has {found} bytes; the index says {size}"
             require(found == size, f"{path} {text}: " + ("shard truncated?" if found is not None else "shard lost?"))
-
-
-def _runs(starts: Array, counts: Array) -> Array:
-    """start, start + 1, ..., `count` numbers from each start on.  starts (N,), counts (N,) -> (sum of counts,)."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 def index_of(facts: Mapping[str, Any], shards: list[dict[str, Any]]) -> bytes:
