@@ -1,8 +1,8 @@
 """`refimpl train --mpi N`: mpiexec started for a command, and a Ctrl-C that the ranks hear instead of dying of it.
 
 At a Ctrl-C Open MPI's mpiexec sends its processes SIGTERM after a quarter of a second and SIGKILL after another, whatever
-`odls_base_sigkill_timeout` is. So mpiexec gets a session of its own, which the terminal's Ctrl-C does not reach. It reaches this process, which
-hands it on as SIGUSR1; that mpiexec, Open MPI's and MPICH's, passes to the ranks as it is.
+`odls_base_sigkill_timeout` is. So mpiexec gets a session of its own, which the terminal's Ctrl-C does not reach. It reaches this
+process, which hands it on as SIGUSR1; that mpiexec, Open MPI's and MPICH's, passes to the ranks as it is.
 """
 
 from __future__ import annotations

@@ -194,7 +194,8 @@ class Reader(Ordered):
             rows = self.samples(begin.start, begin.stop)
         else:
             rows = np.concatenate([self.samples(at + first, at + last) for at in begin])
-        whole, found, n = vars(self._read(rows)), deque(), last - first
+        whole, n = vars(self._read(rows)), last - first
+        found: deque[tuple[Asked, tuple[Batch, Cursor]]] = deque()
         for i, at in enumerate(begin):
             mine = [None if a is None else a[i * n : i * n + n] for a in whole.values()]
             after = Cursor(at + batch, cursor.seed, cursor.data)

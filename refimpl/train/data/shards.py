@@ -171,7 +171,8 @@ class Shards:
         """Of rows (n,) of a shard: the first piece (n,), and the first after the row's (n,)."""
         s = self.shards[shard]
         if len(s.crc) == 2:
-            return np.searchsorted(self.spans(shard)[0], np.stack([local, local + 1]) * self.length)
+            first, last = np.searchsorted(self.spans(shard)[0], np.stack([local, local + 1]) * self.length)
+            return first, last
         table = self.first_pieces(shard)
         first, last = table.take(local), table.take(local + 1)
         require(last.max() <= s.pieces, f"{self._files(s)[2]}: pieces that are not there: the shard was damaged")
