@@ -119,6 +119,7 @@ def _in_processes(job: Job, args: argparse.Namespace) -> int:
 
     from .mpiexec import ranks_of
 
+    job.check()  # what is wrong with it is said once, and not by MPI_Abort
     code = ranks_of(args.mpi, [*_given(args), *["--resume"] * args.resume])
     return code or (0 if max([r["step"] for r in records(args.out)], default=0) >= len(job) else 130)
 

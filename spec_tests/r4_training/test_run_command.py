@@ -175,8 +175,8 @@ def test_a_ctrl_c_is_handed_on_to_mpiexec(monkeypatch, capfd, times, code, heard
 
 
 def test_in_processes_the_command_is_the_same(recipe, tmp_path, monkeypatch, capfd):
-    """Catches an option that the ranks do not get, an end before the last step that counts as success, --mpi in a job of another
-    size and beside --ranks.
+    """Catches an option that the ranks do not get, an end before the last step that counts as success, a job that is started with
+    what cannot be trained, --mpi beside --ranks.
     """
     seen = []
 
@@ -189,6 +189,7 @@ def test_in_processes_the_command_is_the_same(recipe, tmp_path, monkeypatch, cap
     assert main([*run, "--mpi", "3"]) == INTERRUPTED
     assert main([*run, "--mpi", "3", "--steps", "1", "--resume"]) == 0
     assert seen == [[*run, "--mpi", "3"], [*run, "--steps", "1", "--mpi", "3", "--resume"]]
+    assert main([*run, "--mpi", "3", "--steps", "0"]) == BAD_INPUT and len(seen) == 2
     assert main([*run, "--mpi", "3", "--ranks", "3"]) == BAD_INPUT
     assert "the simulator or processes" in capfd.readouterr().err
 
