@@ -101,16 +101,22 @@ def mpiexec_command(n: int, mpiexec: str | None = None) -> list[str]:
     return [path, *flags, "-n", str(n)]
 
 
+def environment() -> dict[str, str]:
+    """Of a job's processes: they find what this process finds."""
+    paths = [str(Path(p).resolve()) for p in sys.path if Path(p or ".").is_dir()]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _run(command: list[str], timeout: float) -> tuple[int | None, str, str]:
     """(exit code or None, stdout, stderr); the whole process group is gone afterwards.
 
     The ranks themselves say when their time is up and leave; some launchers then wait on, so this ends them too.
     """
-    paths = [str(Path(p).resolve()) for p in sys.path if Path(p or ".").is_dir()]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # the ranks find what this process finds
     pipe = subprocess.PIPE
     deadline = time.monotonic() + _START + timeout
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True) as job:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True
+    ) as job:
         assert job.stdout is not None and job.stderr is not None
         out, err = _Reader(job.stdout), _Reader(job.stderr)
         try:

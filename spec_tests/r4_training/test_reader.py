@@ -78,7 +78,7 @@ def test_small_batches_are_read_together(shards, monkeypatch):
     reads more than it was asked for when somebody only looks, or asks for something else every time.
     """
     read, whole = [], Shards.rows
-    monkeypatch.setattr(Shards, "rows", lambda self, which: read.append(len(which)) or whole(self, which))
+    monkeypatch.setattr(Shards, "rows", lambda self, which, *placed: read.append(len(which)) or whole(self, which))
     reader = Reader(shards, epochs=None)
     at = reader.start()
     for batch in (2, 3, 4):
@@ -87,7 +87,7 @@ def test_small_batches_are_read_together(shards, monkeypatch):
     _, at = reader.take(at, 4)
     for _ in range(100):
         _, at = reader.take(at, 4)
-    assert len(read) == 5
+    assert len(read) == 4
 
 
 def test_epochs_and_seeds_have_their_own_orders(shards):

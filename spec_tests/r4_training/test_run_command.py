@@ -6,10 +6,12 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 
 import pytest
 
-from refimpl.cli import live, main, train
+from refimpl.autograd import SpecError
+from refimpl.cli import live, main, mpiexec, train
 from refimpl.cli.dispatch import BAD_INPUT, INTERRUPTED
 from refimpl.spec_tests.cases import runs
 from refimpl.train.recipe import to_toml
@@ -123,14 +125,73 @@ def test_nobody_is_asked_to_stop_where_nobody_trains(recipe, whole, tmp_path, mo
 
 def test_the_command_under_mpiexec_is_its_command(monkeypatch):
     """Catches advice to go on alone with what was begun on ranks."""
-    args = argparse.Namespace(recipe="a.toml", out="run", steps=None, init=None, ranks=None)
-    from_weights = argparse.Namespace(recipe="a.toml", out="run", steps=3, init="w", ranks=None)
+    args = argparse.Namespace(recipe="a.toml", out="run", steps=None, init=None, ranks=None, mpi=None)
+    processes = argparse.Namespace(recipe="a b.toml", out="run", steps=None, init=None, ranks=None, mpi=4)
+    from_weights = argparse.Namespace(recipe="a.toml", out="run", steps=3, init="w", ranks=None, mpi=None)
     assert train.resume_command(from_weights) == "refimpl train a.toml -o run --steps 3 --from w --resume"
     assert train.resume_command(args) == "refimpl train a.toml -o run --resume"
     monkeypatch.setenv("PMIX_RANK", "0")
     assert train.resume_command(args).startswith("mpiexec -n N python -m mpi4py -m refimpl train a.toml")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     assert train.resume_command(args).startswith("mpiexec -n 4 python")
+    assert train.resume_command(processes) == "refimpl train 'a b.toml' -o run --mpi 4 --resume"
+
+
+JOB = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1])
+assert os.getsid(0) == os.getpid() and "--mpi" in sys.argv and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+for _ in range(int(sys.argv[1])):
+    os.kill(os.getppid(), signal.SIGINT)
+    print(signal.sigwait([signal.SIGINT, signal.SIGUSR1]).name, flush=True)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize(
+    ("times", "code", "heard"), [(0, 0, []), (0, 7, []), (1, 0, ["SIGUSR1"]), (2, 1, ["SIGUSR1", "SIGINT"])]
+)
+def test_a_ctrl_c_is_handed_on_to_mpiexec(monkeypatch, capfd, times, code, heard):
+    """Catches a Ctrl-C that reaches mpiexec from the terminal, or as the signal at which it kills its processes; a second one that
+    ends nothing; an exit code of its own; handlers that stay; a hang-up heard under nohup. The job sends its parent Ctrl-C.
+    """
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = [signal.getsignal(getattr(signal, name)) for name in mpiexec.HANDED_ON]
+    monkeypatch.setattr(
+        mpiexec, "mpiexec_command", lambda n: [sys.executable, "-c", JOB, str(times), str(code), f"-n {n}"]
+    )
+    if times and code:
+        with pytest.raises(KeyboardInterrupt):
+            mpiexec.ranks_of(2, ["train", "--mpi"])
+    else:
+        assert mpiexec.ranks_of(2, ["train", "--mpi"]) == code
+    said = capfd.readouterr()
+    assert said.out.split() == heard and said.err.count("ending") == times
+    assert [signal.getsignal(getattr(signal, name)) for name in mpiexec.HANDED_ON] == before
+    signal.signal(signal.SIGHUP, hang_up)
+    with pytest.raises(SpecError, match="--mpi 0; at least 1"):
+        mpiexec.ranks_of(0, [])
+
+
+def test_in_processes_the_command_is_the_same(recipe, tmp_path, monkeypatch, capfd):
+    """Catches an option that the ranks do not get, an end before the last step that counts as success, a job that is started with
+    what cannot be trained, --mpi beside --ranks.
+    """
+    seen = []
+
+    def alone(n, command):
+        seen.append(command)
+        return main([*(x for x in command if x not in ("--mpi", "3")), "--steps", "1"])
+
+    monkeypatch.setattr(mpiexec, "ranks_of", alone)
+    run = ["train", str(recipe), "-o", str(tmp_path / "run")]
+    assert main([*run, "--mpi", "3"]) == INTERRUPTED
+    assert main([*run, "--mpi", "3", "--steps", "1", "--resume"]) == 0
+    assert seen == [[*run, "--mpi", "3"], [*run, "--steps", "1", "--mpi", "3", "--resume"]]
+    assert main([*run, "--mpi", "3", "--steps", "0"]) == BAD_INPUT and len(seen) == 2
+    assert main([*run, "--mpi", "3", "--ranks", "3"]) == BAD_INPUT
+    assert "the simulator or processes" in capfd.readouterr().err
 
 
 def test_what_went_wrong_says_how_to_go_on(recipe, whole, tmp_path, capfd):

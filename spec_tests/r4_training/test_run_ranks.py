@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -328,22 +329,30 @@ def test_under_mpi_the_run_has_the_bits_of_the_simulator(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
-@pytest.mark.parametrize("how", ["--stop", "SIGUSR1"])
+@pytest.mark.parametrize("how", ["--stop", "SIGUSR1", "Ctrl-C"])
 def test_a_run_under_mpi_is_stopped_and_nothing_is_lost(tmp_path, how):
-    """Catches a job that can be ended by killing it only: from outside, by the file or by a signal to mpiexec, it ends after a
-    step that no `every` saves, with that step saved, and goes on as if it had never stopped.
+    """Catches a job that can be ended by killing it only: from outside, by the file, by a signal to mpiexec or by Ctrl-C in the
+    terminal of `--mpi`, it ends after a step that no `every` saves, with that step saved, and goes on as if it had never stopped.
     """
     simulator, start = mpi_job(tmp_path, steps=2000)
-    with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    if how == "Ctrl-C":
+        start = [*simulator[:-3], str(tmp_path / "mpi"), "--mpi", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(start, cwd=ROOT, **pipes, start_new_session=True) as job:
         for line in job.stdout:
             if line.startswith("step 3/"):
                 break
         if how == "--stop":
             subprocess.run([sys.executable, "-m", "refimpl", "train", "--stop", tmp_path / "mpi"], cwd=ROOT, check=True)
+        elif how == "Ctrl-C":
+            os.killpg(job.pid, signal.SIGINT)  # to all whom a terminal would send it
         else:
             job.send_signal(signal.SIGUSR1)
         _, err = job.communicate(timeout=240)
-    done = int(re.search(r"stopped after step (\d+), saved; go on with: mpiexec -n 2 ", err)[1])
+    assert job.returncode == 130
+    done, again = re.search(r"stopped after step (\d+), saved; go on with: (.*)\n", err).groups()
+    done = int(done)
+    assert "--mpi 2 --resume" in again and "ABORT" not in err if how == "Ctrl-C" else again.startswith("mpiexec -n 2 ")
     assert [r["step"] for r in records(tmp_path / "mpi")] == list(range(1, done + 1))
     subprocess.run([*start, "--resume", "--steps", str(done + 1)], check=True, cwd=ROOT, timeout=240)
     subprocess.run([*simulator, "--steps", str(done + 1)], check=True, cwd=ROOT)

@@ -14,6 +14,7 @@ from refimpl.spec_tests.oracles.shards import documents_of
 from refimpl.train.data import Altering, Build, Bytes, Shards, build
 
 EOS = 257
+ONE_CRC = {"name": "000000", "rows": 1, "pieces": 1, "tokens": 1, "crc": [0]}
 HOW = Build(16, altering=Altering(fim=0.3), shard_tokens=96, split="line", seed=5)
 
 
@@ -59,6 +60,44 @@ def test_documents_of_rows_are_their_pieces(tmp_path):
             number for number in owner if number >= 0
         ]
     assert not ends and not s.ends(which[:0])[1].size
+
+
+def without_first(folder):
+    """The folder as it was before there was a file of first pieces."""
+    index = json.loads((folder / "index.json").read_text())
+    for s in index["shards"]:
+        s["crc"] = s["crc"][:2]
+        (folder / f"{s['name']}.first").unlink()
+    (folder / "index.json").write_text(json.dumps(index))
+    return Shards(folder)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concatenate"])
+def test_first_pieces_are_what_a_search_finds(tmp_path, packing):
+    """Catches a file of first pieces that is off by one or of another shard, old shards that are refused, a run that does not go
+    on after they were built again.
+    """
+    made(tmp_path, Build(16, packing, shard_tokens=96, split="line"))
+    s = Shards(tmp_path / "out")
+    which = np.random.default_rng(1).integers(0, len(s), 200)
+    found, name = s.ends(which), s.fingerprint
+    old = without_first(tmp_path / "out")
+    assert len(list(old.verify())) == len(old.shards) > 5 and old.fingerprint == name
+    for ours, searched in zip(found, old.ends(which), strict=True):
+        np.testing.assert_array_equal(ours, searched)
+
+
+@pytest.mark.parametrize(("row", "at", "value"), [(0, 0, -1), (0, 1, 10**6), (1, 2, -5)])
+def test_first_pieces_that_are_not_there_are_refused(tmp_path, row, at, value):
+    """Catches a damaged file that ends as a bug, or as another row's documents."""
+    made(tmp_path, Build(16, "concatenate", shard_tokens=96, split="line"))
+    first = np.fromfile(tmp_path / "out" / "000000.first", "<i8")
+    first[at] = value
+    first.tofile(tmp_path / "out" / "000000.first")
+    with pytest.raises(
+        SpecError, match=r"(000000.first: pieces that are not there|a row of -?\d+ pieces): (a|the) shard was damaged"
+    ):
+        Shards(tmp_path / "out").ends(np.array([row]))
 
 
 # ---- Interrupted builds
@@ -179,7 +218,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
         Shards(tmp_path / "out", vocab_size=128)
 
 
-@pytest.mark.parametrize("name", ["000001.tokens", "000002.spans"])
+@pytest.mark.parametrize("name", ["000001.tokens", "000002.spans", "000003.first"])
 def test_truncated_missing_and_damaged_shards(tmp_path, name):
     """Catches a shard that a full disk cut short, one that is not there, a flipped bit: the first two when opened."""
     made(tmp_path)
@@ -199,7 +238,8 @@ def test_truncated_missing_and_damaged_shards(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema": "x"}, {"shards": []}, {"shards": [{}]}, {"length": "four"}, {"dtype": "no"}]
+    "change",
+    [{"schema": "x"}, {"shards": []}, {"shards": [{}]}, {"shards": [ONE_CRC]}, {"length": "four"}, {"dtype": "no"}],
 )
 def test_a_wrong_index(tmp_path, change):
     """Catches a KeyError for a file that somebody edited."""

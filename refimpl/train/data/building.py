@@ -141,13 +141,15 @@ def _write(
     """Pack documents and write their shard, `path` last -> its record."""
     pieces = PACKINGS[how.packing]([len(ids) for ids in found], how.length)
     tokens, spans = lay_out(pieces, found, how.length, facts["pad"], facts["dtype"])
-    raw = [a.astype(a.dtype.newbyteorder("<")).tobytes() for a in (tokens, spans)]
+    first = np.searchsorted(spans[0], np.arange(len(tokens) + 1) * how.length)
+    raw = [a.astype(a.dtype.newbyteorder("<")).tobytes() for a in (tokens, spans, first)]
     name = path.name.removesuffix(".shard.json")
     record: dict[str, Any] = {"name": name, "rows": len(tokens), "pieces": len(pieces), "tokens": sum(map(len, found))}
     record |= {"crc": [zlib.crc32(r) for r in raw], "next": list(place), "documents": number}
     with Transaction() as t:
-        for suffix, data in zip((".tokens", ".spans", ".shard.json"), (*raw, json.dumps(record).encode()), strict=True):
-            with t.new(path.with_name(name + suffix)) as f:
+        kinds = ("tokens", "spans", "first", "shard.json")
+        for kind, data in zip(kinds, (*raw, json.dumps(record).encode()), strict=True):
+            with t.new(path.with_name(f"{name}.{kind}")) as f:
                 f.write(data)
     return record
 

@@ -32,19 +32,21 @@ class Permutation:
 
     def __call__(self, positions: Any) -> Array:
         """positions (N,) in 0..n-1 -> samples (N,) int64, all different if the positions are."""
-        x = np.array(positions, dtype=np.uint64)
-        outside = np.ones(x.shape, bool)
-        while outside.any():
-            x[outside] = self._network(x[outside])
-            outside = x >= self.n
-        return x.astype(np.int64)
+        keys = np.random.SeedSequence(self.seed).generate_state(ROUNDS, np.uint64)
+        x = self._network(np.array(positions, dtype=np.uint64).reshape(-1), keys)
+        outside = np.flatnonzero(x >= self.n)
+        while len(outside):
+            again = self._network(x[outside], keys)
+            x[outside] = again
+            outside = outside[again >= self.n]
+        return x.astype(np.int64).reshape(np.shape(positions))
 
-    def _network(self, x: Array) -> Array:
+    def _network(self, x: Array, keys: Array) -> Array:
         """One pass: (left, right) -> (right, left xor f(right)) for every round; invertible whatever f is."""
         bits = max((self.n - 1).bit_length(), 2)
         sizes = [np.uint64(bits // 2), np.uint64(bits - bits // 2)]  # of left and right; they change places every round
         left, right = x >> sizes[1], x & _mask(sizes[1])
-        for key in np.random.SeedSequence(self.seed).generate_state(ROUNDS, np.uint64):
+        for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & _mask(sizes[0]))
             sizes.reverse()
         return (left << sizes[1]) | right

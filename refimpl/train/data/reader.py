@@ -7,6 +7,7 @@ are the same, only divided otherwise, and over all ranks every sample comes once
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,10 +20,10 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.loss import IGNORE
 
 from .order import Permutation
-from .shards import Shards
+from .shards import Placed, Shards
 
-BLOCK = 4096
-"""Positions whose samples are computed at once."""
+BLOCK = 1 << 15
+"""Positions whose samples are computed at once: a pass of the network is a hundred calls of NumPy, however few it is of."""
 AHEAD = 1 << 17
 """Tokens that are read at once, in batches of fewer, as soon as two batches follow one another."""
 
@@ -140,10 +141,14 @@ Asked = tuple[Cursor, int, int, int]
 
 @dataclass
 class Ahead:
-    """What a reader has read before it is asked for, each batch given once; and what is asked for next by who goes on."""
+    """What a reader has read before it is asked for, in order, each batch given once; and what is asked for next by who goes on."""
 
-    ready: dict[Asked, tuple[Batch, Cursor]] = field(default_factory=dict)
+    ready: deque[tuple[Asked, tuple[Batch, Cursor]]] = field(default_factory=deque)
     next: Asked | None = None
+
+    def holds(self, asked: Asked) -> bool:
+        """Whether this is what comes next of what is read."""
+        return bool(self.ready) and self.ready[0][0] == asked
 
 
 @dataclass(frozen=True)
@@ -166,39 +171,45 @@ class Reader(Ordered):
         by one at most; together they are the batch. The last batch of the run may be short. SpecError at the end.
         """
         asked, ahead = (cursor, batch, rank, ranks), self._ahead
-        found = ahead.ready.pop(asked, None)
-        if found is None:
+        if asked == ahead.next and not ahead.holds(asked):
+            ahead.ready = self._from(*asked)
+        if ahead.holds(asked):
+            found = ahead.ready.popleft()[1]
+        else:
             rows, after = self.following(cursor, batch, rank=rank, ranks=ranks)
             found = self._read(rows), after
-            if asked == ahead.next:
-                ahead.ready = self._those_after(after, batch, rank, ranks)
         ahead.next = found[1], batch, rank, ranks
         return found
 
-    def _those_after(self, cursor: Cursor, batch: int, rank: int, ranks: int) -> dict[Asked, tuple[Batch, Cursor]]:
-        """My shares of the batches after a cursor, whole ones of AHEAD tokens together at most."""
+    def _from(self, cursor: Cursor, batch: int, rank: int, ranks: int) -> deque[tuple[Asked, tuple[Batch, Cursor]]]:
+        """My shares of the batches from a cursor on, whole ones of AHEAD tokens together at most; none where that is not two."""
         most = AHEAD * ranks // (batch * self.shards.length)
         if self.end is not None:
             most = min(most, (self.end - cursor.samples) // batch)
+        if most < 2:
+            return deque()
         begin = range(cursor.samples, cursor.samples + most * batch, batch)
         first, last = batch * rank // ranks, batch * (rank + 1) // ranks
         if ranks == 1:
             rows = self.samples(begin.start, begin.stop)
         else:
-            rows = np.concatenate([self.samples(at + first, at + last) for at in begin] or [np.empty(0, np.int64)])
-        whole, found, n = self._read(rows), {}, last - first
+            rows = np.concatenate([self.samples(at + first, at + last) for at in begin])
+        whole, n = vars(self._read(rows)), last - first
+        found: deque[tuple[Asked, tuple[Batch, Cursor]]] = deque()
         for i, at in enumerate(begin):
-            mine = {name: a[i * n : (i + 1) * n] for name, a in vars(whole).items() if a is not None}
-            here, after = (Cursor(x, cursor.seed, cursor.data) for x in (at, at + batch))
-            found[here, batch, rank, ranks] = Batch(**mine), after
+            mine = [None if a is None else a[i * n : i * n + n] for a in whole.values()]
+            after = Cursor(at + batch, cursor.seed, cursor.data)
+            found.append(((cursor, batch, rank, ranks), (Batch(*mine), after)))
+            cursor = after
         return found
 
     def _read(self, rows: Array) -> Batch:
         if not (self.shards.padded or self.masked):
             tokens = self.shards.rows(rows)
             return Batch(tokens, tokens)
-        tokens = self.shards.rows(rows)
-        number, length = self._runs(rows)
+        placed = self.shards.placed(rows)
+        tokens = self.shards.rows(rows, placed)
+        number, length = self._runs(rows, placed)
         documents = np.repeat(number, length).reshape(tokens.shape)
         padding = documents < 0
         labels, valid = tokens.copy(), (~padding).astype(np.int64)
@@ -207,11 +218,11 @@ class Reader(Ordered):
         np.copyto(labels, IGNORE, where=padding)
         return Batch(tokens, labels, valid, documents if self.masked else None)
 
-    def _runs(self, rows: Array) -> tuple[Array, Array]:
+    def _runs(self, rows: Array, placed: Placed) -> tuple[Array, Array]:
         """Every row's pieces and then its padding: their numbers in the row, -1 for padding, and how many tokens they have.
         rows (B,) -> (B + P,), (B + P,).
         """
-        counts, ends = self.shards.ends(rows)
+        counts, ends = self.shards.ends(rows, placed)
         padding = np.cumsum(counts + 1) - 1
         number = np.arange(len(ends)) - np.repeat(padding - counts, counts + 1)
         number[padding] = -1

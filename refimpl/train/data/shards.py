@@ -5,6 +5,8 @@ A folder holds, for every shard NAME,
 NAME.tokens   (rows, S) uint16 or uint32, little-endian: the rows, one after the other
 NAME.spans    (2, pieces) int64: the first and the last + 1 token of each piece of a document, ascending, counted over all rows;
               none goes over the end of a row; what lies in none is padding
+NAME.first    (rows + 1,) int64: the first piece of each row, then their number. It says what a search of the spans says, in one
+              look; older shards that lack it are searched
 
 and `index.json`, written last: S, dtype, vocabulary, the tokenizer's fingerprint, how the documents were altered, and for every
 shard its rows, pieces, tokens (without padding) and CRC-32s.
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +43,16 @@ class Shard:
     rows: int
     pieces: int
     tokens: int
-    crc: tuple[int, int]
+    crc: tuple[int, ...]
+
+
+class Placed(NamedTuple):
+    """What sorts some rows (B,), so that what is near on the disk is read together; and for every shard that has some of them the
+    shard and its rows (n,), ascending.
+    """
+
+    order: Array
+    parts: list[tuple[int, Array]]
 
 
 class Shards:
@@ -67,6 +78,7 @@ class Shards:
             except (KeyError, TypeError, ValueError) as error:
                 raise SpecError(f"no such index: {error!r}") from error
             require(self.shards, "no shards")
+            require(all(len(s.crc) in (2, 3) for s in self.shards), "expected CRC-32s of two or three files a shard")
         made = f"{folder}: made by tokenizer {self.tokenizer}"
         require(tokenizer in (None, self.tokenizer), f"{made}, not by {tokenizer}: its ids mean other texts")
         fits = vocab_size is None or self.vocab_size <= vocab_size
@@ -84,7 +96,7 @@ class Shards:
     @cached_property
     def fingerprint(self) -> str:
         """The same for the same rows in the same order only, as far as their CRCs tell."""
-        rows = [[s.name, s.rows, s.pieces, *s.crc] for s in self.shards]
+        rows = [[s.name, s.rows, s.pieces, *s.crc[:2]] for s in self.shards]  # the third follows from them
         return "sha256:" + sha256(json.dumps([self.length, self.tokenizer, rows]).encode()).hexdigest()
 
     @property
@@ -100,12 +112,17 @@ class Shards:
         """First and last + 1 of each piece of a shard (2, pieces), mapped."""
         return self._mapped(shard, 1)
 
+    def first_pieces(self, shard: int) -> Array:
+        """The first piece of each row of a shard, then their number (rows + 1,), mapped."""
+        return self._mapped(shard, 2)
+
     def _mapped(self, shard: int, file: int) -> Array:
         if (shard, file) in self._maps:
             self._maps.move_to_end((shard, file))
             return self._maps[shard, file]
         s = self.shards[shard]
-        dtype, shape = ((self.dtype.newbyteorder("<"), (s.rows, self.length)), (np.dtype("<i8"), (2, s.pieces)))[file]
+        dtype = self.dtype.newbyteorder("<") if file == 0 else np.dtype("<i8")
+        shape = ((s.rows, self.length), (2, s.pieces), (s.rows + 1,))[file]
         found = np.asarray(  # a plain array: slicing a memmap costs several times as much
             np.memmap(self._files(s)[file], dtype, "r", shape=shape)
         )
@@ -114,33 +131,52 @@ class Shards:
             self._maps.popitem(last=False)
         return found
 
-    def rows(self, which: Array, out: Array | None = None) -> Array:
-        """Rows (B,) of all shards together -> tokens (B, S), int64; into `out`, if given."""
-        out = np.empty((len(which), self.length), np.int64) if out is None else out
-        for shard, places, local in self._by_shard(which):
-            out[places] = self.tokens(shard)[local]
+    def rows(self, which: Array, placed: Placed | None = None) -> Array:
+        """Rows (B,) of all shards together -> tokens (B, S), int64. `placed`: of these rows, for who wants their ends too."""
+        order, parts = placed or self.placed(which)
+        read, at = np.empty((len(which), self.length), self.dtype), 0
+        for shard, local in parts:
+            # in other modes than "clip" NumPy copies once more, and an index takes twice as long
+            self.tokens(shard).take(local, 0, read[at : at + len(local)], "clip")
+            at += len(local)
+        out = np.empty(read.shape, np.int64)
+        out[order] = read
         return out
 
-    def ends(self, which: Array) -> tuple[Array, Array]:
+    def ends(self, which: Array, placed: Placed | None = None) -> tuple[Array, Array]:
         """How many pieces each of the rows (B,) has, and where in its row each piece ends, then the row itself (at S): (P + B,),
         row after row. The pieces of a row follow one another from its beginning; the rest of it is padding.
         """
-        parts = list(self._by_shard(which))
-        found = [np.searchsorted(self.spans(n)[0], np.stack([at, at + 1]) * self.length) for n, _, at in parts]
+        order, parts = placed or self.placed(which)
         if not parts:
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        places, local = (np.concatenate(a) for a in list(zip(*parts, strict=True))[1:])
-        first, last = np.concatenate(found, axis=1)
-        some, counts = last - first, np.empty(len(which), np.int64)
-        counts[places] = some
+        bounds = [self._pieces(shard, local) for shard, local in parts]
+        first, last = (np.concatenate(a) for a in zip(*bounds, strict=True))
+        counts, some = np.empty(len(which), np.int64), last - first
+        require(some.min() >= 0 <= first.min(), f"{self.folder}: a row of {some.min()} pieces: a shard was damaged")
+        counts[order] = some
         upto = np.cumsum(counts + 1)
-        ends, read = np.full(upto[-1], self.length), _runs(first, some)
-        each, at = [int((b - a).sum()) for a, b in found], 0
-        for (n, _, _), size in zip(parts, each, strict=True):
-            read[at : at + size] = self.spans(n)[1][read[at : at + size]]
-            at += size
-        ends[_runs((upto - counts - 1)[places], some)] = read - np.repeat(local * self.length, some)
+        row = np.repeat(np.arange(len(which)), some)  # of every piece, in the order of the file
+        within = np.arange(len(row)) - (np.cumsum(some) - some)[row]
+        piece, last, at = first[row] + within, np.empty(len(row), np.int64), 0
+        for (shard, _), (a, b) in zip(parts, bounds, strict=True):
+            some_here = slice(at, at + int((b - a).sum()))
+            last[some_here] = self.spans(shard)[1].take(piece[some_here])
+            at = some_here.stop
+        ends, begin = np.full(upto[-1], self.length), np.concatenate([local for _, local in parts]) * self.length
+        ends[(upto - counts - 1)[order][row] + within] = last - begin[row]
         return counts, ends
+
+    def _pieces(self, shard: int, local: Array) -> tuple[Array, Array]:
+        """Of rows (n,) of a shard: the first piece (n,), and the first after the row's (n,)."""
+        s = self.shards[shard]
+        if len(s.crc) == 2:
+            first, last = np.searchsorted(self.spans(shard)[0], np.stack([local, local + 1]) * self.length)
+            return first, last
+        table = self.first_pieces(shard)
+        first, last = table.take(local), table.take(local + 1)
+        require(last.max() <= s.pieces, f"{self._files(s)[2]}: pieces that are not there: the shard was damaged")
+        return first, last
 
     def verify(self) -> Iterator[Shard]:
         """Read every shard and compare its CRC-32s; yields each as it is found whole. SpecError for the first that is not."""
@@ -155,30 +191,25 @@ class Shards:
                 )
             yield s
 
-    def _by_shard(self, which: Array) -> Iterator[tuple[int, Array, Array]]:
-        """(shard, places in `which` (n,), rows of the shard (n,)) for every shard that has some."""
-        if len(which) and not (which.min() >= 0 and which.max() < len(self)):
+    def placed(self, which: Array) -> Placed:
+        """Where rows (B,) of all shards together lie. SpecError for one that there is not."""
+        order = which.argsort()
+        rows = which[order]
+        if len(rows) and not (rows[0] >= 0 and rows[-1] < len(self)):
             raise SpecError(f"rows {which.tolist()[:3]}...; the shards have {len(self)}")
-        owner = np.searchsorted(self.first, which, side="right") - 1
-        for shard in np.bincount(owner).nonzero()[0].tolist():
-            places = (owner == shard).nonzero()[0]
-            places = places[which[places].argsort()]  # ascending: what is near on the disk is read together
-            yield shard, places, which[places] - self.first[shard]
+        cuts = np.searchsorted(rows, self.first)
+        some = np.diff(cuts).nonzero()[0].tolist()
+        return Placed(order, [(shard, rows[cuts[shard] : cuts[shard + 1]] - self.first[shard]) for shard in some])
 
-    def _files(self, s: Shard) -> tuple[Path, Path]:
-        return self.folder / f"{s.name}.tokens", self.folder / f"{s.name}.spans"
+    def _files(self, s: Shard) -> list[Path]:
+        return [self.folder / f"{s.name}.{kind}" for kind, _ in zip(("tokens", "spans", "first"), s.crc, strict=False)]
 
     def _check_size(self, s: Shard) -> None:
-        for path, size in zip(self._files(s), (s.rows * self.length * self.dtype.itemsize, s.pieces * 16), strict=True):
+        sizes = s.rows * self.length * self.dtype.itemsize, s.pieces * 16, (s.rows + 1) * 8
+        for path, size in zip(self._files(s), sizes, strict=False):
             found = path.stat().st_size if path.exists() else None
             text = "is missing" if found is None else f"has {found} bytes; the index says {size}"
             require(found == size, f"{path} {text}: " + ("shard truncated?" if found is not None else "shard lost?"))
-
-
-def _runs(starts: Array, counts: Array) -> Array:
-    """start, start + 1, ..., `count` numbers from each start on.  starts (N,), counts (N,) -> (sum of counts,)."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 def index_of(facts: Mapping[str, Any], shards: list[dict[str, Any]]) -> bytes:
