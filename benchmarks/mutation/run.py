@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import xml.etree.ElementTree as xml
 from bisect import bisect_right
 from collections import Counter
@@ -28,6 +29,8 @@ from queue import Queue
 from sample import Mutant, sampled
 
 ROOT = Path(__file__).resolve().parents[2]
+REASONS = tomllib.loads((Path(__file__).parent / "survivors.toml").read_text(encoding="utf-8"))
+"""Of a mutant that survived: {"equivalent": why}, or {"test": id of the test that was written for it}."""
 QUICK = 25  # tests that are asked before all others
 ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -62,7 +65,7 @@ def judged(mutant: Mutant, root: Path, known: dict, most: float) -> dict[str, ob
     of_file = known["lines"].get(mutant.file, {})
     numbers = {t for line in range(mutant.first, mutant.last + 1) for t in of_file.get(str(line), ())}
     if not numbers:  # what runs while the module is imported, or nowhere: whoever uses the module
-        numbers = {t for tests in of_file.values() for t in tests}
+        numbers, most = {t for tests in of_file.values() for t in tests}, most / 4
     order = sorted(numbers, key=lambda t: known["seconds"][t])
     total = list(accumulate(known["seconds"][t] for t in order))
     order = order[: max(QUICK, bisect_right(total, most))]
@@ -83,35 +86,43 @@ def judged(mutant: Mutant, root: Path, known: dict, most: float) -> dict[str, ob
 
 
 def _asked(tests: list[str], root: Path, limit: float) -> tuple[str, str]:
+    """Run tests until one fails -> outcome and by what. Those whose ids hold what was changed are not there: they are left out."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listed:
         listed.write("\n".join(tests))
         listed.flush()
+        command = [*PYTEST, "-x", f"@{listed.name}"]
         try:
-            ran = subprocess.run(
-                [*PYTEST, "-x", f"@{listed.name}"],
-                cwd=root,
-                env=ENVIRONMENT,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-            )
+            ran = subprocess.run(command, cwd=root, env=ENVIRONMENT, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return "killed", "took too long"
-    if ran.returncode == 0:
+    said = ran.stdout.splitlines() + ran.stderr.splitlines()
+    gone = [t for t in tests if any(line.startswith("ERROR: not found:") and line.endswith(t) for line in said)]
+    if gone:
+        return _asked([t for t in tests if t not in gone], root, limit)
+    if ran.returncode in (0, 5):  # 5: none of the tests is there
         return "survived", ""
-    failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "killed", failed[0].split(" - ")[0] if failed else ran.stdout[-200:]
+    failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+    return "killed", failed[0].split(" - ")[0] if failed else "\n".join(said)[-200:]
 
 
 def table(rows: list[dict]) -> str:
-    """Outcomes by folder, then what survived."""
-    folders = Counter((_folder(r["file"]), r["outcome"]) for r in rows)
-    outcomes = ("killed", "survived", "no test runs it")
-    lines = ["| folder | " + " | ".join(outcomes) + " | killed |", "|---|---|---|---|---|"]
+    """Outcomes by folder, then what survived and why: the test that was then written, or what makes the mutant no other program."""
+    told = {r["key"]: REASONS.get(r["key"], {}) for r in rows if r["outcome"] != "killed"}
+    outcome = {r["key"]: next(iter(told[r["key"]]), "open") if r["key"] in told else "killed" for r in rows}
+    folders = Counter((_folder(r["file"]), outcome[r["key"]]) for r in rows)
+    columns = ("killed", "test", "equivalent", "open")
+    lines = [
+        "| folder | killed | by a test written since | equivalent | open | killed of those that are not equivalent |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
     for folder in [*sorted({f for f, _ in folders}), ""]:
-        counts = [sum(n for (f, o), n in folders.items() if o == outcome and folder in ("", f)) for outcome in outcomes]
-        lines.append(f"| {folder or 'all'} | " + " | ".join(map(str, counts)) + f" | {counts[0] / sum(counts):.1%} |")
-    return "\n".join([*lines, "", *(f"- `{r['key']}`: `{r['line']}`" for r in rows if r["outcome"] != "killed")])
+        n = [sum(n for (f, o), n in folders.items() if o == column and folder in ("", f)) for column in columns]
+        share = (n[0] + n[1]) / max(1, sum(n) - n[2])
+        lines.append(f"| {folder or 'all'} | " + " | ".join(map(str, n)) + f" | {share:.1%} |")
+    at = {r["key"]: r["line"].replace("|", "\\|") for r in rows}
+    lines += ["", "| survived | line | why, or the test since |", "|---|---|---|"]
+    lines += [f"| {k} | `{at[k]}` | {next(iter(why.values()), 'open')} |" for k, why in told.items()]
+    return "\n".join(lines)
 
 
 def _folder(file: str) -> str:
