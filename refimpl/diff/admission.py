@@ -15,6 +15,7 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import Part
 
 from .compare import unusable
+from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
@@ -24,7 +25,7 @@ from .reading import Pick, Reading, read
 from .trace import Header, Trace
 from .wide import with_infinity
 
-KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
+KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"), "layers": LAYERS}
 
 
 @dataclass

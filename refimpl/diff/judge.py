@@ -20,6 +20,7 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Track
+from .counting import LEFT, from_zero, other_counts
 from .diagnose import diagnose
 from .explained import explained
 from .fp8_taps import decoded
@@ -48,7 +49,7 @@ def judge(
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, decoded(trace), gates, track, pictures, pool)
+        return _judged(case, _ours(trace), gates, track, pictures, pool)
 
 
 def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
@@ -58,7 +59,7 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
-    result = _settled(run, config, track)
+    run, result = _counted(run, _settled(run, config, track), trace, config)
     blamed = {f.tap for f in result.culprits}
     if several := reordered(result.grounds, run.trace, blamed, run.sizes):
         other = replace(run, pool=None)  # workers read the trace as it was written
@@ -70,9 +71,27 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     return _contested(run, result) if result.culprits else result
 
 
+def _ours(trace: Trace) -> Trace:
+    """The trace with numbers for codes, and layers counted as ours."""
+    return from_zero(decoded(trace))
+
+
+def _counted(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
+    """The judgement under the count of layers that leaves least off, if that is far less."""
+    for other, what in other_counts(trace):
+        if not result.off:
+            break
+        precision = precision_of(other.header, other.taps)
+        counted = replace(run, trace=other, precision=precision, pool=None, cuts={}, apart=what, looked=False)
+        better = _settled(counted, config, iter)
+        if better.off <= LEFT * result.off:
+            run, result = counted, better
+    return run, result
+
+
 def explain(case: Case, trace: Trace, tap: str) -> list[str]:
     """Lines that say how far a tap may be off, and why. SpecError for a tap that the trace does not hold."""
-    trace = decoded(trace)
+    trace = _ours(trace)
     precision = precision_of(trace.header, trace.taps)
     _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     run = Run(case, trace, precision, rounded, tap)
@@ -147,7 +166,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
 def _opened(opener: Opener, rounded: Rounded, pictures: bool) -> Run:
     """What a worker keeps from one span to the next."""
     case, trace = opener()
-    trace = decoded(trace)
+    trace = _ours(trace)
     return Run(case, trace, precision_of(trace.header, trace.taps), dict(rounded), pictures=pictures)
 
 
