@@ -17,6 +17,9 @@ from refimpl.model import Impl
 
 from .innocent import INNOCENTS, Innocent, without_tape
 
+ABSORBED = ("mla.q_absorbed", "mla.scores_absorbed", "mla.ctx_latent", "mla.ctx_absorbed")
+"""Stages that attention in its absorbed form alone has."""
+
 
 def usable(mutant: Mutant) -> bool:
     """Whether a mutant is a stage of the forward pass that needs nothing but its own arguments."""
@@ -33,7 +36,8 @@ class Mutated:
         usable_ = isinstance(changed, Innocent) or usable(changed)
         require(usable_, f"{id} changes {changed.stage}, which is not a stage by itself")
         fn = without_tape(changed.stage, changed.fn) if isinstance(changed, Innocent) else changed.fn
-        self.id, self.impl, self.patch = id, Impl(attend="expanded"), Patch(changed.stage, fn)
+        self.id, self.patch = id, Patch(changed.stage, fn)
+        self.impl = Impl(attend="absorbed" if changed.stage in ABSORBED else "expanded")
 
     def info(self) -> dict[str, Any]:
         """Ours, under the bug's name."""
