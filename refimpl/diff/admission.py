@@ -19,9 +19,9 @@ from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
-from .padding import NOWHERE, PACKED, padding_of, placed
+from .padding import FILLED, NOWHERE, PACKED, padding_of, placed, without_fill
 from .program import integers
-from .reading import Pick, Reading, read
+from .reading import FILLED_UP, Pick, Reading, read
 from .trace import Header, Trace
 from .wide import with_infinity
 
@@ -39,10 +39,17 @@ class Admitted:
 
 
 def admit(
-    program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: Array, cuts: Mapping[str, Pick] | None = None
+    program: list[Call],
+    trace: Trace,
+    c: Config,
+    sizes: Sizes,
+    embedded: Array,
+    cuts: Mapping[str, Pick] | None = None,
+    *,
+    packed: bool = False,
 ) -> Admitted:
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
-    known to be a part: which, in our axes already.
+    known to be a part: which, in our axes already; packed: see `placed`.
     """
     padding = padding_of(trace.header.valid)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
@@ -50,23 +57,22 @@ def admit(
     for part in sizes.parts:
         recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
     recorded = _without_shared(recorded, c, found)
-    for call in program:
-        if call.tap not in recorded:
-            continue
-        x, stage = np.asarray(recorded[call.tap]), call.of
-        shape = shape_of(call, c, sizes)
-        x, done = in_our_form(stage.name, x, shape)
-        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage))
-        for what in (*done, *placing):
+    shapes = {call.tap: shape_of(call, c, sizes) for call in program if call.tap in recorded}
+    for call in [call for call in program if call.tap in recorded]:
+        x, stage, shape = np.asarray(recorded[call.tap]), call.of, shapes[call.tap]
+        x, formed = in_our_form(stage.name, x, shape)
+        x, sent = without_fill(call, x, shape[0] if shape else 1, recorded.get(f"{_unit(call.tap)}/router.ids"))
+        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage), packed=packed)
+        for what in (*formed, *sent, *placing):
             found.notes.setdefault(what, []).append(call.tap)
-        note = unusable(x, integers(stage), limits.get(call.stage))
         some = _within(picked, sizes.of(call.tap))
         known = (cuts or {}).get(call.tap)
         if known:
             reading: Reading | None = Reading(x, "", known)
         else:
-            reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
-        if reading is None:
+            reading = read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
+        note = unusable(reading.array if reading else x, integers(stage), limits.get(call.stage))
+        if reading is None or note:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
         if reading.note:
@@ -76,7 +82,7 @@ def admit(
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     _follow(found, program, recorded, c.num_experts_per_tok)
-    _packed_rows(found, program)
+    _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
 
 
@@ -97,13 +103,28 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
                     found.notes.setdefault(what, []).append(other.tap)
 
 
-def _packed_rows(found: Admitted, program: list[Call]) -> None:
-    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours."""
-    ids = [t for what in (PACKED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
-    units = {t.rpartition("/")[0] for t in ids}
-    for tap in [c.tap for c in program if c.of.shape.split()[:1] == ["M"] and c.tap.rpartition("/")[0] in units]:
-        if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
-            found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
+def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None:
+    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours; and `longer` ones
+    may hold rows of no token.
+    """
+    ids = [t for what in (PACKED, FILLED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
+    fewer = {_unit(t) for t in ids}
+    more = {_unit(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
+    for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
+        if _unit(tap) in fewer:
+            if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
+                found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
+        elif _unit(tap) in more and tap in longer:
+            del found.flawed[tap]
+            found.notes.setdefault("dispatched with rows of no token: not compared", []).append(tap)
+
+
+def _is_longer(x: Array, shape: tuple[int, ...]) -> bool:
+    return x.ndim == len(shape) > 0 and x.shape[1:] == shape[1:] and len(x) > shape[0]
+
+
+def _unit(tap: str) -> str:
+    return tap.rpartition("/")[0]
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:

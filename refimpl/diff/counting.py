@@ -17,7 +17,7 @@ from .trace import Trace
 LAYERS = ("from 0", "from 1", "residuals from 1")
 """What a header's `layouts` may say of layers."""
 LEFT = 0.5
-"""Of what is off, another count must leave no more than this."""
+"""Of what is off, another reading must leave no more than this."""
 _TAP = re.compile(r"(\w+/L)(\d{1,6})(/.*)")
 
 

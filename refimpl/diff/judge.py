@@ -6,7 +6,7 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -30,6 +30,7 @@ from .grounds import Grounds
 from .holes import UNKNOWN
 from .judgement import EXIT, Judgement, Verdict
 from .names import by_name
+from .padding import may_be_packed, padding_of
 from .precision import precision_of
 from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
@@ -59,7 +60,7 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
-    run, result = _counted(run, _settled(run, config, track), trace, config)
+    run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
     blamed = {f.tap for f in result.culprits}
     if several := reordered(result.grounds, run.trace, blamed, run.sizes):
         other = replace(run, pool=None)  # workers read the trace as it was written
@@ -76,17 +77,24 @@ def _ours(trace: Trace) -> Trace:
     return from_zero(decoded(trace))
 
 
-def _counted(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
-    """The judgement under the count of layers that leaves least off, if that is far less."""
-    for other, what in other_counts(trace):
+def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
+    """The judgement under the reading of the trace that leaves least off, if that is far less."""
+    for other in _readings(run, trace):
         if not result.off:
             break
-        precision = precision_of(other.header, other.taps)
-        counted = replace(run, trace=other, precision=precision, pool=None, cuts={}, apart=what, looked=False)
-        better = _settled(counted, config, iter)
+        better = _settled(other, config, iter)
         if better.off <= LEFT * result.off:
-            run, result = counted, better
+            run, result = other, better
     return run, result
+
+
+def _readings(run: Run, trace: Trace) -> Iterator[Run]:
+    """What else the trace may be: with layers counted otherwise, or its tokens one behind the other."""
+    fresh = replace(run, trace=trace, pool=None, cuts={}, apart={}, looked=False)
+    for counted, what in other_counts(trace):
+        yield replace(fresh, trace=counted, precision=precision_of(counted.header, counted.taps), apart=what)
+    if may_be_packed(trace.taps.values(), padding_of(trace.header.valid)):
+        yield replace(fresh, packed=True)
 
 
 def explain(case: Case, trace: Trace, tap: str) -> list[str]:

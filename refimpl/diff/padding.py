@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
 PACKED = "tokens are one behind the other, without padding: put in their places"
+FILLED = "tokens are one behind the other, without padding of sequences, then rows of no token: put in their places"
 NOWHERE = "padding is sent to no expert"
+ALL_SENT = "rows of no token are dispatched: taken out"
 
 
 def padding_of(valid: Sequence[Sequence[int]] | None) -> Array | None:
@@ -37,26 +39,45 @@ def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
 
 
 def placed(
-    x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, limit: int | None
+    x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, limit: int | None, *, packed: bool = False
 ) -> tuple[Array, tuple[str, ...]]:
-    """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done."""
-    whole = _unpacked(x, shape, axes, padding)
+    """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done.
+    `packed`: tokens are one behind the other even where there are as many rows as tokens and padding, or more.
+    """
+    whole = _unpacked(x, shape, axes, padding, packed)
     if whole is not None:
-        return whole, (PACKED,)
+        return whole, (PACKED if padding is None or len(x) == int((~padding).sum()) else FILLED,)
     ids = x if limit is None else _with_ids(x, padding, limit)
     return ids, () if ids is x else (NOWHERE,)
 
 
-def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None) -> Array | None:
-    """x (N, ...) of the N tokens that are no padding as (B, S, ...), there 0; None if it is not that."""
+def may_be_packed(taps: Iterable[Array], padding: Array | None) -> bool:
+    """Whether some array has as many rows as there are tokens and padding, or more, so that its shape does not tell."""
+    return padding is not None and any(a.ndim and len(a) >= padding.size and a.shape[:2] != padding.shape for a in taps)
+
+
+def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, packed: bool) -> Array | None:
+    """x (N, ...) of the N tokens that are no padding, and rows behind them, as (B, S, ...), there 0; None if it is not that."""
     if padding is None or not x.ndim or axes[:2] not in (["B", "S"], ["B", "T"]) or shape[:2] != padding.shape:
         return None
     n, rest = int((~padding).sum()), shape[2:]
-    if len(x) != n or x.size != n * int(np.prod(rest)):
+    few = len(x) < padding.size or (packed and x.shape[:2] != padding.shape)
+    if len(x) < n or not few or x.size != len(x) * int(np.prod(rest)):
         return None
     whole = np.zeros(shape, x.dtype)
-    whole[~padding] = x.reshape(n, *rest)
+    whole[~padding] = x[:n].reshape(n, *rest)
     return whole
+
+
+def without_fill(call: Call, x: Array, rows: int, ids: Array | None) -> tuple[Array, tuple[str, ...]]:
+    """Dispatched rows x (M, ...), sorted by expert, without those of no token, of which the ids (N, K) of all rows tell; what was
+    done. `rows`: how many there should be.
+    """
+    if not call.of.shape.startswith("M ") or not x.ndim or len(x) <= rows:
+        return x, ()
+    if ids is None or ids.size != len(x) or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
+        return x, ()
+    return x[np.argsort(ids, axis=None, kind="stable") < rows], (ALL_SENT,)
 
 
 def _with_ids(x: Array, padding: Array | None, limit: int) -> Array:

@@ -45,7 +45,8 @@ from .training import Training, training_of, update_of
 @dataclass
 class Run:
     """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
-    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them.
+    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; whether
+    tokens are `packed` one behind the other where their number does not tell.
     """
 
     case: Case
@@ -59,6 +60,7 @@ class Run:
     cuts: dict[str, Pick] = field(default_factory=dict)
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
+    packed: bool = False
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
@@ -126,13 +128,13 @@ class Run:
     def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
         """The taps that can be compared; arrays of several are taken apart when they are first met."""
         embedded = self._embedded(inputs)
-        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
         if not self.looked:
             self.looked, odd = True, suspects(self.trace.taps, program, found.flawed)
             r = self._recorded(found, inputs, config.num_hidden_layers)
             if several := fused_in(odd, program, r, config, self.sizes):
                 self.take_apart(several)
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
         found.notes |= self.apart
         return found
 

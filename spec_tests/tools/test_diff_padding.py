@@ -58,6 +58,22 @@ def spoiled(tap, a):
     return np.where(here, -1 if a.dtype.kind in "iu" else np.nan, a).astype(a.dtype)
 
 
+def filled_to(rows):
+    """The real tokens one behind the other, then rows of nothing, up to so many."""
+
+    def change(tap, a):
+        return garbage(packed(tap, a), rows) if a.shape[:2] == VALID.shape else a
+
+    return change
+
+
+def garbage(a, rows):
+    """a with rows behind it that no token, and no expert, could have."""
+    behind = np.full((rows - len(a), *a.shape[1:]), -1 if a.dtype.kind in "iu" else np.nan, a.dtype)
+    behind[::2] = 99
+    return np.concatenate([a, behind])
+
+
 def engine(tap):
     return tap.rpartition("/")[2] in ENGINE.split()
 
@@ -70,6 +86,36 @@ def test_padding_is_nobodys_business(padded, change, keep):
     assert judgement.verdict in ("CONFORMS", "INCONCLUSIVE") and not judgement.culprits, render(judgement)
     said = "without padding: put in their places" if change is packed else "padding is sent to no expert"
     assert said in render(judgement)
+
+
+@pytest.mark.parametrize("rows", [40, 48, 64, 128])
+@pytest.mark.parametrize("keep", [lambda t: True, engine], ids=["all", "engine"])
+def test_packed_tokens_may_be_filled_up_to_a_multiple(padded, rows, keep):
+    """Catches an engine that runs 39 tokens as 40, 48 (which is as many as tokens and padding), 64 or 128 rows."""
+    judgement = judged(padded, filled_to(rows), keep=keep)
+    assert judgement.verdict in ("CONFORMS", "INCONCLUSIVE") and not judgement.culprits, render(judgement)
+    assert "then rows of no token: put in their places" in render(judgement)
+
+
+@pytest.mark.parametrize("rows", [40, 48, 128])
+def test_a_bug_is_named_behind_rows_of_no_token(padded, rows):
+    """Catches rows that are cut where tokens are, and a reading chosen for a bug."""
+    judgement = judged(padded, filled_to(rows), "R07", keep=engine)
+    assert [d.id for d in judgement.causes] == ["R07"], render(judgement)
+    assert {f.stage for f in judgement.culprits} == {MUTANTS["R07"].stage}
+
+
+@pytest.mark.parametrize("at", [(0, 5), (1, 19)])
+def test_the_first_and_the_last_token_count_among_filled_up_rows(padded, at):
+    """Catches a cut that is a row too short, or begins in padding."""
+
+    def wrong(tap, a):
+        a = np.array(a)
+        if tap == "fwd/logits":
+            a[at][2] += 1
+        return filled_to(48)(tap, a)
+
+    assert [f.tap for f in judged(padded, wrong).culprits] == ["fwd/logits"]
 
 
 @pytest.mark.parametrize("change", [packed, pytest.param(spoiled, marks=pytest.mark.slow)])
