@@ -59,19 +59,14 @@ def admit(
     recorded = _without_shared(recorded, c, found)
     shapes = {call.tap: shape_of(call, c, sizes) for call in program if call.tap in recorded}
     for call in [call for call in program if call.tap in recorded]:
-        x, stage, shape = np.asarray(recorded[call.tap]), call.of, shapes[call.tap]
-        x, formed = in_our_form(stage.name, x, shape)
-        x, sent = without_fill(call, x, shape[0] if shape else 1, recorded.get(f"{_unit(call.tap)}/router.ids"))
-        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage), packed=packed)
-        for what in (*formed, *sent, *placing):
+        stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
+        x, done = _in_form(call, recorded, shape, padding, limit, packed)
+        for what in done:
             found.notes.setdefault(what, []).append(call.tap)
         some = _within(picked, sizes.of(call.tap))
-        known = (cuts or {}).get(call.tap)
-        if known:
-            reading: Reading | None = Reading(x, "", known)
-        else:
-            reading = read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
-        note = unusable(reading.array if reading else x, integers(stage), limits.get(call.stage))
+        known, dims = (cuts or {}).get(call.tap), trace.header.dims.get(call.tap)
+        reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
+        note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
@@ -84,6 +79,21 @@ def admit(
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _in_form(
+    call: Call,
+    taps: Mapping[str, Array],
+    shape: tuple[int, ...],
+    padding: Array | None,
+    limit: int | None,
+    packed: bool,
+) -> tuple[Array, list[str]]:
+    """A tap as our form has it, with rows where padding is and none behind, and what was done to it."""
+    x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape)
+    x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"))
+    x, placing = placed(x, shape, call.of.shape.split(), padding, limit, packed=packed)
+    return x, [*formed, *sent, *placing]
 
 
 def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array], k: int) -> None:

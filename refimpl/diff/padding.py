@@ -69,15 +69,15 @@ def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array 
     return whole
 
 
-def without_fill(call: Call, x: Array, rows: int, ids: Array | None) -> tuple[Array, tuple[str, ...]]:
+def without_fill(call: Call, x: Array, shape: tuple[int, ...], ids: Array | None) -> tuple[Array, tuple[str, ...]]:
     """Dispatched rows x (M, ...), sorted by expert, without those of no token, of which the ids (N, K) of all rows tell; what was
-    done. `rows`: how many there should be.
+    done. `shape`: the tap's without them.
     """
-    if not call.of.shape.startswith("M ") or not x.ndim or len(x) <= rows:
+    if not call.of.shape.startswith("M ") or not x.ndim or len(x) <= shape[0]:
         return x, ()
     if ids is None or ids.size != len(x) or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
         return x, ()
-    return x[np.argsort(ids, axis=None, kind="stable") < rows], (ALL_SENT,)
+    return x[np.argsort(ids, axis=None, kind="stable") < shape[0]], (ALL_SENT,)
 
 
 def _with_ids(x: Array, padding: Array | None, limit: int) -> Array:
