@@ -63,8 +63,11 @@ def admit(
         x, done = _in_form(call, recorded, shape, padding, limit, packed)
         for what in done:
             found.notes.setdefault(what, []).append(call.tap)
-        some = _within(picked, sizes.of(call.tap))
-        known, dims = (cuts or {}).get(call.tap), trace.header.dims.get(call.tap)
+        known, dims, some = (
+            (cuts or {}).get(call.tap),
+            trace.header.dims.get(call.tap),
+            _within(picked, sizes.of(call.tap)),
+        )
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
         note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
