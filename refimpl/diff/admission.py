@@ -37,6 +37,11 @@ class Admitted:
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
+    def note(self, tap: str, *done: str) -> None:
+        """Say of a tap what was done to it."""
+        for what in filter(None, done):
+            self.notes.setdefault(what, []).append(tap)
+
 
 def admit(
     program: list[Call],
@@ -61,20 +66,15 @@ def admit(
     for call in [call for call in program if call.tap in recorded]:
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
         x, done = _in_form(call, recorded, shape, padding, limit, packed)
-        for what in done:
-            found.notes.setdefault(what, []).append(call.tap)
-        known, dims, some = (
-            (cuts or {}).get(call.tap),
-            trace.header.dims.get(call.tap),
-            _within(picked, sizes.of(call.tap)),
-        )
+        found.note(call.tap, *done)
+        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap))
+        dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
         note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
-        if reading.note:
-            found.notes.setdefault(reading.note, []).append(call.tap)
+        found.note(call.tap, reading.note)
         if reading.pick:
             found.picks[call.tap] = reading.pick
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
@@ -113,7 +113,7 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
                 if (axes[-1] == "K" and shape[-1:] == slots) or axes[0] == "M":
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
-                    found.notes.setdefault(what, []).append(other.tap)
+                    found.note(other.tap, what)
 
 
 def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None:
@@ -126,10 +126,10 @@ def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None
     for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
         if _unit(tap) in fewer:
             if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
-                found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
+                found.note(tap, "dispatched without padding: not compared")
         elif _unit(tap) in more and tap in longer:
             del found.flawed[tap]
-            found.notes.setdefault("dispatched with rows of no token: not compared", []).append(tap)
+            found.note(tap, "dispatched with rows of no token: not compared")
 
 
 def _is_longer(x: Array, shape: tuple[int, ...]) -> bool:
