@@ -30,10 +30,13 @@ KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"
 
 @dataclass
 class Admitted:
-    """taps in our axes; `picks`, of those that are a part, which; flawed: tap -> why; notes: what was done -> taps."""
+    """taps in our axes; `picks`, of those that are a part, which, and `mixed`, those of stretches or of heads alone, beside which
+    later stages may read our own; flawed: tap -> why; notes: what was done -> taps.
+    """
 
     taps: dict[str, Array] = field(default_factory=dict)
     picks: dict[str, Pick] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -77,11 +80,17 @@ def admit(
         found.note(call.tap, reading.note)
         if reading.pick:
             found.picks[call.tap] = reading.pick
+            found.mixed |= {call.tap} if _stands_alone(reading.pick, stage.shape.split()) else set()
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _stands_alone(pick: Pick, axes: list[str]) -> bool:
+    """Whether the entries know nothing of those beside them: stretches, and heads; tokens attend to all before them."""
+    return all(isinstance(entries, slice) or axes[axis] == "H" for axis, entries in pick.items())
 
 
 def _in_form(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,8 @@ def read(
     """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
     word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded.
     """
-    pick = {axes.index(a): entries for a, entries in (part or {}).items() if a in axes}
-    if pick:
-        some = tuple([len(pick[i]) if i in pick else n for i, n in enumerate(shape)])
-        told = read(x, some, axes, dims)
+    for pick, few in _declared_parts(x, shape, axes, part or {}):
+        told = read(x, few, axes, dims)
         if told is not None and not told.pick:
             return Reading(told.array, told.note, pick)
     if dims is not None and (told := _declared(x, shape, axes, dims)) is not None:
@@ -63,6 +61,21 @@ def read(
     if x.shape == shape:
         return Reading(x)
     return next(_arrangements(x, shape, axes), None)
+
+
+def _declared_parts(
+    x: Array, shape: tuple[int, ...], axes: list[str], part: Mapping[str, list[int]]
+) -> Iterator[tuple[Pick, tuple[int, ...]]]:
+    """What x may be a part of by what was declared, along all of these axes or some, and the shape it then has; where the number of
+    its entries tells, that alone.
+    """
+    here = {axes.index(a): entries for a, entries in part.items() if a in axes}
+    picks = [dict(some) for n in range(len(here), -1, -1) for some in combinations(here.items(), n)]
+    shapes = [tuple([len(p[i]) if i in p else n for i, n in enumerate(shape)]) for p in picks]
+    exact = [x.size == int(np.prod(few)) for few in shapes]
+    for pick, few, fits in zip(picks, shapes, exact, strict=True):
+        if pick and (fits or not any(exact)):
+            yield pick, few
 
 
 def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> Reading | None:

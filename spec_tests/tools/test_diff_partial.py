@@ -343,6 +343,29 @@ def test_a_declared_part_gets_a_verdict_for_what_was_declared():
     assert {f.tap for f in judge(case(), good).culprits} == {"fwd/L1/mla.q"}
 
 
+SOME = st.sets(st.integers(0, 3), min_size=1), st.sets(st.integers(0, 23), min_size=1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(CLEAN), st.integers(0, 10**6), *SOME)
+def test_no_declared_part_of_a_clean_recording_is_called_wrong(name, seed, heads, tokens):
+    """Catches a declared part beside which our own numbers are read where they belong to other tokens or experts, and taps that
+    were cut along one of two declared axes, or along none.
+    """
+    heads, tokens, rng = sorted(heads), sorted(tokens), np.random.default_rng(seed)
+
+    def some(tap, a):
+        if rng.random() < 0.4:
+            return None
+        a = a[:, tokens] if a.shape[:2] == (2, 24) and tap != "mla.kv_b" and rng.random() < 0.5 else a
+        return a[:, :, heads] if tap in HEADS else a
+
+    trace = turned(recording(name), some)
+    trace = Trace(dataclasses.replace(trace.header, slices={"heads": heads, "tokens": tokens}), trace.taps)
+    judgement = judge(case(), trace)
+    assert not judgement.culprits, render(judgement)
+
+
 @pytest.mark.parametrize(
     ("slices", "says"),
     [
