@@ -231,12 +231,11 @@ def _angle(p: Piece, x: Array, ours: Array) -> float:
     """The sine of the angle between x and ours; rotated channels may lie in either order."""
     rotated = p.tap.rpartition("/")[2] in ROPE_TAPS and x.shape[-1] == p.whole
     return min(
-        sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
+        _sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
     )
 
 
-def sine(x: Array, y: Array) -> float:
-    """Of the angle between two arrays; 1 beyond a right angle, or where one is 0."""
+def _sine(x: Array, y: Array) -> float:
     x, y = x.ravel(), y.ravel()
     size = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
     return float(np.sqrt(max(1 - (float(x @ y) / size) ** 2, 0))) if 0 < size < np.inf and x @ y > 0 else 1.0

@@ -6,7 +6,7 @@ drift nor a wrong factor turns; what they hold is then judged as if they had bee
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.stage import Call
 
 from .dims import Sizes, shape_of
-from .fused import ANGLE, replayed, sine
+from .fused import ANGLE, replayed
 from .gauges import ROPE_TAPS, swap_pairs
 from .lanes import Recorded
 from .reading import read
@@ -26,7 +26,7 @@ Some = Mapping[str, tuple[Array, int]]
 
 def of_some_heads(
     taps: Mapping[str, Array], flawed: Collection[str], program: list[Call], c: Config, sizes: Sizes
-) -> dict[int, Some]:
+) -> Mapping[int, Some]:
     """How many heads -> the taps that have so many, of those whose shape is not ours."""
     found: dict[int, dict[str, tuple[Array, int]]] = {}
     for call in [call for call in program if call.tap in flawed and call.own is None]:
@@ -52,15 +52,16 @@ def which_heads(some: Some, program: list[Call], r: Recorded) -> list[int] | Non
 
 
 def _angles(x: Array, at: int, ours: Array, tap: str) -> Array:
-    """The sine of the angle from every recorded head to each of ours; where ours are masked nothing is looked at."""
+    """The sine of the angle from every recorded head (rows) to each of ours; 1 beyond a right angle, or where one is 0."""
     a, b = (np.moveaxis(np.asarray(y, np.float32), at, 0) for y in (x, ours))
-    orders = (
-        [b, *[swap_pairs(b, to_interleaved=w) for w in (True, False)]] if tap.rpartition("/")[2] in ROPE_TAPS else [b]
-    )
-    return np.min([[list(_row(head, order)) for head in a] for order in orders], axis=0)
+    either = tap.rpartition("/")[2] in ROPE_TAPS  # rotated channels may lie in either order
+    orders = [b, *[swap_pairs(b, to_interleaved=way) for way in (True, False)]] if either else [b]
+    return np.min([_sines(a.reshape(len(a), -1), y.reshape(len(y), -1)) for y in orders], axis=0)
 
 
-def _row(head: Array, ours: Array) -> Iterator[float]:
-    for one in ours:
-        seen = np.isfinite(one) & np.isfinite(head)
-        yield sine(np.where(seen, head, 0), np.where(seen, one, 0))
+def _sines(a: Array, b: Array) -> Array:
+    """Of rows with rows, over the numbers that none of them masks.  a (n, M), b (H, M) -> (n, H)."""
+    seen = np.isfinite(a).all(axis=0) & np.isfinite(b).all(axis=0)
+    a, b = (y[:, seen] / np.maximum(np.linalg.norm(y[:, seen], axis=1, keepdims=True), 1e-30) for y in (a, b))
+    cosine = np.clip(a @ b.T, 0, 1)
+    return np.sqrt(1 - cosine * cosine)
