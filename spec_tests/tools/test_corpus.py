@@ -155,8 +155,14 @@ def test_some_are_named_in_every_run(id):
 ENGINE = ("attn_norm", "mla.q", "mla.c_kv", "mla.q_rope", "mla.k_rope", "attn_out", "resid_mid", "resid", "logits")
 
 
-@pytest.mark.parametrize("id", ["A04", "A05", "A09", "X26"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("id", "precision"),
+    [
+        ("A04", "bf16"),
+        ("X26", "float32"),
+        *[pytest.param(i, p, marks=pytest.mark.slow) for i in ("A05", "A09") for p in ("float32", "bf16")],
+    ],
+)
 def test_a_wrong_scale_of_absorbed_attention_is_named(id, precision):
     """Catches a scale that is placed and not named because a kernel attends to latents and shows nothing between q and the output;
     and blame where that kernel is right.

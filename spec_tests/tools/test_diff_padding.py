@@ -88,8 +88,8 @@ def test_padding_is_nobodys_business(padded, change, keep):
     assert said in render(judgement)
 
 
-@pytest.mark.parametrize("rows", [40, 48, 64, 128])
-@pytest.mark.parametrize("keep", [lambda t: True, engine], ids=["all", "engine"])
+@pytest.mark.parametrize("rows", [40, 48, *[pytest.param(n, marks=pytest.mark.slow) for n in (64, 128)]])
+@pytest.mark.parametrize("keep", [pytest.param(lambda t: True, marks=pytest.mark.slow), engine], ids=["all", "engine"])
 def test_packed_tokens_may_be_filled_up_to_a_multiple(padded, rows, keep):
     """Catches an engine that runs 39 tokens as 40, 48 (which is as many as tokens and padding), 64 or 128 rows."""
     judgement = judged(padded, filled_to(rows), keep=keep)
@@ -97,7 +97,7 @@ def test_packed_tokens_may_be_filled_up_to_a_multiple(padded, rows, keep):
     assert "then rows of no token: put in their places" in render(judgement)
 
 
-@pytest.mark.parametrize("rows", [40, 48, 128])
+@pytest.mark.parametrize("rows", [48, *[pytest.param(n, marks=pytest.mark.slow) for n in (40, 128)]])
 def test_a_bug_is_named_behind_rows_of_no_token(padded, rows):
     """Catches rows that are cut where tokens are, and a reading chosen for a bug."""
     judgement = judged(padded, filled_to(rows), "R07", keep=engine)
@@ -105,7 +105,7 @@ def test_a_bug_is_named_behind_rows_of_no_token(padded, rows):
     assert {f.stage for f in judgement.culprits} == {MUTANTS["R07"].stage}
 
 
-@pytest.mark.parametrize("at", [(0, 5), (1, 19)])
+@pytest.mark.parametrize("at", [pytest.param((0, 5), marks=pytest.mark.slow), (1, 19)])
 def test_the_first_and_the_last_token_count_among_filled_up_rows(padded, at):
     """Catches a cut that is a row too short, or begins in padding."""
 

@@ -346,7 +346,7 @@ def test_a_declared_part_gets_a_verdict_for_what_was_declared():
 SOME = st.sets(st.integers(0, 3), min_size=1), st.sets(st.integers(0, 23), min_size=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from(CLEAN), st.integers(0, 10**6), *SOME)
 def test_no_declared_part_of_a_clean_recording_is_called_wrong(name, seed, heads, tokens):
     """Catches a declared part beside which our own numbers are read where they belong to other tokens or experts, and taps that
