@@ -26,7 +26,8 @@ def rows_of(call: Call, shape: Sequence[int], padding: Array | None) -> Array | 
     axes = call.of.shape.split()
     by_token = axes[:2] in (["B", "S"], ["B", "T"]) and tuple(shape[:2]) == getattr(padding, "shape", ())
     by_query = axes[:3] == ["B", "H", "S"] and padding is not None and (shape[0], shape[2]) == padding.shape
-    return padding if by_token or by_query else None
+    in_tables = axes[:3] == ["2", "B", "S"] and padding is not None and tuple(shape[1:3]) == padding.shape
+    return padding if by_token or by_query or in_tables else None
 
 
 def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
@@ -34,7 +35,8 @@ def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
     rows = rows_of(call, like.shape, padding)
     if rows is None or x.shape != like.shape:
         return x
-    rows = rows[:, None] if call.of.shape.split()[1] == "H" else rows
+    axes = call.of.shape.split()
+    rows = rows[:, None] if axes[1] == "H" else rows[None] if axes[0] == "2" else rows
     return np.where(rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim)), like, x)
 
 
@@ -44,9 +46,8 @@ def placed(
     """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done.
     `packed`: tokens are one behind the other even where there are as many rows as tokens and padding, or more.
     """
-    whole = _unpacked(x, shape, axes, padding, packed)
-    if whole is not None:
-        return whole, (PACKED if padding is None or len(x) == int((~padding).sum()) else FILLED,)
+    if padding is not None and (whole := _unpacked(x, shape, axes, padding, packed)) is not None:
+        return whole, (PACKED if int((~padding).sum()) == x.shape[_place(axes)] else FILLED,)
     ids = x if limit is None else _with_ids(x, padding, limit)
     return ids, () if ids is x else (NOWHERE,)
 
@@ -56,17 +57,23 @@ def may_be_packed(taps: Iterable[Array], padding: Array | None) -> bool:
     return padding is not None and any(a.ndim and len(a) >= padding.size and a.shape[:2] != padding.shape for a in taps)
 
 
-def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, packed: bool) -> Array | None:
+def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array, packed: bool) -> Array | None:
     """x (N, ...) of the N tokens that are no padding, and rows behind them, as (B, S, ...), there 0; None if it is not that."""
-    if padding is None or not x.ndim or axes[:2] not in (["B", "S"], ["B", "T"]) or shape[:2] != padding.shape:
+    at = _place(axes)
+    if x.ndim <= at or axes[at : at + 2] not in (["B", "S"], ["B", "T"]) or shape[at : at + 2] != padding.shape:
         return None
-    n, rest = int((~padding).sum()), shape[2:]
-    few = len(x) < padding.size or (packed and x.shape[:2] != padding.shape)
-    if len(x) < n or not few or x.size != len(x) * int(np.prod(rest)):
+    n, y, rest = int((~padding).sum()), np.moveaxis(x, at, 0), (*shape[:at], *shape[at + 2 :])
+    few = len(y) < padding.size or (packed and x.shape[at : at + 2] != padding.shape)
+    if len(y) < n or not few or y.size != len(y) * int(np.prod(rest)):
         return None
-    whole = np.zeros(shape, x.dtype)
-    whole[~padding] = x[:n].reshape(n, *rest)
-    return whole
+    whole = np.zeros((*padding.shape, *rest), x.dtype)
+    whole[~padding] = y[:n].reshape(n, *rest)
+    return np.moveaxis(whole, (0, 1), (at, at + 1))
+
+
+def _place(axes: list[str]) -> int:
+    """Where the tokens are: rotary tables have them in the second place."""
+    return int(axes[:1] == ["2"])
 
 
 def without_fill(call: Call, x: Array, shape: tuple[int, ...], ids: Array | None) -> tuple[Array, tuple[str, ...]]:

@@ -45,6 +45,8 @@ def judged(case, change, id=None, keep=lambda t: True):
 
 def packed(tap, a):
     """The real tokens one behind the other; scores of single sequences stay as they are."""
+    if tap.endswith("rope_tables"):
+        return a[:, VALID]
     return a[VALID] if a.shape[:2] == VALID.shape else a
 
 
@@ -52,6 +54,8 @@ def spoiled(tap, a):
     """NaN in every row of padding, no expert."""
     if tap.endswith(("mla.scores", "mla.probs")):  # B H S T
         return np.where(VALID[:, None, :, None], a, 0.5).astype(a.dtype)
+    if tap.endswith("rope_tables"):
+        return np.where(VALID[..., None], a, np.nan).astype(a.dtype)
     if a.shape[:2] != VALID.shape:
         return a
     here = ~VALID.reshape(*VALID.shape, *[1] * (a.ndim - 2))
@@ -62,6 +66,8 @@ def filled_to(rows):
     """The real tokens one behind the other, then rows of nothing, up to so many."""
 
     def change(tap, a):
+        if tap.endswith("rope_tables"):
+            return garbage(packed(tap, a).swapaxes(0, 1), rows).swapaxes(0, 1)
         return garbage(packed(tap, a), rows) if a.shape[:2] == VALID.shape else a
 
     return change
