@@ -15,33 +15,49 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import Part
 
 from .compare import unusable
+from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
-from .padding import NOWHERE, PACKED, padding_of, placed
+from .padding import FILLED, NOWHERE, PACKED, padding_of, placed, without_fill
 from .program import integers
-from .reading import Pick, Reading, read
+from .reading import FILLED_UP, Pick, Reading, read
 from .trace import Header, Trace
 from .wide import with_infinity
 
-KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto")}
+KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"), "layers": LAYERS}
 
 
 @dataclass
 class Admitted:
-    """taps in our axes; `picks`, of those that are a part, which; flawed: tap -> why; notes: what was done -> taps."""
+    """taps in our axes; `picks`, of those that are a part, which, and `mixed`, those of stretches or of heads alone, beside which
+    later stages may read our own; flawed: tap -> why; notes: what was done -> taps.
+    """
 
     taps: dict[str, Array] = field(default_factory=dict)
     picks: dict[str, Pick] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
+    def note(self, tap: str, *done: str) -> None:
+        """Say of a tap what was done to it."""
+        for what in filter(None, done):
+            self.notes.setdefault(what, []).append(tap)
+
 
 def admit(
-    program: list[Call], trace: Trace, c: Config, sizes: Sizes, embedded: Array, cuts: Mapping[str, Pick] | None = None
+    program: list[Call],
+    trace: Trace,
+    c: Config,
+    sizes: Sizes,
+    embedded: Array,
+    cuts: Mapping[str, Pick] | None = None,
+    *,
+    packed: bool = False,
 ) -> Admitted:
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
-    known to be a part: which, in our axes already.
+    known to be a part: which, in our axes already; packed: see `placed`.
     """
     padding = padding_of(trace.header.valid)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
@@ -49,34 +65,47 @@ def admit(
     for part in sizes.parts:
         recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
     recorded = _without_shared(recorded, c, found)
-    for call in program:
-        if call.tap not in recorded:
-            continue
-        x, stage = np.asarray(recorded[call.tap]), call.of
-        shape = shape_of(call, c, sizes)
-        x, done = in_our_form(stage.name, x, shape)
-        x, placing = placed(x, shape, stage.shape.split(), padding, limits.get(call.stage))
-        for what in (*done, *placing):
-            found.notes.setdefault(what, []).append(call.tap)
-        note = unusable(x, integers(stage), limits.get(call.stage))
-        some = _within(picked, sizes.of(call.tap))
-        known = (cuts or {}).get(call.tap)
-        if known:
-            reading: Reading | None = Reading(x, "", known)
-        else:
-            reading = None if note else read(x, shape, stage.shape.split(), trace.header.dims.get(call.tap), some)
-        if reading is None:
+    shapes = {call.tap: shape_of(call, c, sizes) for call in program if call.tap in recorded}
+    for call in [call for call in program if call.tap in recorded]:
+        stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
+        x, done = _in_form(call, recorded, shape, padding, limit, packed)
+        found.note(call.tap, *done)
+        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap))
+        dims = trace.header.dims.get(call.tap)
+        reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
+        note = unusable(reading.array if reading else x, integers(stage), limit)
+        if reading is None or note:
             found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
             continue
-        if reading.note:
-            found.notes.setdefault(reading.note, []).append(call.tap)
+        found.note(call.tap, reading.note)
         if reading.pick:
             found.picks[call.tap] = reading.pick
+            found.mixed |= {call.tap} if _stands_alone(reading.pick, stage.shape.split()) else set()
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
     _follow(found, program, recorded, c.num_experts_per_tok)
-    _packed_rows(found, program)
+    _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _stands_alone(pick: Pick, axes: list[str]) -> bool:
+    """Whether the entries know nothing of those beside them: stretches, and heads; tokens attend to all before them."""
+    return all(isinstance(entries, slice) or axes[axis] == "H" for axis, entries in pick.items())
+
+
+def _in_form(
+    call: Call,
+    taps: Mapping[str, Array],
+    shape: tuple[int, ...],
+    padding: Array | None,
+    limit: int | None,
+    packed: bool,
+) -> tuple[Array, list[str]]:
+    """A tap as our form has it, with rows where padding is and none behind, and what was done to it."""
+    x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape)
+    x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"))
+    x, placing = placed(x, shape, call.of.shape.split(), padding, limit, packed=packed)
+    return x, [*formed, *sent, *placing]
 
 
 def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array], k: int) -> None:
@@ -93,16 +122,31 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
                 if (axes[-1] == "K" and shape[-1:] == slots) or axes[0] == "M":
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
-                    found.notes.setdefault(what, []).append(other.tap)
+                    found.note(other.tap, what)
 
 
-def _packed_rows(found: Admitted, program: list[Call]) -> None:
-    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours."""
-    ids = [t for what in (PACKED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
-    units = {t.rpartition("/")[0] for t in ids}
-    for tap in [c.tap for c in program if c.of.shape.split()[:1] == ["M"] and c.tap.rpartition("/")[0] in units]:
-        if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
-            found.notes.setdefault("dispatched without padding: not compared", []).append(tap)
+def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None:
+    """Where padding has no experts, no rows of it are dispatched, so that these arrays have other rows than ours; and `longer` ones
+    may hold rows of no token.
+    """
+    ids = [t for what in (PACKED, FILLED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
+    fewer = {_unit(t) for t in ids}
+    more = {_unit(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
+    for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
+        if _unit(tap) in fewer:
+            if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
+                found.note(tap, "dispatched without padding: not compared")
+        elif _unit(tap) in more and tap in longer:
+            del found.flawed[tap]
+            found.note(tap, "dispatched with rows of no token: not compared")
+
+
+def _is_longer(x: Array, shape: tuple[int, ...]) -> bool:
+    return x.ndim == len(shape) > 0 and x.shape[1:] == shape[1:] and len(x) > shape[0]
+
+
+def _unit(tap: str) -> str:
+    return tap.rpartition("/")[0]
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:

@@ -122,6 +122,8 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
     elif axes == ["B", "H", "S"]:
         doubt = doubt[:, None]
+    elif axes == ["2", "B", "S"]:
+        doubt = doubt[None]
     else:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}

@@ -26,6 +26,7 @@ from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
 from .padding import filled
+from .reading import cut
 from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
@@ -66,7 +67,8 @@ class Diagnosis:
 
 def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Config) -> list[Diagnosis]:
     """Causes that reproduce blamed taps, those that explain most first; taps that nothing explains are in none."""
-    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in r.taps | r.withdrawn]
+    held = {*r.taps, *r.withdrawn, *r.partial}
+    blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in held]
     calls = {call.tap: call for call in program}
     mutants = [m.under(c) for m in MUTANTS.values() if m.applies(c)]
     tried = [(m, d) for m in mutants if (d := _tried(m, blamed, calls, r))]
@@ -119,7 +121,7 @@ def _nearest(
         if calls[tap].of.compare in ("set", "exact"):
             continue  # these are reproduced to the number, or not at all
         ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
-        x = r.taps[tap] if tap in r.taps else by_rank(r.withdrawn[tap], ours[0])
+        x = by_rank(r.withdrawn[tap], ours[0]) if tap in r.withdrawn else _theirs(tap, r)
         x = filled(calls[tap], x, ours[0], r.padding)
         seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
         for outputs, y in zip(given, ours, strict=True):
@@ -132,7 +134,7 @@ def _nearest(
 
 def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
     """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
-    if m.also and not _stages(r.taps, calls, m) <= {f.stage for f in blamed}:
+    if m.also and not _stages([*r.taps, *r.partial], calls, m) <= {f.stage for f in blamed}:
         return None  # one of its stages was seen, and is right
     touched, same = [f for f in blamed if any(_with(m, calls[t]) for t in f.region)], set()
     for f in sorted(
@@ -172,7 +174,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         return None if any(calls[t].own for t in f.region) else False
     if ours.dtype.kind == "O":  # arrays made of what lies on the tape: the same
         return None
-    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
+    x = _theirs(f.tap, r)
     if choice:
         x = filled(calls[f.tap], x, top_k(ours, x.shape[-1]), r.padding)
         return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
@@ -204,13 +206,25 @@ def _readings(f: Finding, x: Array) -> Iterator[Array]:
 
 
 def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
-    """The last tap of a region in float64, with a mutant in its stage's place."""
-    lane, out = Lane(FLOAT64), np.zeros(0)
-    for call in region:
+    """The last tap of a region in float64, what was recorded of it, with a mutant in its stage's place."""
+    lane, out, calls = Lane(FLOAT64), np.zeros(0), list(region)
+    for call in calls:
         other = _with(m, call)
         plain = other is None or other is not call
         lane.values[call.tap] = out = lane.run(other or call, r, None if plain else bound(m, call, lane, r))
-    return out
+        if call.tap in r.partial and call is not calls[-1]:
+            lane.overlay(call, r)
+    return _seen(calls[-1].tap, out, r)
+
+
+def _theirs(tap: str, r: Recorded) -> Array:
+    """What the candidate gave of a tap."""
+    return r.partial[tap][1] if tap in r.partial else r.taps[tap] if tap in r.taps else r.withdrawn[tap]
+
+
+def _seen(tap: str, ours: Array, r: Recorded) -> Array:
+    """What was recorded of a tap that is ours."""
+    return cut(ours, r.partial[tap][0]) if tap in r.partial else ours
 
 
 def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
@@ -246,13 +260,18 @@ def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
     exact, family = Lane(FLOAT64), 0.0
     for call in region:
         exact.values[call.tap] = exact.run(call, r)
-    x = r.taps[f.tap] if f.tap in r.taps else r.withdrawn[f.tap]
-    x = filled(region[-1], x, exact.values[f.tap], r.padding)
-    if np.median(row_errors(f.stage, x, exact.values[f.tap])) <= f.allowed:
+        if call.tap in r.partial and call is not region[-1]:
+            exact.overlay(call, r)
+    e = _seen(f.tap, np.asarray(exact.values[f.tap]), r)
+    x = _theirs(f.tap, r)
+    x = filled(region[-1], x, e, r.padding)
+    if np.median(row_errors(f.stage, x, e)) <= f.allowed:
         return False
     for k in range(1, TWINS):
         lane = Lane(r.plan, k)
         for call in region:
             lane.values[call.tap] = narrow.noise.inner(call, lane.run(call, narrow), k)
-        family = max(family, distance(f.stage, lane.values[f.tap], exact.values[f.tap]).worst)
+            if call.tap in r.partial and call is not region[-1]:
+                lane.overlay(call, narrow)
+        family = max(family, distance(f.stage, _seen(f.tap, np.asarray(lane.values[f.tap]), r), e).worst)
     return f.error <= allowed(f.stage, UNIT[dtype], family)

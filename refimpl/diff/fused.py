@@ -135,22 +135,24 @@ def _units(
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Unit by unit, what its stages give on the candidate's taps; units that nobody asks for are left out."""
     meant = [call for call in program if call.own is None and ("" in wanted or _unit(call.tap) in wanted)]
-    outputs = {call.tap for call in meant if _lead(call)}
+    outputs, calls = {call.tap for call in meant if _lead(call)}, {call.tap: call for call in program}
+    for unit, found in groupby(replayed(program, r, outputs), key=lambda one: _unit(one[0])):
+        yield unit, [piece for tap, value in found for piece in _pieces(calls[tap], value, c, sizes)]
+
+
+def replayed(program: list[Call], r: Recorded, outputs: Collection[str]) -> Iterator[tuple[str, Array]]:
+    """Tap by tap, in float32, what its stage gives on the candidate's taps, and on ours where it recorded none."""
     compute, last, lane = set(outputs), last_use(program), Lane(FLOAT32)
     for call in reversed(program):
         if call.tap in compute:
             compute |= {n for n in names(call.args) if n not in r.taps and not n.startswith("w/")}
-    place = {call.tap: i for i, call in enumerate(program)}
-    for unit, calls in groupby([call for call in program if call.tap in compute], key=lambda call: _unit(call.tap)):
-        pieces: list[Piece] = []
-        for call in calls:
+    for i, call in enumerate(program):
+        if call.tap in compute:
             lane.values[call.tap] = value = lane.run(call, r)
             if call.tap in outputs:
-                pieces += _pieces(call, value, c, sizes)
-            for tap in [t for t in lane.values if last[t] <= place[call.tap]]:
+                yield call.tap, value
+            for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]
-        if pieces:
-            yield unit, pieces
 
 
 def _unit(tap: str) -> str:

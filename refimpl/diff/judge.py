@@ -6,7 +6,7 @@ candidate keeps the tap; X, the candidate. X may be about as far from E as the P
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -20,6 +20,7 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Track
+from .counting import LEFT, from_zero, other_counts
 from .diagnose import diagnose
 from .explained import explained
 from .fp8_taps import decoded
@@ -29,6 +30,7 @@ from .grounds import Grounds
 from .holes import UNKNOWN
 from .judgement import EXIT, Judgement, Verdict
 from .names import by_name
+from .padding import may_be_packed, padding_of
 from .precision import precision_of
 from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
@@ -48,7 +50,7 @@ def judge(
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, decoded(trace), gates, track, pictures, pool)
+        return _judged(case, _ours(trace), gates, track, pictures, pool)
 
 
 def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
@@ -58,7 +60,7 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
     config = case.config.replace(dialect=trace.config.dialect)
     gates += ranks_gate(trace, precision, run.program(config)[0])
-    result = _settled(run, config, track)
+    run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
     blamed = {f.tap for f in result.culprits}
     if several := reordered(result.grounds, run.trace, blamed, run.sizes):
         other = replace(run, pool=None)  # workers read the trace as it was written
@@ -70,9 +72,34 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
     return _contested(run, result) if result.culprits else result
 
 
+def _ours(trace: Trace) -> Trace:
+    """The trace with numbers for codes, and layers counted as ours."""
+    return from_zero(decoded(trace))
+
+
+def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
+    """The judgement under the reading of the trace that leaves least off, if that is far less."""
+    for other in _readings(run, trace):
+        if not result.off:
+            break
+        better = _settled(other, config, iter)
+        if better.off <= LEFT * result.off:
+            run, result = other, better
+    return run, result
+
+
+def _readings(run: Run, trace: Trace) -> Iterator[Run]:
+    """What else the trace may be: with layers counted otherwise, or its tokens one behind the other."""
+    fresh = replace(run, trace=trace, pool=None, cuts={}, apart={}, looked=False)
+    for counted, what in other_counts(trace):
+        yield replace(fresh, trace=counted, precision=precision_of(counted.header, counted.taps), apart=what)
+    if may_be_packed(trace.taps.values(), padding_of(trace.header.valid)):
+        yield replace(fresh, packed=True)
+
+
 def explain(case: Case, trace: Trace, tap: str) -> list[str]:
     """Lines that say how far a tap may be off, and why. SpecError for a tap that the trace does not hold."""
-    trace = decoded(trace)
+    trace = _ours(trace)
     precision = precision_of(trace.header, trace.taps)
     _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     run = Run(case, trace, precision, rounded, tap)
@@ -147,7 +174,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
 def _opened(opener: Opener, rounded: Rounded, pictures: bool) -> Run:
     """What a worker keeps from one span to the next."""
     case, trace = opener()
-    trace = decoded(trace)
+    trace = _ours(trace)
     return Run(case, trace, precision_of(trace.header, trace.taps), dict(rounded), pictures=pictures)
 
 

@@ -53,6 +53,11 @@ class Judgement:
         return {f.tap for f in self.culprits if not self.withdrawn & set(f.region[:-1])}
 
     @property
+    def off(self) -> float:
+        """How much is off: a tap by its error or, at most, its whole size; a name that is no tap as much as that."""
+        return len(self.unknown) + sum([min(1.0, f.error) for f in self.culprits])
+
+    @property
     def verdict(self) -> Verdict:
         """DIVERGES if a gate or a tap failed; INCONCLUSIVE if a gate could not decide or nothing was compared."""
         states = {g.state for g in self.gates}

@@ -91,8 +91,8 @@ class Lane:
         """Put the candidate's entries of a tap of which it recorded some in the place of those computed."""
         pick, x = r.partial[call.tap]
         whole = np.array(self.values[call.tap])
-        place = tuple([pick.get(axis, slice(None)) for axis in range(whole.ndim)])
-        whole[place] = r.noise.given(call, x.astype(whole.dtype), self.twin)
+        rows = [np.arange(n)[pick.get(axis, slice(None))] for axis, n in enumerate(whole.shape)]
+        whole[np.ix_(*rows)] = r.noise.given(call, x.astype(whole.dtype), self.twin)
         self.values[call.tap] = whole
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:

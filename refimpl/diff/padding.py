@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
 PACKED = "tokens are one behind the other, without padding: put in their places"
+FILLED = "tokens are one behind the other, without padding of sequences, then rows of no token: put in their places"
 NOWHERE = "padding is sent to no expert"
+ALL_SENT = "rows of no token are dispatched: taken out"
 
 
 def padding_of(valid: Sequence[Sequence[int]] | None) -> Array | None:
@@ -24,7 +26,8 @@ def rows_of(call: Call, shape: Sequence[int], padding: Array | None) -> Array | 
     axes = call.of.shape.split()
     by_token = axes[:2] in (["B", "S"], ["B", "T"]) and tuple(shape[:2]) == getattr(padding, "shape", ())
     by_query = axes[:3] == ["B", "H", "S"] and padding is not None and (shape[0], shape[2]) == padding.shape
-    return padding if by_token or by_query else None
+    in_tables = axes[:3] == ["2", "B", "S"] and padding is not None and tuple(shape[1:3]) == padding.shape
+    return padding if by_token or by_query or in_tables else None
 
 
 def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
@@ -32,31 +35,56 @@ def filled(call: Call, x: Array, like: Array, padding: Array | None) -> Array:
     rows = rows_of(call, like.shape, padding)
     if rows is None or x.shape != like.shape:
         return x
-    rows = rows[:, None] if call.of.shape.split()[1] == "H" else rows
+    axes = call.of.shape.split()
+    rows = rows[:, None] if axes[1] == "H" else rows[None] if axes[0] == "2" else rows
     return np.where(rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim)), like, x)
 
 
 def placed(
-    x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, limit: int | None
+    x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None, limit: int | None, *, packed: bool = False
 ) -> tuple[Array, tuple[str, ...]]:
-    """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done."""
-    whole = _unpacked(x, shape, axes, padding)
-    if whole is not None:
-        return whole, (PACKED,)
+    """A tap with rows of padding if it has none, and with ids below `limit` there, None for what is no ids; what was done.
+    `packed`: tokens are one behind the other even where there are as many rows as tokens and padding, or more.
+    """
+    if padding is not None and (whole := _unpacked(x, shape, axes, padding, packed)) is not None:
+        return whole, (PACKED if int((~padding).sum()) == x.shape[_place(axes)] else FILLED,)
     ids = x if limit is None else _with_ids(x, padding, limit)
     return ids, () if ids is x else (NOWHERE,)
 
 
-def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array | None) -> Array | None:
-    """x (N, ...) of the N tokens that are no padding as (B, S, ...), there 0; None if it is not that."""
-    if padding is None or not x.ndim or axes[:2] not in (["B", "S"], ["B", "T"]) or shape[:2] != padding.shape:
+def may_be_packed(taps: Iterable[Array], padding: Array | None) -> bool:
+    """Whether some array has as many rows as there are tokens and padding, or more, so that its shape does not tell."""
+    return padding is not None and any(a.ndim and len(a) >= padding.size and a.shape[:2] != padding.shape for a in taps)
+
+
+def _unpacked(x: Array, shape: tuple[int, ...], axes: list[str], padding: Array, packed: bool) -> Array | None:
+    """x (N, ...) of the N tokens that are no padding, and rows behind them, as (B, S, ...), there 0; None if it is not that."""
+    at = _place(axes)
+    if x.ndim <= at or axes[at : at + 2] not in (["B", "S"], ["B", "T"]) or shape[at : at + 2] != padding.shape:
         return None
-    n, rest = int((~padding).sum()), shape[2:]
-    if len(x) != n or x.size != n * int(np.prod(rest)):
+    n, y, rest = int((~padding).sum()), np.moveaxis(x, at, 0), (*shape[:at], *shape[at + 2 :])
+    few = len(y) < padding.size or (packed and x.shape[at : at + 2] != padding.shape)
+    if len(y) < n or not few or y.size != len(y) * int(np.prod(rest)):
         return None
-    whole = np.zeros(shape, x.dtype)
-    whole[~padding] = x.reshape(n, *rest)
-    return whole
+    whole = np.zeros((*padding.shape, *rest), x.dtype)
+    whole[~padding] = y[:n].reshape(n, *rest)
+    return np.moveaxis(whole, (0, 1), (at, at + 1))
+
+
+def _place(axes: list[str]) -> int:
+    """Where the tokens are: rotary tables have them in the second place."""
+    return int(axes[:1] == ["2"])
+
+
+def without_fill(call: Call, x: Array, shape: tuple[int, ...], ids: Array | None) -> tuple[Array, tuple[str, ...]]:
+    """Dispatched rows x (M, ...), sorted by expert, without those of no token, of which the ids (N, K) of all rows tell; what was
+    done. `shape`: the tap's without them.
+    """
+    if not call.of.shape.startswith("M ") or not x.ndim or len(x) <= shape[0]:
+        return x, ()
+    if ids is None or ids.size != len(x) or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
+        return x, ()
+    return x[np.argsort(ids, axis=None, kind="stable") < shape[0]], (ALL_SENT,)
 
 
 def _with_ids(x: Array, padding: Array | None, limit: int) -> Array:

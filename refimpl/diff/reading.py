@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ def cut(a: Array, pick: Pick) -> Array:
     return a
 
 
+FILLED_UP = "tokens are flattened and padded"
 _LOOK = 1 << 14
 """Numbers that are looked at at a time."""
 
@@ -51,10 +52,8 @@ def read(
     """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
     word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded.
     """
-    pick = {axes.index(a): entries for a, entries in (part or {}).items() if a in axes}
-    if pick:
-        some = tuple([len(pick[i]) if i in pick else n for i, n in enumerate(shape)])
-        told = read(x, some, axes, dims)
+    for pick, few in _declared_parts(x, shape, axes, part or {}):
+        told = read(x, few, axes, dims)
         if told is not None and not told.pick:
             return Reading(told.array, told.note, pick)
     if dims is not None and (told := _declared(x, shape, axes, dims)) is not None:
@@ -62,6 +61,21 @@ def read(
     if x.shape == shape:
         return Reading(x)
     return next(_arrangements(x, shape, axes), None)
+
+
+def _declared_parts(
+    x: Array, shape: tuple[int, ...], axes: list[str], part: Mapping[str, list[int]]
+) -> Iterator[tuple[Pick, tuple[int, ...]]]:
+    """What x may be a part of by what was declared, along all of these axes or some, and the shape it then has; where the number of
+    its entries tells, that alone.
+    """
+    here = {axes.index(a): entries for a, entries in part.items() if a in axes}
+    picks = [dict(some) for n in range(len(here), -1, -1) for some in combinations(here.items(), n)]
+    shapes = [tuple([len(p[i]) if i in p else n for i, n in enumerate(shape)]) for p in picks]
+    exact = [x.size == int(np.prod(few)) for few in shapes]
+    for pick, few, fits in zip(picks, shapes, exact, strict=True):
+        if pick and (fits or not any(exact)):
+            yield pick, few
 
 
 def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> Reading | None:
@@ -91,6 +105,8 @@ def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator
         yield from _last(x, shape, axes)
     if len(shape) > 1 and axes[1] in ("S", "T"):
         yield from _padded(x, shape, axes)
+    yield from _filled_up(x, shape, axes)
+    if len(shape) > 1 and axes[1] in ("S", "T"):
         yield from _chunks(x, shape)
     if axes[:1] == ["B"]:
         yield from _first(x, shape, axes)
@@ -105,16 +121,27 @@ def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading
 
 
 def _padded(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """More positions than there are, of every sequence or behind all flattened tokens."""
+    """More positions than there are, of every sequence."""
     if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
         longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
         if longer <= {"S", "T", "V"}:
             cut = x[tuple([slice(0, n) for n in shape])]
             yield Reading(cut, f"padded along {' and '.join(sorted(longer))}: cut to {'x'.join(map(str, shape))}")
-    tokens = shape[0] * shape[1]
-    if axes[0] == "B" and x.ndim and x.shape[0] > tokens and _coarser(x.shape[1:], shape[2:]):
-        note = f"tokens are flattened and padded to {x.shape[0]}: cut to the first {tokens}"
-        yield Reading(x[:tokens].reshape(shape), note)
+
+
+def _filled_up(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
+    """Flattened tokens with rows behind them, as many as make a multiple of something; other axes in any order."""
+    at = next((i for i in range(len(axes) - 1) if axes[i] == "B" and axes[i + 1] in ("S", "T")), None)
+    if at is None or not x.size:
+        return
+    tokens, rest = shape[at] * shape[at + 1], (*shape[:at], *shape[at + 2 :])
+    rows = x.size // int(np.prod(rest))
+    flat = (*shape[:at], rows, *shape[at + 2 :])
+    for order in permutations(range(len(flat))) if rows > tokens else ():
+        if _coarser(x.shape, tuple([flat[i] for i in order])):
+            y = x.reshape([flat[i] for i in order]).transpose(np.argsort(order))
+            y = y[(slice(None),) * at + (slice(0, tokens),)]
+            yield Reading(y.reshape(shape), f"{FILLED_UP} to {rows}: cut to the first {tokens}")
 
 
 def _first(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:

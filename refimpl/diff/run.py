@@ -27,6 +27,7 @@ from .fp8_taps import has_codes, with_codes
 from .fused import Found, fused_in, suspects, taken_apart
 from .gates import phases_of
 from .gradients import backward_of
+from .heads import of_some_heads, which_heads
 from .lanes import Recorded
 from .lse import with_lse
 from .optimizer import Inputs as Read
@@ -45,7 +46,8 @@ from .training import Training, training_of, update_of
 @dataclass
 class Run:
     """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
-    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them.
+    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; whether
+    tokens are `packed` one behind the other where their number does not tell.
     """
 
     case: Case
@@ -59,6 +61,7 @@ class Run:
     cuts: dict[str, Pick] = field(default_factory=dict)
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
+    packed: bool = False
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
@@ -126,15 +129,30 @@ class Run:
     def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
         """The taps that can be compared; arrays of several are taken apart when they are first met."""
         embedded = self._embedded(inputs)
-        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
         if not self.looked:
-            self.looked, odd = True, suspects(self.trace.taps, program, found.flawed)
-            r = self._recorded(found, inputs, config.num_hidden_layers)
+            self.looked, r = True, self._recorded(found, inputs, config.num_hidden_layers)
+            if self._some_heads(found, program, r, config):
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+            odd = suspects(self.trace.taps, program, found.flawed)
             if several := fused_in(odd, program, r, config, self.sizes):
                 self.take_apart(several)
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts)
+                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
         found.notes |= self.apart
         return found
+
+    def _some_heads(self, a: Admitted, program: list[Call], r: Recorded, config: Config) -> bool:
+        """Whether taps hold some heads only, and which; then as if that had been declared."""
+        if "heads" in self.trace.header.slices:
+            return False
+        for taps in of_some_heads(self.trace.taps, a.flawed, program, config, self.sizes).values():
+            if heads := which_heads(taps, program, r):
+                slices = self.trace.header.slices | {"heads": heads}
+                self.trace = replace(self.trace, header=replace(self.trace.header, slices=slices))
+                what = f"{len(heads)} of {config.num_attention_heads} heads, told by value"
+                self.apart = self.apart | {f'{what}: declare slices {{"heads": {heads}}}': list(taps)}
+                return True
+        return False
 
     @property
     def sizes(self) -> Sizes:
@@ -166,7 +184,7 @@ class Run:
     def _recorded(self, a: Admitted, inputs: Inputs, layers: int) -> Recorded:
         p, taken = self.precision, {t: x for t, x in a.taps.items() if t not in a.picks}
         noise, parts = Noise(p.unit, p.format), frozenset(a.picks)
-        some = {t: (k, a.taps[t]) for t, k in a.picks.items() if all(isinstance(e, slice) for e in k.values())}
+        some = {t: (k, a.taps[t]) for t, k in a.picks.items() if t in a.mixed}
         adam = self.training.optimizer if self.training else None
         masters = adam.masters if adam else "float32"
         read = Read(named(inputs, self.parts), self.case.checkpoint, masters)

@@ -40,7 +40,7 @@ QUIET = {
 QUIET |= {id: "no product is over more than 128 channels here" for id in MUTANTS if id.startswith("X50")}
 """Mutants that the committed case cannot show, and why."""
 LOUD = [
-    m
+    m.under(case().config)
     for m in MUTANTS.values()
     if m.applies(case().config)
     and m.id not in QUIET
@@ -50,6 +50,13 @@ LOUD = [
 """What one forward pass of the case shows; MTP has a test below, caches and training are
 test_diff_phases.py's, FP8 is test_diff_fp8.py's.
 """
+
+ABSORBED = ("mla.q_absorbed", "mla.scores_absorbed", "mla.ctx_latent", "mla.ctx_absorbed")
+
+
+def form(m):
+    """The form of attention in which a mistake shows."""
+    return "absorbed" if m.stage in ABSORBED else "expanded"
 
 
 def test_every_family_has_its_mutant_or_its_reason():
@@ -69,9 +76,8 @@ def test_mutants_are_well_formed():
         assert re.fullmatch(r"[RAFTLNXO]\d\d[a-z]?(-[\w.-]+)?|A0[12][qk]", id), id
 
 
-@functools.cache
-def calls():
-    """Every stage call of the case in float64: stage -> [(tap, args, static, output)], and what each tap held."""
+def ran(attend):
+    """Every stage call of the case in float64: stage -> [(tap, args, static, output)], what each tap held, and the weights."""
     model = ForCausalLM.from_weights(case().config, effective(case().weights(), FLOAT64))
     inputs, seen = model.inputs(case().tokens), {}
     recorder = introduce(Recorder(), model, inputs)
@@ -82,8 +88,15 @@ def calls():
         return out
 
     with observing(note, recorder):
-        model(inputs, attend="expanded", name="fwd")
+        model(inputs, attend=attend, name="fwd")
     return seen, dict(recorder.taps), dict(model.named_weights())
+
+
+@functools.cache
+def calls():
+    """As `ran`, with the stages of both forms of attention."""
+    seen, taps, weights = ran("expanded")
+    return ran("absorbed")[0] | seen, taps, weights
 
 
 @pytest.mark.parametrize("m", LOUD, ids=lambda m: m.id)
@@ -120,22 +133,74 @@ NAMED = [m for m in LOUD if not m.reads and m.stage in calls()[0]]
 def test_the_diff_names_a_known_mistake(m):
     """Catches a diagnosis that finds nothing, something else, or several things; and blame on another stage."""
     with np.errstate(all="ignore"):
-        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+        patches = [Patch(name, fn) for name, fn in {m.stage: m.fn, **m.also}.items()]
+        judgement = judge(case(), trace_case(case(), patches=patches, attend=form(m)))
     if not judgement.culprits:
         pytest.skip("below what float32 shows on this case")
-    assert {f.stage for f in judgement.culprits} == {m.stage}, render(judgement)
+    assert {f.stage for f in judgement.culprits} == {m.stage, *m.also}, render(judgement)
     titles = [d.title for d in judgement.causes if set(d.taps) == {f.tap for f in judgement.culprits}]
     assert titles == [m.title], render(judgement)
 
 
-@pytest.mark.parametrize("id", ["R03", "R07", "R09", "A04", "A13", "X20", "R17", "N01-attn_norm-1e-05"])
+@pytest.mark.parametrize("id", ["R03", "R07", "R09", "A04", "A04-absorbed", "A13", "X20", "R17", "N01-attn_norm-1e-05"])
 def test_some_are_named_in_every_run(id):
     """Catches, without the slow tests, a diagnosis that has stopped working; also in the report and its JSON."""
-    m = MUTANTS[id]
+    m = MUTANTS[id].under(case().config)
     with np.errstate(all="ignore"):
-        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)]))
+        judgement = judge(case(), trace_case(case(), patches=[Patch(m.stage, m.fn)], attend=form(m)))
     assert [d.title for d in judgement.causes] == [m.title]
     assert m.title in render(judgement)
+
+
+ENGINE = ("attn_norm", "mla.q", "mla.c_kv", "mla.q_rope", "mla.k_rope", "attn_out", "resid_mid", "resid", "logits")
+
+
+@pytest.mark.parametrize(
+    ("id", "precision"),
+    [
+        ("A04", "bf16"),
+        ("X26", "float32"),
+        *[pytest.param(i, p, marks=pytest.mark.slow) for i in ("A05", "A09") for p in ("float32", "bf16")],
+    ],
+)
+def test_a_wrong_scale_of_absorbed_attention_is_named(id, precision):
+    """Catches a scale that is placed and not named because a kernel attends to latents and shows nothing between q and the output;
+    and blame where that kernel is right.
+    """
+    m = MUTANTS[f"{id}-absorbed"].under(case().config)
+    for patches in ([], [Patch(m.stage, m.fn)]):
+        trace = trace_case(
+            case(), precision=precision, attend="absorbed", patches=patches, taps=[f"*{t}" for t in ENGINE]
+        )
+        assert not any(t.endswith(("mla.scores", "mla.ctx_latent")) for t in trace.taps)
+        judgement = judge(case(), trace)
+        assert [d.ids for d in judgement.causes] == [(m.id,)] * len(patches), render(judgement)
+        assert {f.stage for f in judgement.culprits} == ({"attn_out"} if patches else set()), render(judgement)
+
+
+def test_a_scale_that_is_wrong_in_one_kernel_is_named_there():
+    """Catches A08: prefill attends to keys, decoding to latents, and only one of the two has its mscale squared."""
+    phases, m = ("fwd", "dec22", "dec23"), MUTANTS["A04-absorbed"].under(case().config)
+    for patches in ([], [Patch(m.stage, m.fn)]):
+        judgement = judge(case(), trace_case(case(), attend="auto", phases=phases, patches=patches))
+        assert [d.ids for d in judgement.causes] == [(m.id,)] * len(patches), render(judgement)
+        assert all(f.tap.startswith("dec2") for f in judgement.culprits)
+
+
+@pytest.mark.parametrize("id", ["A04", "A05", "A05b", "A09", "A09b", "X17", "X18", "X19", "X26"])
+def test_both_forms_of_a_wrong_scale_are_the_same_mistake(id):
+    """Catches an absorbed form that computes another scale: each gives as many times the right scores as the other."""
+    c = case().config
+    rng, wide = np.random.default_rng(3), c.qk_nope_head_dim + c.qk_rope_head_dim
+    q, keys = rng.normal(size=(1, 5, 4, wide)), rng.normal(size=(1, 5, 4, c.qk_nope_head_dim + c.v_head_dim))
+    k_rope, mask = rng.normal(size=(1, 5, c.qk_rope_head_dim)), np.zeros((1, 1, 5, 5))
+    latents = rng.normal(size=(1, 5, 4, c.kv_lora_rank)), rng.normal(size=(1, 5, c.kv_lora_rank))
+    found = []
+    for mutant, (a, b) in ((id, (q, keys)), (f"{id}-absorbed", latents)):
+        m = MUTANTS[mutant].under(c)
+        given = (a, q[..., c.qk_nope_head_dim :], b, k_rope, mask)
+        found.append(m.fn(*given, scale=c.softmax_scale) / STAGES[m.stage].fn(*given, scale=c.softmax_scale))
+    np.testing.assert_allclose(found[1], np.full_like(found[1], found[0].flat[0]), rtol=1e-9)
 
 
 def test_the_bundled_bug_is_named_with_its_threads():

@@ -45,6 +45,8 @@ def judged(case, change, id=None, keep=lambda t: True):
 
 def packed(tap, a):
     """The real tokens one behind the other; scores of single sequences stay as they are."""
+    if tap.endswith("rope_tables"):
+        return a[:, VALID]
     return a[VALID] if a.shape[:2] == VALID.shape else a
 
 
@@ -52,10 +54,30 @@ def spoiled(tap, a):
     """NaN in every row of padding, no expert."""
     if tap.endswith(("mla.scores", "mla.probs")):  # B H S T
         return np.where(VALID[:, None, :, None], a, 0.5).astype(a.dtype)
+    if tap.endswith("rope_tables"):
+        return np.where(VALID[..., None], a, np.nan).astype(a.dtype)
     if a.shape[:2] != VALID.shape:
         return a
     here = ~VALID.reshape(*VALID.shape, *[1] * (a.ndim - 2))
     return np.where(here, -1 if a.dtype.kind in "iu" else np.nan, a).astype(a.dtype)
+
+
+def filled_to(rows):
+    """The real tokens one behind the other, then rows of nothing, up to so many."""
+
+    def change(tap, a):
+        if tap.endswith("rope_tables"):
+            return garbage(packed(tap, a).swapaxes(0, 1), rows).swapaxes(0, 1)
+        return garbage(packed(tap, a), rows) if a.shape[:2] == VALID.shape else a
+
+    return change
+
+
+def garbage(a, rows):
+    """a with rows behind it that no token, and no expert, could have."""
+    behind = np.full((rows - len(a), *a.shape[1:]), -1 if a.dtype.kind in "iu" else np.nan, a.dtype)
+    behind[::2] = 99
+    return np.concatenate([a, behind])
 
 
 def engine(tap):
@@ -70,6 +92,36 @@ def test_padding_is_nobodys_business(padded, change, keep):
     assert judgement.verdict in ("CONFORMS", "INCONCLUSIVE") and not judgement.culprits, render(judgement)
     said = "without padding: put in their places" if change is packed else "padding is sent to no expert"
     assert said in render(judgement)
+
+
+@pytest.mark.parametrize("rows", [40, 48, *[pytest.param(n, marks=pytest.mark.slow) for n in (64, 128)]])
+@pytest.mark.parametrize("keep", [pytest.param(lambda t: True, marks=pytest.mark.slow), engine], ids=["all", "engine"])
+def test_packed_tokens_may_be_filled_up_to_a_multiple(padded, rows, keep):
+    """Catches an engine that runs 39 tokens as 40, 48 (which is as many as tokens and padding), 64 or 128 rows."""
+    judgement = judged(padded, filled_to(rows), keep=keep)
+    assert judgement.verdict in ("CONFORMS", "INCONCLUSIVE") and not judgement.culprits, render(judgement)
+    assert "then rows of no token: put in their places" in render(judgement)
+
+
+@pytest.mark.parametrize("rows", [48, *[pytest.param(n, marks=pytest.mark.slow) for n in (40, 128)]])
+def test_a_bug_is_named_behind_rows_of_no_token(padded, rows):
+    """Catches rows that are cut where tokens are, and a reading chosen for a bug."""
+    judgement = judged(padded, filled_to(rows), "R07", keep=engine)
+    assert [d.id for d in judgement.causes] == ["R07"], render(judgement)
+    assert {f.stage for f in judgement.culprits} == {MUTANTS["R07"].stage}
+
+
+@pytest.mark.parametrize("at", [pytest.param((0, 5), marks=pytest.mark.slow), (1, 19)])
+def test_the_first_and_the_last_token_count_among_filled_up_rows(padded, at):
+    """Catches a cut that is a row too short, or begins in padding."""
+
+    def wrong(tap, a):
+        a = np.array(a)
+        if tap == "fwd/logits":
+            a[at][2] += 1
+        return filled_to(48)(tap, a)
+
+    assert [f.tap for f in judged(padded, wrong).culprits] == ["fwd/logits"]
 
 
 @pytest.mark.parametrize("change", [packed, pytest.param(spoiled, marks=pytest.mark.slow)])

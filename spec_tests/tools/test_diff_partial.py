@@ -150,6 +150,10 @@ ARRANGEMENTS = {
     "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
     "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
     "flattened and padded": lambda t, a: fill(a.reshape(-1, *a.shape[2:]), 16) if rows(a) else a,
+    "flattened, padded, heads first": lambda t, a: (
+        np.swapaxes(fill(a.reshape(-1, *a.shape[2:]), 64), 0, 1) if rows(a) else a
+    ),
+    "tables flattened and padded": lambda t, a: fill(a.reshape(2, 48, -1), 16, 1) if t == "mla.rope_tables" else a,
     "in chunks of 7": lambda t, a: chunks(a, 7) if rows(a) else a,
     "chunks stacked": lambda t, a: chunks(a, 7).swapaxes(0, 1) if rows(a) else a,
     "ids as uint32": lambda t, a: a.astype(np.uint32) if a.dtype.kind == "i" else a,
@@ -173,6 +177,45 @@ def fill(a, n, axis=0):
 def chunks(a, size):
     n = -(-a.shape[1] // size)
     return fill(a, n * size - a.shape[1], axis=1).reshape(len(a), n, size, *a.shape[2:])
+
+
+def test_rows_of_no_token_hold_what_they_like():
+    """Catches ids that no expert has, NaN, and rows dispatched for nobody: 48 tokens run as 64 rows by an engine."""
+    ours = trace_case(case())
+    rng, more = np.random.default_rng(4), {}
+    for t, a in ours.taps.items():
+        if a.shape[:2] == (2, 24):
+            behind = np.full((16, *a.shape[2:]), -1 if a.dtype.kind in "iu" else np.nan, a.dtype)
+            more[t] = np.concatenate([a.reshape(48, *a.shape[2:]), behind])
+    judgement = judge(case(), Trace(ours.header, {**ours.taps, **more}))
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    ids = {t: np.concatenate([more[t][:48], rng.integers(0, 16, (16, 4))]) for t in more if t.endswith("router.ids")}
+    assert ids and all((np.sort(i[:48]) < case().config.n_routed_experts).all() for i in ids.values())
+    sent = {t: dispatched(a, ids[t.rpartition("/")[0] + "/router.ids"], rng) for t, a in ours.taps.items() if is_row(t)}
+    judgement = judge(case(), Trace(ours.header, {**ours.taps, **more, **ids, **sent}))
+    assert judgement.verdict == "CONFORMS" and len(sent) == 10, render(judgement)
+    assert len(judgement.findings) == len(ours.taps)
+    assert judgement.notes["rows of no token are dispatched: taken out"] == [t for t in ours.taps if t in sent]
+    every = {**ours.taps, **more, **sent}  # with -1 for the ids of rows of no token, and without ids
+    for taps in (every, {t: a for t, a in every.items() if not t.endswith("router.ids")}):
+        judgement = judge(case(), Trace(ours.header, taps))
+        assert not judgement.culprits, render(judgement)
+        assert set(judgement.notes["dispatched with rows of no token: not compared"]) == set(sent)
+
+
+def is_row(tap):
+    return tap.rpartition("/")[2] in ("moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down")
+
+
+def dispatched(a, ids, rng):
+    """Rows sorted by expert, token and slot, as before, with others among them where a row of no token was sent to the expert."""
+    real, out, at = sorted(range(192), key=lambda n: (ids[:48].flat[n], n)), [], 0
+    assert len(real) == len(a)
+    for expert in range(16):
+        n = int((ids[:48] == expert).sum())
+        out += [*a[at : at + n], *rng.normal(size=(int((ids[48:] == expert).sum()), *a.shape[1:])).astype(a.dtype)]
+        at += n
+    return np.stack(out)
 
 
 def padded(a):
@@ -298,6 +341,29 @@ def test_a_declared_part_gets_a_verdict_for_what_was_declared():
     assert not judgement.culprits and len(judgement.findings) == len(good.taps), render(judgement)
     good.taps["fwd/L1/mla.q"][1, 2, 1, 5] += 0.1
     assert {f.tap for f in judge(case(), good).culprits} == {"fwd/L1/mla.q"}
+
+
+SOME = st.sets(st.integers(0, 3), min_size=1), st.sets(st.integers(0, 23), min_size=1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(CLEAN), st.integers(0, 10**6), *SOME)
+def test_no_declared_part_of_a_clean_recording_is_called_wrong(name, seed, heads, tokens):
+    """Catches a declared part beside which our own numbers are read where they belong to other tokens or experts, and taps that
+    were cut along one of two declared axes, or along none.
+    """
+    heads, tokens, rng = sorted(heads), sorted(tokens), np.random.default_rng(seed)
+
+    def some(tap, a):
+        if rng.random() < 0.4:
+            return None
+        a = a[:, tokens] if a.shape[:2] == (2, 24) and tap != "mla.kv_b" and rng.random() < 0.5 else a
+        return a[:, :, heads] if tap in HEADS else a
+
+    trace = turned(recording(name), some)
+    trace = Trace(dataclasses.replace(trace.header, slices={"heads": heads, "tokens": tokens}), trace.taps)
+    judgement = judge(case(), trace)
+    assert not judgement.culprits, render(judgement)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from refimpl.record.regimes import NOT_REGIMES, REGIMES, named
 from refimpl.record.shrink import shrink
 from refimpl.spec_tests.cases.mutated import Mutated
 
-from .test_corpus import QUIET
+from .test_corpus import QUIET, form
 
 V2 = shrink(PRESETS["deepseek-v2"])
 
@@ -46,9 +46,9 @@ def contents(case):
     return {p.name: p.read_bytes() for p in case.path.iterdir()}
 
 
-def judged(case, *patches, precision="float32"):
+def judged(case, *patches, precision="float32", attend="expanded"):
     with np.errstate(all="ignore"):
-        return judge(case, trace_case(case, precision=precision, patches=patches))
+        return judge(case, trace_case(case, precision=precision, attend=attend, patches=patches))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -86,9 +86,9 @@ def test_a_regime_shows_a_bug_that_a_plain_case_hides(regime, mutant):
     precision = "bf16" if mutant.id[:3] in COARSE else "float32"
     assert mutant.applies(case.config)
     if mutant.applies(plain.config):
-        hidden = judged(plain, Mutated(mutant, plain), precision=precision)
+        hidden = judged(plain, Mutated(mutant, plain), precision=precision, attend=form(mutant))
         assert hidden.verdict == "CONFORMS", render(hidden)
-    shown = judged(case, Mutated(mutant, case), precision=precision)
+    shown = judged(case, Mutated(mutant, case), precision=precision, attend=form(mutant))
     assert {f.stage for f in shown.culprits} == {mutant.stage}, render(shown)
     assert mutant.title in {one.title for d in shown.causes for one in (d, *d.rivals)}, render(shown)
 

@@ -10,7 +10,7 @@ NOT_STAGES: dict[str, str] = {
     "R22": "a reference with the bug in it: no candidate",
     "A03": "DeepSeek-V3.2's indexer, which V3 has not",
     "A07": "a converter's factor: A04 or A05 where it shows",
-    "A08": "A04 in one kernel only",
+    "A08": "A04 in one kernel only: A04 of that form of attention",
     "A15": "an odd rotary size: refused by the config",
     "A16": "an output layout that the next operation does not expect: a gauge, or another tap's values",
     "A19": "a short prefill run as decode: another form of attention, which is judged as such",
