@@ -186,3 +186,16 @@ def test_a_choice_of_everything_has_no_rival(tmp_path):
         assert any(
             line.startswith("  margin         inf between") for line in explain_number(examined(j, tap), (0, 1, 0))
         )
+
+
+def test_tokens_that_chose_others_are_those_whose_sets_differ():
+    """Catches sets compared in the order of their slots, or sorted over the tokens. Oracle: Python's sets, token by token."""
+    taps = {t: np.array(a) for t, a in recording("hf-float32").taps.items()}
+    taps["fwd/L1/router.ids"] = taps["fwd/L1/router.ids"][..., ::-1].copy()
+    taken = taps["fwd/L1/router.ids"][1, 13]
+    taken[0] = next(e for e in range(16) if e not in taken)
+    x = examined(judge(case(), Trace(recording("hf-float32").header, taps)), "L1/router.ids")
+    rows = np.ndindex(*x.step.exact.shape[:-1])
+    differ = [at for at in rows if set(taps["fwd/L1/router.ids"][at].tolist()) != set(x.step.exact[at].tolist())]
+    assert differ == [(1, 13)] == [tuple(at) for at in np.argwhere(x.errors() == 1).tolist()] and x.errors().sum() == 1
+    assert x.worst_row() == (1, 13)
