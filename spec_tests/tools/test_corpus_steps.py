@@ -133,9 +133,9 @@ def gradients():
     yield "O06b", (g, before[:0]), {}, max(abs(g).ravel())
     yield "O06c", (g, before, master), {}, norms[0]
     yield "O06c", (g, before, master, g), {}, math.hypot(norms[0], norms[1])
-    small = np.full(5, 1e-4, np.float32)
-    yield "O06d", (np.ones(1, np.float32), small), {}, 1.0
-    yield "O06d", (small, np.ones(1, np.float32)), {}, math.sqrt(np.float32(1) + np.float32(5e-8))
+    small, one = np.full(1000, 2e-4, np.float32), np.ones(1, np.float32)
+    yield "O06d", (one, small), {}, 1.0  # each square is less than half of one's last place
+    yield "O06d", (small, one), {}, math.sqrt(1 + 1000 * 2e-4**2)
     yield "O07", (g, before), {"beta": 0.9}, bits_of_bfloat16(0.9 * before + 0.1 * g)
     yield "O07/optim.exp_avg_sq", (g, before**2), {"beta": 0.9}, bits_of_bfloat16(0.9 * before**2 + 0.1 * g * g)
 
