@@ -109,6 +109,7 @@ def histogram_svg(p: Picture, allowed: float) -> str:
     bars = [b for b in [*bars, (high + 1, p.counts[BINS], "NaN or infinite")] if b[1]]
     said = "; ".join([f"{title}: {n:,}" for _, n, title in bars])
     at = (_place(allowed) - low + 1) * step if allowed else None
+    edges = range(low + 1, high + (1 if p.counts[BINS] else 2))  # the last one lies under the word NaN
     return "".join(
         [
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" role="img" aria-label="elements by error: {said}">',
@@ -116,7 +117,7 @@ def histogram_svg(p: Picture, allowed: float) -> str:
                 _bar((k - low + 1) * step, step, (_HEIGHT - 14) * math.log1p(n) / most, title, n)
                 for k, n, title in bars
             ],
-            *[_tick((k - low + 1) * step, f"1e{LOWEST + k // 2}") for k in range(low + 1, high + 2) if k % 4 == 0],
+            *[_tick((k - low + 1) * step, f"1e{LOWEST + k // 2}") for k in edges if k % 4 == 0],
             _tick(step / 2, "0") if p.equal else "",
             _tick((high - low + 2.5) * step, "NaN") if p.counts[BINS] else "",
             _limit(at) if at is not None else "",

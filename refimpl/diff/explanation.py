@@ -179,7 +179,7 @@ def _hint(terms: Terms, own: float, x: Examined) -> Iterator[str]:
     away = own - terms.y
     if not np.isfinite(own) or abs(away) <= near:
         return
-    for t in terms.largest[:100] if len(terms.largest) > 1 else []:
+    for t in terms.largest if len(terms.largest) > 1 else []:
         for what, change in (("without", -t.product), ("with twice", t.product)):
             if abs(away - change) <= near:
                 yield _line("hint", f"the candidate's number is the sum {what} the term of {t.name}{list(t.index)}")

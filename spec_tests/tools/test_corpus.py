@@ -229,16 +229,21 @@ def test_what_nobody_knows_is_said_to_be_unknown():
     assert "no known mistake reproduces moe.shared in L1-L2" in render(judgement)
 
 
-def test_a_part_in_a_narrower_dtype_is_named_as_such():
-    """Catches routed experts in bfloat16 reported as a mistake of unknown kind."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_part_in_a_narrower_dtype_is_named_as_such(dtype):
+    """Catches routed experts in bfloat16 reported as a mistake of unknown kind, and float16 called bfloat16, which allows more."""
 
     def coarse(down, ids, weights):
         y = STAGES["moe.routed"].fn(down, ids, weights)
-        return (y.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return (
+            (y.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+            if dtype == "bfloat16"
+            else np.float32(np.float16(y))
+        )
 
     judgement = judge(case(), trace_case(case(), patches=[Patch("moe.routed", coarse)]))
     (d,) = judgement.causes
-    assert "bfloat16" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
+    assert f"computed in {dtype}:" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
 
 
 def test_one_wrong_row_is_no_dtype():

@@ -177,6 +177,21 @@ def test_a_wrong_number_in_a_fused_array_is_blamed_on_its_part(how, stage, where
     assert stage in first and first.isdisjoint({s for s in FUSED[how][0].split() if s != stage}), render(judgement)
 
 
+@pytest.mark.parametrize("size", [2.0**-30, 2.0**20], ids=["small", "large"])
+def test_what_an_array_is_does_not_depend_on_its_size(size):
+    """Catches parts told by a product that is compared with a number: small activations would be an unknown array."""
+    case, trace = Case.read(TINY), hf("float32")
+    scaled = {
+        t: a * np.float32(size) if t.endswith(("ffn_norm", "shared.gate", "shared.up")) else a
+        for t, a in trace.taps.items()
+    }
+    judgement = judge(case, fused(case, changed(trace, scaled), "gate and up")[0])
+    assert any("shared.gate = [..., 0:16], shared.up = [..., 16:32]" in note for note in judgement.notes), (
+        judgement.notes
+    )
+    assert {f.stage for f in judgement.culprits}.isdisjoint({"shared.gate", "shared.up"})
+
+
 def test_what_reads_a_part_reads_the_candidates_part(full_rank):
     """Catches scores blamed for queries that are wrong only in the channels which were recorded fused."""
 

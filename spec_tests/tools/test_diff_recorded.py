@@ -130,3 +130,23 @@ def test_other_tokens_than_the_first_and_wrong_ones_are_seen():
         return a
 
     assert "fwd/L1/ffn_norm" in {f.tap for f in judged(some(slice(None), slice(0, 10), wrong)).culprits}
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_another_number_of_experts_is_the_fault_of_the_ids_alone(k):
+    """Catches weights and rows blamed for the size that the ids give them; a note that names another number."""
+
+    def sized(t, a):
+        if t.endswith(("router.ids", "router.weights")):
+            return np.concatenate([a, a], axis=-1)[..., :k]
+        return (
+            np.concatenate([a, a])[: len(a) * k // 4]
+            if t.endswith(("moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down"))
+            else a
+        )
+
+    judgement = judged(sized)
+    assert {f.tap for f in judgement.culprits} == {"fwd/L1/router.ids", "fwd/L2/router.ids"}, render(judgement)
+    (note,) = [n for n in judgement.notes if "not compared" in n]
+    assert note == f"sized by {k} experts a token instead of 4: not compared"
+    assert {t.rpartition("/")[2] for t in judgement.notes[note]} >= {"router.weights", "moe.rows", "moe.down"}

@@ -283,3 +283,25 @@ def test_command_line(capsys):
     assert found["schema"] == "refimpl-impact/1" and found["logits"][0]["findings"][0]["taps"] == ["fwd/L1/mla.q"]
     assert json.loads(impacts_to_json([])) == {"schema": "refimpl-impact/1", "logits": []}
     assert isinstance(recording("hf-bug"), Trace)
+
+
+def test_logits_that_were_not_recorded_are_made_of_all_differences():
+    """Catches our own logits, or nothing, in the place of a candidate's that its trace does not hold; and one told as the other."""
+    without = only(run("R09"), lambda t: t != "fwd/logits")
+    (found,) = impacts(judge(case(), without))
+    same(found.candidate, naive(logits(), logits("R09")))
+    assert not found.recorded and "all recorded differences" in render_impacts([found])
+    (found,) = impacts(judged("R09"))
+    assert found.recorded and "the candidate" in render_impacts([found])
+
+
+def test_a_number_that_only_one_of_the_two_has_is_the_candidates():
+    """Catches a NaN of the candidate's put back by ours, and a number of the candidate's behind it lost for a NaN that it does not
+    have: its later taps are as they were.
+    """
+    taps = {t: np.array(a) for t, a in run().taps.items()}
+    taps["fwd/L2/resid"][1, 20, 7] = np.nan
+    j = judge(case(), Trace(run().header, taps))
+    y = grafted(j.grounds, differences(j.grounds), lambda tap: tap in ("fwd/L2/resid", "fwd/logits"))
+    assert np.argwhere(np.isnan(y["fwd/L2/resid"])).tolist() == [[1, 20, 7]]
+    np.testing.assert_allclose(y["fwd/logits"], logits(), rtol=0, atol=EXACT)

@@ -24,12 +24,8 @@ def _over_queries(s: Array) -> Array:
     return out
 
 
-def _swapped(kv: Array, v: int) -> Array:
-    return np.concatenate([kv[..., -v:], kv[..., :-v]], axis=-1)
-
-
 def _values_first(p: Array, kv: Array, *, v_dim: int) -> Array:
-    out: Array = stage("mla.ctx")(p, _swapped(kv, kv.shape[-1] - v_dim), v_dim=v_dim)
+    out: Array = stage("mla.ctx")(p, kv[..., :v_dim], v_dim=v_dim)
     return out
 
 
