@@ -23,7 +23,7 @@ def program_of(
     its stages are not.
     """
     model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape, np.float32))
-    recorder = Recorder(lambda tap: False)
+    recorder = Recorder()
     with observing(_Dry(c, Sizes(len(inputs.tokens), parts)), recorder):
         run_parts(model, inputs, parts, recorder, with_mtp=bool(n_mtp), losses=losses)
     return recorder.program
