@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import refimpl
 from refimpl.autograd import SpecError
 from refimpl.cli import main
-from refimpl.diff import Case, Trace, render
+from refimpl.diff import Case, Trace, render, replay
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
-from refimpl.diff.program import last_use, program_of, regions
+from refimpl.diff.program import last_use, names, program_of, regions
 from refimpl.diff.reading import read
 from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
@@ -425,3 +425,27 @@ def test_regions_end_at_what_was_recorded():
     assert (
         program[last["fwd/L1/ffn_norm"]].stage == "moe.rows" and program[last["fwd/L0/resid"]].tap == "fwd/L1/resid_mid"
     )
+
+
+def test_a_replay_forgets_what_no_later_stage_reads(monkeypatch):
+    """Catches lanes that hold every tap of the run until its end: what is kept is an argument of a later call."""
+    lanes = []
+
+    class Watched(replay.Lane):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            lanes.append(self)
+
+    monkeypatch.setattr(replay, "Lane", Watched)
+    judgement = judge(case(), only(recording("hf-float32"), lambda t: not t.endswith(("mla.q", "ffn_norm"))))
+    g = judgement.grounds
+    lanes.clear()
+    program = list(g.calls.values())
+    where = {call.tap: i for i, call in enumerate(program)}
+    seen = 0
+    for step in replay.replay(program, g.recorded):
+        later = {n for call in program[where[step.call.tap] :] for n in names(call.args)} | {step.call.tap}
+        held = {tap for lane in lanes for tap in lane.values}
+        assert held <= later, held - later
+        seen += len(held)
+    assert seen > len(program)

@@ -147,6 +147,20 @@ def test_what_is_left_out_is_what_fills(monkeypatch: pytest.MonkeyPatch) -> None
                 np.testing.assert_array_equal(block, x[place.index][..., :n])
 
 
+def test_blocks_are_rows_that_a_cache_holds() -> None:
+    """Catches rows left out or in two blocks, sequences that share one, and blocks of a row, which cost more than they compute."""
+    for shape in ((2, 3, 5, 7), (1, 16, 4096, 4096), (3, 128, 512, 2048), (1, 128, 8, 65536)):
+        found = list(wide.places(shape))
+        rows = [(p.sequence, s) for p in found for s in range(p.start, p.stop)]
+        assert rows == [(b, s) for b in range(shape[0]) for s in range(shape[2])] and {p.shape for p in found} == {
+            shape
+        }
+        row, most = 8 * shape[1] * shape[3], max(p.stop - p.start for p in found)
+        assert most in (1, shape[2]) or 2**20 <= most * row <= 2**22  # bytes in float64: what a core has for itself
+        assert most == 1 or most * row <= 2**22
+        assert most > 1 or 2 * row > 2**20
+
+
 def test_the_keys_that_are_seen() -> None:
     """Catches a last key that only another query, or another head, than the last sees. Oracle: every column looked at."""
     rng = np.random.default_rng(1)
