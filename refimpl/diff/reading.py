@@ -49,10 +49,11 @@ def read(
     part: Mapping[str, list[int]] | None = None,
 ) -> Reading | None:
     """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
-    word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded.
+    word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded, of taps that
+    are not there whole.
     """
     pick = {axes.index(a): entries for a, entries in (part or {}).items() if a in axes}
-    if pick:
+    if pick and x.size != int(np.prod(shape)):
         some = tuple([len(pick[i]) if i in pick else n for i, n in enumerate(shape)])
         told = read(x, some, axes, dims)
         if told is not None and not told.pick:
