@@ -6,7 +6,7 @@ import pytest
 
 from refimpl.diff.names import by_name, unit_of
 
-LAYER = "attn_norm mla.q_a mla.q_a_norm mla.q mla.kv_a attn_out resid_mid ffn_norm router.logits router.ids moe.shared ffn_out resid"
+LAYER = "attn_norm mla.q_a mla.q mla.kv_a attn_out resid_mid ffn_norm router.logits router.ids moe.shared ffn_out resid"
 OURS = [
     "fwd/embed",
     "fwd/mask",
