@@ -169,7 +169,7 @@ def is_bfloat16(x: Array) -> bool:
 
 def is_float16(x: Array) -> bool:
     """Whether a float32 array holds values that float16 has, and enough of them for that to be no accident."""
-    return _low_bits_are_zero(x, 13) and bool(np.abs(x[np.isfinite(x)]).max(initial=0) <= 65504)
+    return _low_bits_are_zero(x, 13) and bool((np.abs(x[np.isfinite(x)]) <= 65504).all())
 
 
 def _low_bits_are_zero(x: Array, bits: int) -> bool:

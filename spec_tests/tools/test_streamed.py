@@ -71,7 +71,7 @@ def test_rows_of_fp8_weights_are_decoded_alone(tmp_path):
 
 
 def test_small_matrices_are_kept_and_large_ones_are_not():
-    """Catches a small model's matrices decoded again for every lane, and a released model's kept: of the case committed here none is
+    """Catches a small model's matrices decoded again for every lane, and a released model's kept: of the case here none is
     streamed, of V3 and V2-Lite every projection and table that is only multiplied by.
     """
     weights = StageWeights(case().checkpoint, {})
