@@ -68,13 +68,14 @@ def unit_of(name: str) -> str:
 
 
 def by_name(name: str, ours: list[str]) -> str:
-    """The tap that a name means, with whose name it is, or the nearest of our own names; "" if nothing is near.
+    """The tap that a name means, with whose name it is, or the nearest of our own names of that layer; "" if nothing is near.
 
     `model.layers.3.self_attn.q_b_proj` -> `fwd/L3/mla.q (as mlx-lm calls it)`.
     """
     known = set(ours)
     layer = _LAYER.search(name)
-    unit = f"fwd/L{layer[1]}/" if layer else "fwd/"
+    layer_of = f"/L{layer[1]}/" if layer else "/"
+    unit = f"fwd{layer_of}"
     whole = name.removesuffix(".weight") if layer is None else name[: layer.start(1)] + "i" + name[layer.end(1) :]
     spellings = {whole, re.sub(r"^(model|decoder|transformer)\.", "", whole)}
     spellings |= {re.sub(r"^(layers|blk|h)\.i\.", "", s) for s in spellings}
@@ -84,7 +85,7 @@ def by_name(name: str, ours: list[str]) -> str:
             said = (firsts | {re.sub(r"^(model|decoder)\.", "", f) for f in firsts}) & spellings
             if said and unit + tap in known:
                 return f"{unit}{tap} (as {framework.name} calls it)"
-    near = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, [tap for tap in ours if layer_of in tap], n=1, cutoff=0.6)
     return near[0] if near else ""
 
 

@@ -76,13 +76,15 @@ def _place(axes: list[str]) -> int:
     return int(axes[:1] == ["2"])
 
 
-def without_fill(call: Call, x: Array, shape: tuple[int, ...], ids: Array | None) -> tuple[Array, tuple[str, ...]]:
-    """Dispatched rows x (M, ...), sorted by expert, without those of no token, of which the ids (N, K) of all rows tell; what was
-    done. `shape`: the tap's without them.
+def without_fill(
+    call: Call, x: Array, shape: tuple[int, ...], ids: Array | None, k: int
+) -> tuple[Array, tuple[str, ...]]:
+    """Dispatched rows x (M, ...), sorted by expert, without those of no token, of which the ids (N, k) of all rows tell; what was
+    done. `shape`: the tap's without them. Ids of another number of experts tell of no row too many.
     """
     if not call.of.shape.startswith("M ") or not x.ndim or len(x) <= shape[0]:
         return x, ()
-    if ids is None or ids.size != len(x) or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
+    if ids is None or ids.shape[-1:] != (k,) or ids.size != len(x) or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
         return x, ()
     return x[np.argsort(ids, axis=None, kind="stable") < shape[0]], (ALL_SENT,)
 

@@ -22,26 +22,26 @@ def program_of(
     """The stage calls of a run of this config on these inputs, with the losses if their weights are given: the model is called,
     its stages are not.
     """
-    model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape, np.float32))
-    recorder = Recorder(lambda tap: False)
+    model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape))
+    recorder = Recorder()
     with observing(_Dry(c, Sizes(len(inputs.tokens), parts)), recorder):
         run_parts(model, inputs, parts, recorder, with_mtp=bool(n_mtp), losses=losses)
     return recorder.program
 
 
 class _Dry:
-    """An observer that runs no stage: it hands on an array of the right shape that takes no memory."""
+    """An observer that runs no stage: it hands on an array of the right shape, in no memory, that nobody reads."""
 
     def __init__(self, c: Config, sizes: Sizes) -> None:
         self.config, self.sizes = c, sizes
 
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Array:
         shape = shape_of(Call(stage.name, tap_name(stage), (), static), self.config, self.sizes)
-        return _placeholder(shape, np.int64 if integers(stage) else np.float32)
+        return _placeholder(shape)
 
 
-def _placeholder(shape: tuple[int, ...], dtype: Any) -> Array:
-    return np.broadcast_to(np.zeros((), dtype), shape)
+def _placeholder(shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(np.zeros((), np.float32), shape)
 
 
 def integers(stage: Stage) -> bool:

@@ -50,7 +50,8 @@ def read(
     part: Mapping[str, list[int]] | None = None,
 ) -> Reading | None:
     """x in the shape that our axes have, by the first arrangement that fits; None if none does. `dims` is the candidate's own
-    word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded.
+    word on its axes: letters as in ours, "N" for B S flattened; `part` which entries of an axis it says it recorded, of taps that
+    are not there whole.
     """
     for pick, few in _declared_parts(x, shape, axes, part or {}):
         told = read(x, few, axes, dims)
@@ -85,22 +86,19 @@ def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> R
         return None
     size = dict(zip(axes, shape, strict=True))
     full = tuple([size[a] for a in theirs])
-    if x.size != int(np.prod(shape)) or not _coarser(x.shape, full):
+    if not _coarser(x.shape, full):
         return None
     return Reading(x.reshape(full).transpose([theirs.index(a) for a in axes]))
 
 
 def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    if x.size == int(np.prod(shape)):
-        if _coarser(x.shape, shape):
-            yield Reading(x.reshape(shape), _merged(x.shape, shape, axes))
-        for order in permutations(range(len(shape))):
-            turned = tuple([shape[i] for i in order])
-            if order != tuple(range(len(shape))) and _coarser(x.shape, turned):
-                named = " ".join([axes[i] for i in order])
-                yield Reading(
-                    x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"'
-                )
+    if _coarser(x.shape, shape):
+        yield Reading(x.reshape(shape), _merged(x.shape, shape, axes))
+    for order in permutations(range(len(shape))):
+        turned = tuple([shape[i] for i in order])
+        if _coarser(x.shape, turned):
+            named = " ".join([axes[i] for i in order])
+            yield Reading(x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"')
     if len(shape) > 1 and "S" in axes[:2]:
         yield from _last(x, shape, axes)
     if len(shape) > 1 and axes[1] in ("S", "T"):
@@ -116,7 +114,7 @@ def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading
     """The last position only."""
     s = axes.index("S")
     last = tuple([1 if i == s else n for i, n in enumerate(shape)])
-    if shape[s] > 1 and x.size == int(np.prod(last)) and _coarser(_squeezed(x.shape), _squeezed(last)):
+    if _coarser(x.shape, last):
         yield Reading(x.reshape(last), "only the last position was recorded: compared there", {s: slice(-1, None)})
 
 
@@ -198,7 +196,7 @@ def is_bfloat16(x: Array) -> bool:
 
 def is_float16(x: Array) -> bool:
     """Whether a float32 array holds values that float16 has, and enough of them for that to be no accident."""
-    return _low_bits_are_zero(x, 13) and bool(np.abs(x[np.isfinite(x)]).max(initial=0) <= 65504)
+    return _low_bits_are_zero(x, 13) and bool((np.abs(x[np.isfinite(x)]) <= 65504).all())
 
 
 def _low_bits_are_zero(x: Array, bits: int) -> bool:

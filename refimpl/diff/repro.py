@@ -94,7 +94,7 @@ def _shrunk(x: Examined, at: Index | None) -> tuple[str, Part]:
     if leans and at is None:
         return "lean", x.part(())
     kind = compare if compare in ("set", "exact") else "value"
-    row = x.worst_row() if at is None else at[: len(x.step.exact.shape) - 1]
+    row = x.worst_row() if at is None else at[:-1]
     one = x.worst_in(row) if at is None else at
     if kind == "set":
         return kind, smallest(x.part(row))

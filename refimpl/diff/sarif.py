@@ -74,7 +74,7 @@ def _first(doc: str | None) -> str:
 
 def _taxa(d: Diagnosis) -> Iterator[dict[str, Any]]:
     for one in (d, *d.rivals):
-        yield {"id": one.id, "shortDescription": {"text": one.title}, "properties": {"threads": list(d.threads)}}
+        yield {"id": one.id, "shortDescription": {"text": one.title}, "properties": {"threads": list(one.threads)}}
 
 
 def _result(rule: str, kind: str, level: str, text: str) -> dict[str, Any]:

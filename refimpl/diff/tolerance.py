@@ -182,7 +182,7 @@ def _add_up(x: Array, e: Array, sums: Array, room: Array) -> None:
     """Add the three sums of every row, a few rows at a time so that what is computed stays in a cache.  sums (3, ...)."""
     if x.size > BLOCK and x.flags.c_contiguous and e.flags.c_contiguous:
         n, rows = e.shape[-1], math.prod(e.shape[:-1])
-        found, part = np.zeros((3, rows)), max(BLOCK // max(n, 1), 1)
+        found, part = np.zeros((3, rows)), max(BLOCK // n, 1)
         x, e = x.reshape(rows, n), e.reshape(rows, n)
         for at in range(0, rows, part):
             _three(x[at : at + part], e[at : at + part], found[:, at : at + part], room)

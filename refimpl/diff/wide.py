@@ -81,8 +81,8 @@ class Wide:
     fill: float
     make: Callable[[Place], Array]
     keep: int = 1
-    _blocks: dict[Place, Array] = field(default_factory=dict, repr=False)
-    _made: Counter[Place] = field(default_factory=Counter, repr=False)
+    _blocks: dict[Place, Array] = field(default_factory=dict)
+    _made: Counter[Place] = field(default_factory=Counter)
     _held: int = 0
 
     def block(self, place: Place) -> Array:
@@ -167,7 +167,7 @@ def paired(x: Array | Wide, e: Array | Wide) -> Iterator[tuple[Place | None, Arr
         yield place, a[..., middle:], b[..., middle:]
 
 
-def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None) -> Array | Wide:
+def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int]) -> Array | Wide:
     """A recorded array as it is to be compared with one: without the keys that nobody sees if that one may leave them out. Where
     they hold nothing but what fills them, `ends` is told how many others there are.
     """
@@ -181,7 +181,7 @@ def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int] | None = None
             rest = rest.astype(np.float32)  # exact, and quicker to look through
         top = rest.max(initial=like.fill)
         same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
-        if ends is not None and same:
+        if same:
             ends[place] = n
         return whole[..., :n] if same or top < MASKED else whole
 

@@ -211,6 +211,21 @@ def test_any_layout_is_read_alike(tmp_path, layout, dtype):
                 np.testing.assert_array_equal(rows.scales, scales[a // 128 : -(-b // 128)])
 
 
+def test_a_part_without_the_wanted_rows_is_not_opened(tmp_path):
+    """Catches a file opened, which may lie on another machine's disk, for no row: where rows end, or begin, as a part does."""
+    config = CONFIG.replace(vocab_size=32, num_attention_heads=4)
+    checkpoint = checkpoint_of(tmp_path, config, dtype="float32", layout="deepseek", mp=2)
+    name = "lm_head.weight"
+    reader, whole, n = Reader(checkpoint), checkpoint[name], checkpoint.shape(name)[0]
+    for missing, a, b in ((1, 0, n // 2), (0, n // 2, n)):
+        file = tmp_path / f"model{missing}-mp2.safetensors"
+        file.rename(tmp_path / "away")
+        np.testing.assert_array_equal(reader.rows(name, a, b).codes, whole[a:b])
+        with pytest.raises(SpecError, match="cannot be read"):
+            reader.rows(name, n // 2 - 1, n // 2 + 1)
+        (tmp_path / "away").rename(file)
+
+
 def test_fused_experts_are_read_alone(tmp_path):
     """Catches another expert's rows, and up taken for gate."""
     rng, name = np.random.default_rng(0), "model.layers.1.mlp.experts"

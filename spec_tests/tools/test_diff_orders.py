@@ -120,6 +120,19 @@ def test_a_wrong_norm_of_gradients_is_still_seen(n, parts):
     assert [f.ok for f in clipping(grads, np.sqrt(squares.sum()))] == [True, True]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_twin_of_a_norm_is_half_a_limit_away(seed):
+    """Catches another loss, of another loop, or another walk than the docstring says: its formula, with loops of scalars. Oracle in
+    float64; the difference of two numbers of which 1e-16 is known.
+    """
+    grads = [g * np.float32(10.0**-seed) for g in gradients(20_000, 4, seed)]
+    exact = np.sqrt(sum(float(x) ** 2 for g in grads for x in g))
+    loss = max((float(loop_over(order)) - exact for order in (grads, grads[::-1])), key=abs)
+    walk = 2.0**-24 * np.sqrt(20_000) / 4 * exact
+    away = float(ORDERS["optim.grad_norm"](*grads)) - exact
+    assert away == pytest.approx(np.copysign(2 * abs(loss) / 4 + walk, loss), rel=1e-6)
+
+
 def test_a_loop_that_loses_too_much_is_not_allowed():
     """Catches a limit that grows with the number of weights until none is wrong: 2 % are lost here, 0.4 % are allowed."""
     small = [np.full(2**18, 1e-4, np.float32)]

@@ -11,7 +11,8 @@ import pytest
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.judge import judge
-from refimpl.layers.stage import Patch
+from refimpl.diff.padding import filled
+from refimpl.layers.stage import STAGES, Call, Patch
 from refimpl.record import trace_case
 
 from .test_diff_partial import TINY
@@ -158,6 +159,20 @@ def test_a_token_that_no_expert_gets_is_a_bug(padded):
         return a
 
     assert "fwd/L1/router.ids" in {f.tap for f in judged(padded, lost, keep=engine).culprits}
+
+
+@pytest.mark.parametrize("stage", ["resid", "mla.q", "mla.scores", "mla.k_rope", "moe.rows", "router.bias_update"])
+def test_rows_of_padding_are_filled_and_no_others(stage):
+    """Catches another token's row, or head's, taken for padding, where sizes do not tell axes apart. Oracle: a loop."""
+    axes, rng = STAGES[stage].shape.split(), np.random.default_rng(0)
+    padding = np.array([[1, 0], [0, 0]], bool)
+    x, like = rng.random((2, *([2] * len(axes))))
+    whole, at = x.copy(), [axes.index(a) for a in ("B", "S" if "S" in axes else "T") if a in axes]
+    for i in np.ndindex(x.shape) if len(at) == 2 else ():
+        whole[i] = like[i] if padding[i[at[0]], i[at[1]]] else x[i]
+    call = Call(stage, f"fwd/L0/{stage}", (), {})
+    np.testing.assert_array_equal(filled(call, x, like, padding), whole)
+    assert filled(call, x, like, None) is x and filled(call, x[..., :1], like, padding).shape[-1] == 1
 
 
 def test_padding_that_is_seen_by_tokens_is_still_a_bug(padded):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import refimpl
 from refimpl.autograd import SpecError
 from refimpl.cli import main
-from refimpl.diff import Case, Trace, render
+from refimpl.diff import Case, Trace, render, replay
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
-from refimpl.diff.program import last_use, program_of, regions
+from refimpl.diff.program import last_use, names, program_of, regions
 from refimpl.diff.reading import read
 from refimpl.diff.report import folded, next_tap, wrapped
 from refimpl.layers.stage import STAGES, Patch
@@ -341,6 +341,8 @@ def test_a_declared_part_gets_a_verdict_for_what_was_declared():
     assert not judgement.culprits and len(judgement.findings) == len(good.taps), render(judgement)
     good.taps["fwd/L1/mla.q"][1, 2, 1, 5] += 0.1
     assert {f.tap for f in judge(case(), good).culprits} == {"fwd/L1/mla.q"}
+    whole = Trace(dataclasses.replace(trace.header, slices={"tokens": [0, 7, 23]}), trace.taps)
+    assert judge(case(), whole).verdict == "CONFORMS"  # and was blamed at 72 taps, cut to its first three tokens
 
 
 SOME = st.sets(st.integers(0, 3), min_size=1), st.sets(st.integers(0, 23), min_size=1)
@@ -491,3 +493,27 @@ def test_regions_end_at_what_was_recorded():
     assert (
         program[last["fwd/L1/ffn_norm"]].stage == "moe.rows" and program[last["fwd/L0/resid"]].tap == "fwd/L1/resid_mid"
     )
+
+
+def test_a_replay_forgets_what_no_later_stage_reads(monkeypatch):
+    """Catches lanes that hold every tap of the run until its end: what is kept is an argument of a later call."""
+    lanes = []
+
+    class Watched(replay.Lane):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            lanes.append(self)
+
+    monkeypatch.setattr(replay, "Lane", Watched)
+    judgement = judge(case(), only(recording("hf-float32"), lambda t: not t.endswith(("mla.q", "ffn_norm"))))
+    g = judgement.grounds
+    lanes.clear()
+    program = list(g.calls.values())
+    where = {call.tap: i for i, call in enumerate(program)}
+    seen = 0
+    for step in replay.replay(program, g.recorded):
+        later = {n for call in program[where[step.call.tap] :] for n in names(call.args)} | {step.call.tap}
+        held = {tap for lane in lanes for tap in lane.values}
+        assert held <= later, held - later
+        seen += len(held)
+    assert seen > len(program)

@@ -19,6 +19,9 @@ from refimpl.cli import main
 from refimpl.diff import Case, Header, Trace, digest, render
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.judge import explain, judge
+from refimpl.diff.precision import declared_precision
+from refimpl.diff.run import Run
+from refimpl.diff.training import Training, read_training
 from refimpl.layers import PRESETS
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model import ForCausalLM
@@ -26,7 +29,7 @@ from refimpl.model.phases import parts_of
 from refimpl.record import new_case, trace_case
 from refimpl.spec_tests import golden
 
-from .test_diff_partial import case, drawn, only
+from .test_diff_partial import case, drawn, only, recording
 
 TINY = pathlib.Path(refimpl.__file__).parent / "cases" / "tiny"
 CHUNKS, STEPS = ("fwd", "dec8", "dec16"), ("fwd", "dec21", "dec22", "dec23")
@@ -262,6 +265,35 @@ def test_settings_of_a_step_that_mean_nothing_are_refused(training, says):
     trace = trained("float32")
     with pytest.raises(SpecError, match=says):
         judge(case(), Trace(dataclasses.replace(trace.header, training=training), trace.taps))
+
+
+def test_what_a_step_leaves_out_is_zero():
+    """Catches a loss that counts although no weight of it was declared; labels or an optimiser out of nothing."""
+    nothing = read_training({})
+    assert nothing == Training(0.0, 0.0, 0.0, None, None) and set(nothing.losses.values()) == {0.0}
+    for i, name in enumerate(("mtp_weight", "aux_weight", "gamma")):
+        one = read_training({name: 0.5})
+        assert [one.mtp_weight, one.aux_weight, one.gamma] == [0.5 * (i == k) for k in range(3)]
+    assert read_training(STEP).losses == {"mtp_weight": 0.3, "aux_weight": 0.01}
+    assert nothing.targets([[1, 2, 3]], [[0, 1, 2]]).tolist() == [[-100, 2, 3]] and nothing.targets([[7]], None) == [
+        [7]
+    ]
+    assert read_training({"labels": [[4]]}).targets([[1]], [[1]]) == [[4]]
+
+
+@pytest.mark.parametrize("inner", ["", "mla.q_absorbed", "mla.ctx_latent"])
+@pytest.mark.parametrize("declared", [None, "absorbed", "expanded", "auto"])
+def test_the_form_of_attention_is_what_was_declared_or_else_what_the_taps_betray(declared, inner):
+    """Catches a part that is replayed in the form of another one, or in the one it was not declared in."""
+    taps = {"fwd/L0/resid": np.zeros(1), "dec8/L0/resid": np.zeros(1)} | (
+        {f"dec8/L0/{inner}": np.zeros(1)} if inner else {}
+    )
+    header = dataclasses.replace(recording("hf-float32").header, layouts={"mla": declared} if declared else {})
+    run = Run(case(), Trace(header, taps), declared_precision({}), {})
+    assert {p.name: p.attend for p in run.parts} == {
+        "fwd": declared or "expanded",
+        "dec8": declared or ("absorbed" if inner else "expanded"),
+    }
 
 
 def test_the_command_records_parts_and_steps(tmp_path, capsys):

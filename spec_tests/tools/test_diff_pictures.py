@@ -109,6 +109,21 @@ def test_chosen_experts_are_pictured_by_expert():
     assert [(w.at, w.candidate, w.expected) for w in p.worst] == [((0, 1, 2), 0, 1), ((0, 1, 5), 1, 0)]
 
 
+def test_a_map_has_as_few_columns_as_experts_were_chosen():
+    """Catches a column for an expert that nobody has heard of: of the first one only."""
+    for last in (0, 1, 4):
+        ids = np.array([[[last], [0]]])
+        p = picture(STAGES["router.ids"], ids, ids, None, {})
+        assert p.size == p.heat.shape == (2, last + 1) and p.equal == 2 * (last + 1)
+
+
+def test_a_map_is_whole_up_to_64_by_96():
+    """Catches cells that hold several elements where there is room for each (docs/diff.md says how much)."""
+    for size, cells in (((64, 96), (64, 96)), ((65, 97), (64, 96)), ((63, 95), (63, 95)), ((1000, 1), (64, 1))):
+        e = np.ones((1, *size))
+        assert picture(STAGES["resid"], e + 1, e, None, {}).heat.shape == cells
+
+
 def test_a_part_is_indexed_in_the_whole():
     """Catches entries numbered within the recorded part: the last position is not position 0."""
     e = np.arange(24.0).reshape(2, 4, 3) + 1

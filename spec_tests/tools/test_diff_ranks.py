@@ -395,6 +395,15 @@ def test_refused(plain, tmp_path):
         ("rank is True", [(0, one, {"parallel": {"rank": True}})]),
         ("axes is [0], expected name", [(0, one, {"parallel": {"rank": 0, "axes": [0]}})]),
         ("ranks is 0", [(0, one, {"parallel": {"rank": 0, "ranks": 0}})]),
+        *[(f"rank is {n!r}, expected", [(0, one, {"parallel": {"rank": n}})]) for n in (-1, 0.0, "0", None)],
+        *[
+            (f"ranks is {n!r}, expected", [(0, one, {"parallel": {"rank": 0, "ranks": n}})])
+            for n in (-1, 1.0, "1", True)
+        ],
+        *[
+            (f"axis tp is {pair!r}, expected", [(0, one, {"parallel": {"rank": 0, "axes": {"tp": pair}}})])
+            for pair in ([-1, 2], [0, 0], [0], [0, 1, 2], [False, 1], [0, 1.0], "01", None)
+        ],
         ("no *.safetensors", []),
     ]
     for i, (message, files) in enumerate(refused):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl.diff import Case, Trace, replay, to_json, wide
+from refimpl.autograd.tensor import Array
+from refimpl.diff import Case, Trace, replay, rows, to_json, wide
 from refimpl.diff.judge import judge
+from refimpl.diff.lanes import Lane, Recorded
 from refimpl.diff.tolerance import Noise, distance
 from refimpl.layers.stage import STAGES, Call
 
@@ -84,6 +87,27 @@ def test_keys_that_are_no_numbers_are_not_left_out(monkeypatch: pytest.MonkeyPat
     assert {f.tap: f.ok for f in judge(case, trace).findings} == whole and whole["fwd/L1/mla.ctx"]
 
 
+def test_a_block_of_our_own_run_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches scores and probabilities of our own run that everyone who reads them makes again: the time of all attention."""
+    made: Counter[tuple[str, wide.Place]] = Counter()
+    blocks = rows.blocks
+
+    def counted(lane: Lane, call: Call, r: Recorded) -> rows.Block:
+        block = blocks(lane, call, r)
+
+        def one(place: wide.Place) -> Array:
+            made[call.tap, place] += 0 if lane.given else 1
+            return block(place)
+
+        return one
+
+    monkeypatch.setattr(wide, "LEAST", 1)
+    monkeypatch.setattr(wide, "BLOCK", 150)
+    monkeypatch.setattr(rows, "blocks", counted)
+    judge(Case.read(CASE), Trace.read(CASE / "hf-float32.safetensors"))
+    assert set(made.values()) == {1} and len(made) > 100
+
+
 def test_a_block_is_moved_as_all_of_it_would_be() -> None:
     """Catches draws that begin at another number of the sequence: odd places, later heads, later sequences. Oracle: the whole array
     moved at once.
@@ -94,6 +118,47 @@ def test_a_block_is_moved_as_all_of_it_would_be() -> None:
     for place in [wide.Place(x.shape, b, s, e) for b in range(2) for s, e in ((0, 2), (1, 2), (3, 5))]:
         assert (noise.given(call, x[place.index][..., :6], 2, place) == whole[place.index][..., :6]).all()
     assert not (whole == x).any()
+
+
+def test_what_is_left_out_is_what_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys left out, or said to hold nothing, where something is: in a row, a head or a block of them. Oracle: a loop."""
+    monkeypatch.setattr(wide, "BLOCK", 32)
+    rng, shape = np.random.default_rng(3), (2, 2, 5, 8)
+    for fill, others in ((-np.inf, (-1e9, 0.5, np.nan)), (0.0, (1e-9, -1e-9, np.nan))):
+        like = wide.Wide(shape, np.float64, fill, lambda p, fill=fill: np.full((1, 2, p.stop - p.start, p.stop), fill))
+        for chance in (0.01, 0.05, 0.2):
+            x = np.full(shape, fill)
+            here = rng.random(shape) < chance
+            x[here] = rng.choice(others, size=int(here.sum()))
+            ends: dict[wide.Place, int] = {}
+            shown = wide.looked_at(x, like, ends)
+            assert isinstance(shown, wide.Wide)
+            for place in wide.places(shape):
+                block = shown.block(place)
+                rest = [
+                    x[place.sequence, h, s, k]
+                    for h in range(2)
+                    for s in range(place.start, place.stop)
+                    for k in range(place.stop, 8)
+                ]
+                empty = all(v == fill for v in rest)
+                assert ends.get(place) == (place.stop if empty else None)
+                n = place.stop if empty or all(v < wide.MASKED for v in rest) else shape[-1]
+                np.testing.assert_array_equal(block, x[place.index][..., :n])
+
+
+def test_blocks_are_rows_that_a_cache_holds() -> None:
+    """Catches rows left out or in two blocks, sequences that share one, and blocks of a row, which cost more than they compute."""
+    for shape in ((2, 3, 5, 7), (1, 16, 4096, 4096), (3, 128, 512, 2048), (1, 128, 8, 65536)):
+        found = list(wide.places(shape))
+        rows = [(p.sequence, s) for p in found for s in range(p.start, p.stop)]
+        assert rows == [(b, s) for b in range(shape[0]) for s in range(shape[2])] and {p.shape for p in found} == {
+            shape
+        }
+        row, most = 8 * shape[1] * shape[3], max(p.stop - p.start for p in found)
+        assert most in (1, shape[2]) or 2**20 <= most * row <= 2**22  # bytes in float64: what a core has for itself
+        assert most == 1 or most * row <= 2**22
+        assert most > 1 or 2 * row > 2**20
 
 
 def test_the_keys_that_are_seen() -> None:

@@ -13,10 +13,10 @@ from refimpl.diff.axes import axes_of, fitted
 from refimpl.diff.examined import examine, examined, index_of
 from refimpl.diff.explanation import explain_number
 from refimpl.diff.judge import judge
-from refimpl.diff.part import smallest
+from refimpl.diff.part import Part, smallest
 from refimpl.diff.terms import moved_by, slopes_of, terms_of
 from refimpl.layers import STAGES
-from refimpl.layers.stage import Patch
+from refimpl.layers.stage import Call, Patch, Stage
 from refimpl.record import trace_case
 
 from .test_diff_partial import TINY, case, only, recording
@@ -132,6 +132,37 @@ def test_terms_of_routed_experts_are_those_of_a_loop():
     terms = terms_of(part)
     assert {t.index[1]: t.product for t in terms.largest} == pytest.approx(dict(enumerate(row * weight[3])), rel=1e-13)
     assert terms.largest[0].partner[0] == f"w/model.layers.1.mlp.experts.{expert}.gate_proj.weight"
+
+
+ROOTS = {n: (lambda *x, n=n: np.prod(x, axis=0) ** (1 / n), n) for n in (2, 3, 4, 5, 9)}
+SUMS = {
+    n: (lambda *x, n=n: sum(x[:-1]) - (n - 3) * x[-1], n) for n in (8, 9)
+}  # all are 1: what the first two add, and 0
+GROUPS = [  # a function, of how many, which of them its number is of degree one in
+    (lambda a, b: a * b, 2, "a"),
+    (lambda a, b, c: a * b + c, 3, "ac"),
+    (lambda a, b, c: a + 0 * b + (c - 1) * a, 3, "a"),
+    (lambda a: np.exp(a), 1, ""),
+    (*ROOTS[2], "ab"),
+    (*ROOTS[3], "abc"),
+    (*ROOTS[4], "abcd"),
+    (*ROOTS[5], ""),
+    (*ROOTS[9], "abcdefghi"),
+    (*SUMS[8], "ab"),
+    (*SUMS[9], "abcdefghi"),
+    (lambda *x: x[0] * np.prod(x[1:], axis=0) ** 2, 9, "a"),
+    (lambda *x: x[0] * x[1] ** 0.5 + 0 * sum(x), 9, "a"),
+]
+
+
+@pytest.mark.parametrize("which", range(len(GROUPS)))
+def test_the_smallest_group_that_sums_to_the_number_is_found(which):
+    """Catches a larger group taken, none of four, one of five that is claimed, of many arguments two that sum by accident."""
+    fn, n, expected = GROUPS[which]
+    leaves = {name: np.ones(1) for name in "abcdefghi"[:n]}
+    call = Call("made", "made", tuple(leaves), {}, Stage("made", fn, "", "", "value", "I", "made"))
+    part = Part((call,), leaves, (0,), {}, {name: (np.arange(1),) for name in (*leaves, "made")})
+    assert terms_of(part).exact == tuple(expected)
 
 
 @pytest.mark.parametrize("attend", ["expanded", "absorbed"])

@@ -297,6 +297,20 @@ def test_the_script_measures_as_the_diff_does(tmp_path):
     )
 
 
+@pytest.mark.parametrize("tap", ["L1/mla.ctx", "L1/ffn_norm"])
+def test_the_row_of_a_number_is_shown_where_the_number_alone_is_within(tap):
+    """Catches another row than the one that was asked for, in taps of three axes and of four; a right one called wrong."""
+    tap, taps = f"fwd/{tap}", dict(recording("hf-float32").taps)
+    a = taps[tap] = np.array(taps[tap])
+    row = tuple(n - 1 for n in a.shape[:-1])
+    a[row] *= 1 + 4e-6 * np.sign(np.random.default_rng(1).normal(size=a.shape[-1])).astype(np.float32)
+    x = examine(case(), Trace(recording("hf-float32").header, taps), tap)
+    made = repro(x, (*row, 1))
+    assert not x.finding.ok and made.differs
+    assert made.arrays["candidate"].shape[-1] == a.shape[-1] and made.shown.startswith(f"{tap} {list(row)},")
+    assert not repro(x, (*[0] * len(row), 1)).differs
+
+
 def test_a_lean_is_shown_on_all_rows(tmp_path):
     """Catches a finding of the whole tap that no single row can show: an epsilon within every row's rounding in bfloat16."""
     off = Patch("mla.c_kv", lambda kv, w, *, eps: STAGES["mla.c_kv"].fn(kv, w, eps=eps) * 1.0035)

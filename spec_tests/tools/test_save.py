@@ -325,6 +325,18 @@ def test_every_layout_gives_the_tensors_back(tmp_path, weights, dtype, layout):
     assert "quantization_config" not in ckpt.config
 
 
+@pytest.mark.parametrize("mp", [1, 4])
+def test_a_model_without_experts_is_cut_among_any_ranks(tmp_path, weights, mp):
+    """Catches: experts counted where there are none, which then do not divide."""
+    dense = {n: w for n, w in weights.items() if not n.startswith(("model.layers.1.", "model.layers.2."))}
+    written = save(
+        tmp_path / "c", dense, SMALL.replace(num_hidden_layers=1, first_k_dense_replace=1), layout="deepseek", mp=mp
+    )
+    assert sum(p.suffix == ".safetensors" for p in written) == mp
+    ckpt = Checkpoint.open(tmp_path / "c")
+    assert set(ckpt) == set(dense) and all(np.array_equal(ckpt[n].astype(np.float32), w) for n, w in dense.items())
+
+
 def test_fp8_stores_what_the_release_stores(tmp_path, weights):
     """Catches: eh_proj, gate, norms or embedding quantised; the bias rounded; a projection missed."""
     save(tmp_path, weights, SMALL, dtype="fp8")

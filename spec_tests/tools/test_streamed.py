@@ -15,7 +15,7 @@ from refimpl.diff.streamed import StageWeights
 from refimpl.diff.trace import digest
 from refimpl.layers import PRESETS
 from refimpl.layers.precision import BF16, FLOAT32, FLOAT64
-from refimpl.model import Streamed, by_rows, effective
+from refimpl.model import Streamed, by_rows, effective, expected_tensors
 
 from .test_diff_partial import case, recording
 
@@ -68,6 +68,29 @@ def test_rows_of_fp8_weights_are_decoded_alone(tmp_path):
     whole = checkpoint[name]
     for a, b in ((0, 300), (0, 1), (127, 129), (128, 256), (131, 300), (299, 300)):
         np.testing.assert_array_equal(checkpoint.rows(name, a, b), whole[a:b])
+
+
+def test_small_matrices_are_kept_and_large_ones_are_not():
+    """Catches a small model's matrices decoded again for every lane, and a released model's kept: of the case here none is
+    streamed, of V3 and V2-Lite every projection and table that is only multiplied by.
+    """
+    weights = StageWeights(case().checkpoint, {})
+    for name in case().checkpoint:
+        assert weights(name, FLOAT64) is weights(name, FLOAT64), name
+
+    class Sizes:
+        def __init__(self, config):
+            self.shapes = expected_tensors(config, mtp=False)
+
+        def shape(self, name):
+            return self.shapes[name]
+
+    for name in ("deepseek-v3", "deepseek-v2-lite"):
+        config = PRESETS[name].replace(num_hidden_layers=4)
+        streamed = StageWeights(Sizes(config), {})
+        for end in ("3.mlp.experts.7.up_proj", "3.mlp.experts.63.down_proj", "0.mlp.gate_proj", "0.mlp.down_proj"):
+            assert isinstance(streamed(f"model.layers.{end}.weight", FLOAT64), Streamed)
+        assert isinstance(streamed("lm_head.weight", FLOAT64), Streamed)
 
 
 def test_only_one_stage_is_held(monkeypatch):

@@ -1,0 +1,36 @@
+"""What single numbers of a rotary table are held to."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refimpl.diff.tolerance import UNIT, elements_of, strays
+
+POSITIONS = np.array([[0, 1, 23, 4_095, 163_839]])
+FREQUENCIES = 10_000.0 ** -np.arange(0, 1, 1 / 32)
+
+
+def tables(positions, dtype=np.float64):
+    angle = positions[..., None].astype(dtype) * FREQUENCIES.astype(dtype)
+    return np.stack([np.cos(angle), np.sin(angle)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_table_of_rounded_angles_conforms_and_one_of_the_next_position_does_not(dtype):
+    """Catches an allowance that does not grow with the angle, of which float32 knows 24 bits, or that a mistake goes through."""
+    exact, kept = tables(POSITIONS), getattr(ml_dtypes, dtype, dtype)
+    given = tables(POSITIONS, np.float32).astype(kept).astype(np.float64)
+    limit = elements_of("mla.rope_tables", UNIT[dtype], lambda: iter([[POSITIONS]]))
+    assert limit == (4 * UNIT[dtype], 4 * 2.0**-24 * 163_840)
+    assert strays(given, exact, limit) == 0 and strays(tables(POSITIONS + 1), exact, limit) > exact.size / 4
+    near = tables(np.array([[1_000]]))  # of a shorter run: what was allowed at 163,839 no longer is
+    limit = elements_of("mla.rope_tables", UNIT[dtype], lambda: iter([[np.array([[1_000]])]]))
+    assert strays(near + 5e-3 * (np.abs(near) < 0.1), near, limit) == (np.abs(near) < 0.1).sum() > 0
+
+
+def test_other_stages_and_exact_tables_are_held_by_rows():
+    """Catches single numbers of a sum, which cancel, held to roundings of themselves; a limit that is asked of no limit."""
+    inputs = lambda: iter([[POSITIONS]])  # noqa: E731
+    assert elements_of("mla.q", UNIT["bfloat16"], inputs) is None
+    assert elements_of("mla.rope_tables", UNIT["float32"], inputs) is None
+    assert strays(np.ones(3), np.zeros(3), None) == 0
