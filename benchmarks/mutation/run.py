@@ -51,7 +51,7 @@ def mapped(root: Path, out: Path) -> None:
             # with branches (pyproject.toml) coverage keeps which line followed which
             joined = "arc join file on file.id = file_id join context on context.id = context_id"
             for path, context, line in db.execute(f"select distinct path, context, tono from {joined} where tono > 0"):
-                test = number.get(context.partition("|")[0])
+                test = number.get(context.rpartition("|")[0])
                 if test is not None:
                     lines.setdefault(Path(path).relative_to(root).as_posix(), {}).setdefault(line, []).append(test)
     out.write_text(json.dumps({"lines": lines, "tests": tests, "seconds": [seconds[t] for t in tests]}))

@@ -129,6 +129,13 @@ def test_the_limits_are_those_published(fmt, largest, smallest_normal, tiny):
     assert (fmt.max, 2.0**fmt.min_exponent, fmt.tiny) == (largest, smallest_normal, tiny)
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_the_table_of_values_cannot_be_written_to(fmt):
+    """Catches: a caller whose `values[...] = 0` changes what everybody decodes from then on."""
+    with pytest.raises(ValueError, match="read-only"):
+        fmt.values[0] = 1
+
+
 @each_float
 def test_every_code_encodes_back_to_itself(fmt):
     """Catches: a code that cannot be reached, or is reached from its neighbour's value."""
