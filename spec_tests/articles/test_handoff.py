@@ -80,6 +80,14 @@ def test_the_error_by_loops(answers, bins):
     assert curve(c, right, bins=bins).count.sum() == len(answers)
 
 
+def test_bins_unless_said_otherwise_are_those_of_the_source(rng):
+    """Guo et al., table 1: "M = 15 bins". Catches errors that cannot be held against published ones."""
+    c = rng.uniform(0, 1, (1, 400))
+    right = rng.uniform(size=c.shape) < c
+    assert stage("ece")(c, right) == stage("ece")(c, right, bins=15)
+    assert len(curve(c, right).count) == 15
+
+
 def test_a_calibrated_model_and_one_that_is_too_sure(rng):
     """Catches an error that does not tell them apart. 40,000 answers in 10 bins: each bin's mean is within 0.008 (one standard
     deviation), so five of them allow 0.04; the model that says 0.95 and is right in 7 of 10 is off by 0.25.
