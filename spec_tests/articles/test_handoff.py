@@ -110,6 +110,14 @@ def test_a_sharper_softmax_is_less_calibrated(rng):
     assert honest < 0.03 < 0.1 < sharp
 
 
+@pytest.mark.parametrize("bins", [1, 4, 7])
+def test_a_confidence_of_one_and_its_rounding_are_in_the_last_bin(bins):
+    """A float32 softmax sums to 1 within rounding. Catches an answer that falls out of all bins."""
+    assert curve(np.array([1.0, 1 + 2.0**-23, 1 + 2.0**-20]), np.ones(3), bins=bins).count.tolist() == [0] * (
+        bins - 1
+    ) + [3]
+
+
 def test_what_is_no_probability():
     """Catches percentages, and answers without a verdict."""
     with pytest.raises(SpecError, match="between 0 and 1"):

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from refimpl.checkpoint import count_parameters
-from refimpl.layers import PRESETS
+from refimpl.layers import PRESETS, Config
 from refimpl.layers.presets import DEEPSEEK_V2
 from refimpl.parallel_emulation.cost import Job, Plan, plan_text, published, scale
 from refimpl.parallel_emulation.cost.cluster import Cluster
@@ -76,6 +76,14 @@ CONFIG_236B = {  # inference/configs/config_236B.json of DeepSeek-V3, and V2's c
 def test_v2s_sizes_are_the_released_ones():
     """Catches a digit of the preset; V3's and V2-Lite's are held against DeepSeek's own reader in test_save.py."""
     assert {key: getattr(DEEPSEEK_V2, key) for key in CONFIG_236B} == CONFIG_236B
+
+
+def test_what_a_v2_config_leaves_out_is_not_v3s():
+    """DeepseekV2Config of transformers 5.23.0. Catches V3's sigmoid, bias, renormalisation, 2.5 and MTP in a model of before."""
+    c = Config.from_dict({"model_type": "deepseek_v2"})
+    assert (c.scoring_func, c.topk_method, c.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (c.routed_scaling_factor, c.num_nextn_predict_layers) == (1.0, 0)
+    assert Config.from_dict({"model_type": "deepseek_v2", "routed_scaling_factor": 16.0}).routed_scaling_factor == 16
 
 
 @pytest.mark.parametrize(
