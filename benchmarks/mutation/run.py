@@ -99,6 +99,9 @@ def _asked(tests: list[str], root: Path, limit: float) -> tuple[str, str]:
             return "killed", "took too long"
     if ran.returncode == 0:
         return "survived", ""
+    if "ERROR: not found" in ran.stdout + ran.stderr and any("[" in test for test in tests):
+        # an id may hold the number that was changed
+        return _asked(sorted({test.partition("[")[0] for test in tests}), root, limit)
     failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return "killed", failed[0].split(" - ")[0] if failed else ran.stdout[-200:]
 
