@@ -71,7 +71,7 @@ def mixed_linear(x: Any, w: Any, *, threshold: float = 6.0) -> Any:
     rest_x, rest_w = x[..., ~outlier], w[:, ~outlier]
     sx, sw = amax_scale.fn(rest_x), amax_scale.fn(rest_w)
     qx, qw = np.rint(rest_x / sx).astype(np.int32), np.rint(rest_w / sw).astype(np.int32)
-    y = (qx @ qw.T) * (sx * sw[:, 0])  # int32 sums, as the integer tensor cores make them
+    y = (qx @ qw.T) * (sx * sw.T)  # int32 sums, as the integer tensor cores make them
     return (y + x[..., outlier] @ w[:, outlier].T).astype(x.dtype)
 
 

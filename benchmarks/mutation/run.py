@@ -54,7 +54,7 @@ def mapped(root: Path, out: Path) -> None:
             # with branches (pyproject.toml) coverage keeps which line followed which
             joined = "arc join file on file.id = file_id join context on context.id = context_id"
             for path, context, line in db.execute(f"select distinct path, context, tono from {joined} where tono > 0"):
-                test = number.get(context.partition("|")[0])
+                test = number.get(context.rpartition("|")[0])
                 if test is not None:
                     lines.setdefault(Path(path).relative_to(root).as_posix(), {}).setdefault(line, []).append(test)
     out.write_text(json.dumps({"lines": lines, "tests": tests, "seconds": [seconds[t] for t in tests]}))
@@ -86,7 +86,7 @@ def judged(mutant: Mutant, root: Path, known: dict, most: float) -> dict[str, ob
 
 
 def _asked(tests: list[str], root: Path, limit: float) -> tuple[str, str]:
-    """Run tests until one fails -> outcome and by what. Those whose ids hold what was changed are not there: they are left out."""
+    """Run tests until one fails -> outcome and by what. Of those whose ids hold what was changed, the function."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listed:
         listed.write("\n".join(tests))
         listed.flush()
@@ -98,7 +98,8 @@ def _asked(tests: list[str], root: Path, limit: float) -> tuple[str, str]:
     said = ran.stdout.splitlines() + ran.stderr.splitlines()
     gone = [t for t in tests if any(line.startswith("ERROR: not found:") and line.endswith(t) for line in said)]
     if gone:
-        return _asked([t for t in tests if t not in gone], root, limit)
+        functions = sorted({t.partition("[")[0] for t in gone if "[" in t})
+        return _asked([*(t for t in tests if t not in gone), *functions], root, limit)
     if ran.returncode in (0, 5):  # 5: none of the tests is there
         return "survived", ""
     failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]

@@ -6,12 +6,14 @@ of events is a function of the program (and of the seed), and "nobody is ready" 
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -225,7 +227,7 @@ class Hub:
 
     def table(self, skip: int | None = None) -> str:
         """What every rank is doing, one line for ranks that do the same."""
-        frames = sys._current_frames()
+        frames = _frames()
         return table({r: self._doing(r, frames.get(self.threads[r])) for r in range(self.n) if r != skip})
 
     def _doing(self, r: int, frame: Any) -> str:
@@ -241,6 +243,17 @@ class Hub:
 
     def _undelivered(self) -> str:
         return "\n".join([f"  from rank {m.ticket.owner} to rank {m.to}, label {m.label!r}" for m in self.on_the_way])
+
+
+def _frames() -> dict[int, FrameType]:
+    """Thread -> what it runs. No garbage collection meanwhile: CPython 3.11 can then wait for itself for ever (gh-106883)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _start(body: Callable[[], None], name: str, stack_size: int) -> threading.Thread:

@@ -136,10 +136,10 @@ class Plan:
         experts = sum(map(c.is_moe, layers)) * (c.n_routed_experts // self.job.ep) * expert_parameters(c)
         return dense, experts
 
-    def _mirrors(self, rank: int) -> list[int]:
+    def _mirrors(self, rank: int) -> tuple[int, ...]:
         """Pipeline ranks that hold the same stages, this one included: DualPipe's mirror pair."""
         stages = self.schedule.layout.stages
-        return [r for r in range(len(stages)) if set(stages[r]) == set(stages[rank])]
+        return tuple(r for r in range(len(stages)) if set(stages[r]) == set(stages[rank]))
 
     def memory(self, rank: int) -> Memory:
         """Bytes on each GPU of a pipeline rank: its most live chunks at the mean size of its stages' chunks."""
@@ -198,11 +198,8 @@ class Plan:
         Several rings share the work, so that crossings between nodes are spread evenly over a group.
         """
         nvlink, ib = np.zeros(self.job.cluster.gpus), np.zeros(self.job.cluster.gpus)
-        for rank in range(self.job.pp):
-            mirrors = self._mirrors(rank)
-            if rank != mirrors[0]:
-                continue
-            dense, experts = self.parameters(rank)
+        for mirrors in dict.fromkeys(map(self._mirrors, range(self.job.pp))):
+            dense, experts = self.parameters(mirrors[0])
             gpus = np.stack([self._gpus(r) for r in mirrors])  # (mirrors, dp, ep)
             rings = [(dense, gpus.ravel()), *((experts, gpus[:, :, e].ravel()) for e in range(self.job.ep))]
             for parameters, ring in rings:

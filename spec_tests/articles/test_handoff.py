@@ -80,6 +80,14 @@ def test_the_error_by_loops(answers, bins):
     assert curve(c, right, bins=bins).count.sum() == len(answers)
 
 
+def test_bins_unless_said_otherwise_are_those_of_the_source(rng):
+    """Guo et al., table 1: "M = 15 bins". Catches errors that cannot be held against published ones."""
+    c = rng.uniform(0, 1, (1, 400))
+    right = rng.uniform(size=c.shape) < c
+    assert stage("ece")(c, right) == stage("ece")(c, right, bins=15)
+    assert len(curve(c, right).count) == 15
+
+
 def test_a_calibrated_model_and_one_that_is_too_sure(rng):
     """Catches an error that does not tell them apart. 40,000 answers in 10 bins: each bin's mean is within 0.008 (one standard
     deviation), so five of them allow 0.04; the model that says 0.95 and is right in 7 of 10 is off by 0.25.
@@ -100,6 +108,14 @@ def test_a_sharper_softmax_is_less_calibrated(rng):
     right = z.argmax(-1) == said
     honest, sharp = (stage("ece")(stage("confidence")(z * k), right) for k in (1, 3))
     assert honest < 0.03 < 0.1 < sharp
+
+
+@pytest.mark.parametrize("bins", [1, 4, 7])
+def test_a_confidence_of_one_and_its_rounding_are_in_the_last_bin(bins):
+    """A float32 softmax sums to 1 within rounding. Catches an answer that falls out of all bins."""
+    assert curve(np.array([1.0, 1 + 2.0**-23, 1 + 2.0**-20]), np.ones(3), bins=bins).count.tolist() == [0] * (
+        bins - 1
+    ) + [3]
 
 
 def test_what_is_no_probability():

@@ -4,6 +4,8 @@ Cases come from autograd_cases.py, values from naive_ops.py. Blocks of queries i
 shrunk to three, so that small cases cross them.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +77,13 @@ def cotangent(y, seed=1):
 def test_every_primitive_is_in_the_tables():
     """Catches a primitive that was added without a case, and so without any test below."""
     assert set(OPS) == set(CASES) == set(NAIVE)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_arrays_come_by_place_and_settings_by_name(name):
+    """Catches `sum(x, 0)` let through: the tape takes whatever comes by place for an input."""
+    for p in inspect.signature(OPS[name].raw).parameters.values():
+        assert (p.kind is p.KEYWORD_ONLY) != p.annotation.startswith("Array")
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

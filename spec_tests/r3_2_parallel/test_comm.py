@@ -5,6 +5,7 @@ one error that says where every rank is.
 import contextlib
 import inspect
 import re
+import signal
 import threading
 import time
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from refimpl.parallel_emulation.comm import Log, hub, spmd, wire
 from refimpl.parallel_emulation.comm.communicator import Recv, Send, spans, split_into
 from refimpl.spec_tests.cases import rank_programs
 from refimpl.spec_tests.cases.rank_programs import DTYPES, PADDED, ROW, sample
+from refimpl.spec_tests.tools.tree import python
 
 MODES = ["buffered", "synchronous"]
 
@@ -428,6 +430,34 @@ def test_an_interrupt_ends_the_run(monkeypatch):
         spmd(3, forever)
     time.sleep(0.2)  # the threads' last instructions
     assert threading.active_count() == before
+
+
+COMPUTES_FOR_EVER = """
+import signal, sys, threading, time
+from refimpl.parallel_emulation.comm import spmd
+
+def waits(frame):
+    while frame and frame.f_code.co_name != "_wait_for_end":
+        frame = frame.f_back
+    return frame
+
+def program(comm):
+    main = threading.main_thread().ident
+    while waits(sys._current_frames()[main]):
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+    threading.Event().wait()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+spmd(2, program)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals to threads")
+def test_a_second_interrupt_leaves_a_rank_that_never_calls_again(tmp_path):
+    """Catches a process that Ctrl-C cannot end, because it waits for a rank's endless computation."""
+    done = python(COMPUTES_FOR_EVER, cwd=tmp_path)
+    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
 
 
 def test_a_machine_without_threads_left_says_so(monkeypatch):

@@ -485,6 +485,36 @@ def test_the_svg_has_a_box_for_every_op_at_its_time():
     assert max(float(e.get("x")) + float(e.get("width")) for e in boxes) <= float(root.get("width"))
 
 
+@pytest.mark.parametrize("name", ["dualpipe", "zb1p"])
+def test_time_goes_right_and_ranks_go_down(name):
+    """Each box where its span says, by one scale for all; numbers inside. Catches rows on one another, and a drifting scale."""
+    timeline = simulate(build(name, 4, 8), Times(F=1, B=2, W=0.5, FB=3))
+    root = ET.fromstring(draw.svg(timeline))
+    groups = iter(root.iter("{http://www.w3.org/2000/svg}g"))
+    rows = {}
+    scale = 26 / 0.5  # the shortest op is 26 pixels wide
+    for rank, row in enumerate(timeline.spans):
+        for span in row:
+            group = next(groups)
+            boxes = group.findall("{http://www.w3.org/2000/svg}rect")
+            written = group.findall("{http://www.w3.org/2000/svg}text")
+            part = (span.end - span.start) / len(span.step)
+            for i, (op, box, text) in enumerate(zip(span.step, boxes, written, strict=False)):
+                x, y, width = (float(box.get(k)) for k in ("x", "y", "width"))
+                assert (x, width) == pytest.approx((64 + scale * (span.start + i * part), scale * part), abs=0.02)
+                assert float(text.get("x")) == pytest.approx(x + width / 2, abs=0.02) and text.text == str(op.chunk)
+                assert y < float(text.get("y")) < y + 22
+                rows.setdefault(rank, set()).add(y)
+    tops = [y for rank in range(4) for y in rows[rank]]
+    assert tops == sorted(tops) and len(tops) == 4 and np.diff(tops).min() > 22
+    labels = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("rank ")]
+    assert all(y < float(e.get("y")) < y + 22 for y, e in zip(tops, labels, strict=True))
+    legend = [e for e in root.findall("{http://www.w3.org/2000/svg}rect") if e.get("height") == "14"]
+    places = [float(e.get("x")) for e in legend]
+    assert len(places) == 8 and np.diff(places).min() >= 14
+    assert all(tops[-1] + 22 < float(e.get("y")) < float(root.get("height")) - 14 for e in legend)
+
+
 def test_the_chrome_trace_holds_every_step_in_microseconds(tmp_path, capsys):
     """Catches seconds written as microseconds, and overlapping slices on one thread."""
     out = tmp_path / "trace.json"

@@ -1,5 +1,7 @@
 """The a-priori bound of a scaled GEMM: measured errors stay under it, and constructed ones come close to it."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from refimpl.autograd.errors import SpecError
 from refimpl.layers.numerics import MODES, Quantized, quantize, scaled_gemm, scaled_gemm_bound
 from refimpl.layers.numerics.formats import E4M3, E5M2
-from refimpl.layers.numerics.tensor_cores.bound import accumulation_bound
+from refimpl.layers.numerics.tensor_cores.bound import Bound, accumulation_bound
 from refimpl.spec_tests.cases.tensor_core import cast
 
 KINDS = ["gauss", "positive", "silu", "wide", "constant"]
@@ -138,6 +140,41 @@ def test_promotion_keeps_the_bound_from_growing_with_k():
     assert max(with_promotion) < 1.001 * min(with_promotion) < 0.0162
     assert accumulation_bound(4096, tile=4096, interval=4096).relative == pytest.approx(128 * 33 * 2.0**-13, rel=1e-3)
     assert accumulation_bound(4096, mode="triton_sm90_mma").relative < 1e-4
+
+
+def gamma(n, bits):
+    """n u / (1 - n u): what n roundings of unit u = 2^-bits make together at most (Higham, lemma 3.1)."""
+    return Fraction(n, 2**bits - n)
+
+
+HAND = {  # mode -> (one interval of 128, its absolute part over 2^-F, roundings per promotion, bits of those)
+    "deepgemm_sm90": (Fraction(128 + 4, 2**13), Fraction(2, 2**6 * 448), 1, 24),  # F 13, 4 steps of 32, 13 bits kept
+    "triton_sm90_wgmma": (Fraction(128 + 4, 2**13), Fraction(2, 2**6 * 448), 1, 24),
+    "triton_sm90_wgmma_unfused": (Fraction(128 + 4, 2**13), Fraction(2, 2**6 * 448), 2, 24),
+    "triton_sm90_mma": (Fraction(128, 2**25) + Fraction(8, 2**23), Fraction(2, 2**6 * 448), 1, 24),  # 8 steps of 16
+    "fp32": (gamma(128, 24), 0, 2, 24),
+    "exact": (0, 0, 2, 53),
+}
+
+
+@pytest.mark.parametrize("mode", HAND)
+def test_the_coefficients_by_hand(mode):
+    """K = 300 is three intervals, in fractions. Catches a step too few, a unit of another format, a sum for a product."""
+    inner, lost, once, bits = HAND[mode]
+    outer = gamma(3 + once, bits)
+    found = accumulation_bound(300, mode=mode)
+    assert found.relative == pytest.approx(float(inner * (1 + outer) + outer), rel=1e-14, abs=0)
+    fraction_bits = 25 if mode == "triton_sm90_mma" else 13
+    assert found.absolute == pytest.approx(float(Fraction(lost, 2**fraction_bits) * (1 + outer)), rel=1e-14, abs=0)
+
+
+@given(st.fractions(0, 1), st.fractions(0, 1), st.fractions(0, Fraction(1, 4)), st.fractions(0, Fraction(1, 4)))
+def test_the_bound_of_quantised_values_holds_for_the_values_before(relative, absolute, u, eta):
+    """|x| = A = |w| = B = 1, each off by u |x| + eta A in the worst direction: the bound is met exactly. Catches u once."""
+    found = Bound(float(relative), float(absolute)).after(float(u), float(eta))
+    worst = (1 + u + eta) ** 2 * (1 + relative) - 1 + absolute * (1 + eta) ** 2
+    assert found.relative + found.absolute == pytest.approx(float(worst), rel=1e-12, abs=1e-15)
+    assert found.relative == pytest.approx(float((1 + u) ** 2 * (1 + relative) - 1), rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from refimpl.layers.numerics.formats import (
     FP16,
     INT8,
     UE8M0,
+    Format,
     decode,
     encode,
     round_to,
@@ -127,6 +128,21 @@ def test_every_code_decodes_as_in_ml_dtypes(fmt):
 def test_the_limits_are_those_published(fmt, largest, smallest_normal, tiny):
     """Catches: E4M3 with infinities (240), E4M3FNUZ (bias 8), E5M6 with FP16's largest value."""
     assert (fmt.max, 2.0**fmt.min_exponent, fmt.tiny) == (largest, smallest_normal, tiny)
+
+
+@pytest.mark.parametrize(("exponent", "mantissa"), [(2, 1), (4, 3), (4, 4), (5, 6), (5, 10), (8, 7)])
+def test_codes_travel_in_the_smallest_type_that_holds_them(exponent, mantissa):
+    """Catches: the ninth bit of a format that is one wider than a byte cut off."""
+    fmt = Format("any", exponent, mantissa, 1, "ieee")
+    fits = [t for t in (np.uint8, np.uint16) if np.iinfo(t).max + 1 >= 2 ** (1 + exponent + mantissa)]
+    assert fmt.container == fits[0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_the_table_of_values_cannot_be_written_to(fmt):
+    """Catches: a caller whose `values[...] = 0` changes what everybody decodes from then on."""
+    with pytest.raises(ValueError, match="read-only"):
+        fmt.values[0] = 1
 
 
 @each_float

@@ -124,6 +124,22 @@ def test_nvfp4_with_a_given_scale_saturates():
     assert not zero.dequantize().any() and not zero.scales.any()
 
 
+@pytest.mark.parametrize("largest", [2.0**-149, 2.0**-130, 2.0**-116, 2687 * 2.0**-118, 2688 * 2.0**-118])
+def test_a_tiny_tensor_keeps_a_scale_with_a_reciprocal(largest):
+    """Catches 1 / (s g) beyond float32, infinite codes and NaN for zeros: with s = 2^-9, g must be 2^-118 at least."""
+    q = quantize_nvfp4(f32([[largest] + [0] * 15]))
+    assert q.tensor_scale == f32(2.0**-118)
+    step = 2.0**-118 * 2.0**-9  # of the smallest scale, with codes up to 6; its own rounding is within 1 / 16
+    assert abs(float(q.dequantize()[0, 0]) - largest) <= max(3 * step, largest / 8)
+
+
+def test_tensors_are_the_same_if_they_are_the_same_object():
+    """Catches == that compares arrays and then asks whether the array of answers is true."""
+    for make in (quantize_nvfp4, quantize_mx):
+        q, again = make(X), make(X)
+        assert q == q and q != again and len({q, again}) == 2
+
+
 def test_ties_of_deepgemm_go_down():
     """Catches: calling DeepGEMM's FP4 helper nearest-even: at every other midpoint it takes the smaller neighbour."""
     middle = f32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -199,6 +215,10 @@ X = np.ones((2, 40), f32)
             r"up: block \(0, 0\) = row 0, columns 0:16 holds NaN",
         ),
         (lambda: quantize_nvfp4(X, tensor_scale=0.0, name="up"), "up tensor_scale=0.0; expected finite and positive"),
+        (
+            lambda: quantize_nvfp4(X, tensor_scale=2.0**-119, name="up"),
+            r"expected finite and positive, at least 2\^-118",
+        ),
         (lambda: quantize_nvfp4(np.ones((2, 4), np.uint8), name="up"), "up has dtype uint8"),
         (lambda: nvfp4(scales=np.zeros((2, 2), np.uint8)), r"up scales have shape \(2, 2\); expected \(2, 3\)"),
         (lambda: nvfp4(scales=np.full((2, 3), 127, np.uint8)), r"up scale code\[0, 0\] is 127.0: NaN or negative"),

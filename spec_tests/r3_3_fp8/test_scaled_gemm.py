@@ -79,6 +79,25 @@ def test_fma_where_float64_rounds_twice():
     assert as_bits(np.float32(x.astype(np.float64) * x + z))[0] == 0x3F801000
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    k=st.integers(-60, 60),
+    i=st.integers(0, 2**11 - 1),
+    signs=st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3),
+    tie=st.booleans(),
+    beside=st.sampled_from([2.0**-60, *(2.0**-q * (1 + d * 2.0**-20) for q in (51, 52, 53) for d in (-1, 1))]),
+)
+def test_fma_rounds_once_wherever_the_tie_is(k, i, signs, tie, beside):
+    """A product half way between two float32, or on one, and an addend that float64 loses, wholly or but for two of its last
+    places; any size, any signs. Catches a correction the wrong way below 1 or for negative sums, and one by two places.
+    """
+    product_sign, y_sign, z_sign = signs
+    x = np.array([product_sign * y_sign * (1 + (2 * i + 1) * 2.0**-12) * 2.0 ** (k // 2)], np.float32)
+    y = np.array([y_sign * (1 + 2.0**-12 if tie else 1) * 2.0 ** (k - k // 2)], np.float32)
+    z = np.array([z_sign * beside * 2.0**k], np.float32)
+    assert float(fma32(x, y, z)[0]) == float(fused(x[0], y[0], z[0]))
+
+
 def test_fma_keeps_infinities_and_nan():
     """Catches bits moved in an infinity, which makes it NaN."""
     x = np.array([np.inf, -np.inf, 2.0**127, np.nan], np.float32)

@@ -329,6 +329,20 @@ def test_leading_axes_broadcast_and_dtypes_may_be_the_formats_own(matmul):
 
 
 @pytest.mark.parametrize("matmul", [tensor_core_matmul, exported], ids=["integer", "fast"])
+@pytest.mark.parametrize("alone", ["a", "b", "c"])
+def test_one_operand_alone_may_be_a_batch(matmul, alone):
+    """Catches leading axes that are taken from the other operands only."""
+    rng = np.random.default_rng(6)
+    a, b, _ = operands(rng, "e4m3", "gauss", 3 * 2, 3 * 4, 40)
+    given = {"a": a.reshape(3, 2, 40), "b": b.reshape(3, 4, 40), "c": rng.normal(size=(3, 2, 4)).astype(np.float32)}
+    one = {name: x[0] for name, x in given.items()}
+    d = matmul(**one | {alone: given[alone]}, **HOPPER)
+    assert d.shape == (3, 2, 4)
+    for i in range(3):
+        np.testing.assert_array_equal(d[i], matmul(**one | {alone: given[alone][i]}, **HOPPER))
+
+
+@pytest.mark.parametrize("matmul", [tensor_core_matmul, exported], ids=["integer", "fast"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 
 from refimpl.autograd.errors import SpecError
 from refimpl.cli.dispatch import main
+from refimpl.parallel_emulation import eplb_draw
 from refimpl.parallel_emulation.eplb import rebalance_experts
 from refimpl.parallel_emulation.eplb_draw import matrix, matrix_in_order, text
 from refimpl.parallel_emulation.eplb_files import read_loads, read_maps
@@ -96,6 +97,47 @@ def test_the_drawing_has_every_replica_with_its_load(loads, tmp_path, capsys):
     out = capsys.readouterr().out
     heaviest = int(np.argmax(LOADS[1]))
     assert f"expert {heaviest:<7}" in out and "layer 1\nthe 12 heaviest of 12 experts; 4 GPUs across" in out
+
+
+def rectangles(root):
+    """(x, y, width, height, rest) of every rectangle of an SVG, in order."""
+    for e in root.iter("{http://www.w3.org/2000/svg}rect"):
+        yield *(float(e.get(k, 0)) for k in ("x", "y", "width", "height")), e
+
+
+@pytest.mark.parametrize("gpus", [4, 12])
+def test_every_cell_of_the_drawing_is_in_its_row_and_column(gpus):
+    """Catches cells, bars or panels on top of one another or outside, and shades that are not loads."""
+    p = rebalance_experts(LOADS, 24, 4, 2, gpus)
+    panels = {"before": matrix_in_order(LOADS[0], gpus), "after": matrix(LOADS[0], p.phy2log[0], gpus)}
+    paper, *rest = rectangles(ET.fromstring(eplb_draw.svg(panels, "t")))
+    assert paper[:2] == (0, 0)
+    for x, y, w, h, _ in rest:
+        assert 0 <= x <= x + w <= paper[2] and 0 <= y <= y + h <= paper[3]
+    frames = [r for r in rest if r[4].get("stroke") == "#ccc"]
+    cells = iter([r for r in rest if r[4].get("fill") == "#274f8f"])
+    bars = iter([r for r in rest if r[4].get("fill") == "#f4b860"])
+    assert frames[0][0] + frames[0][2] < frames[1][0]
+    most = max(np.nanmax(m) for m in panels.values())
+    busiest = max(np.nansum(m, axis=0).max() for m in panels.values())
+    for (left, top, width, height, _), m in zip(frames, panels.values(), strict=True):
+        size = width / gpus, height / len(m)
+        for g, load in enumerate(np.nansum(m, axis=0)):
+            x, y, w, h, _ = next(bars)
+            assert left + g * size[0] == x and w <= size[0] and y + h < top
+            assert h == pytest.approx(54 * load / busiest, abs=0.06)  # one decimal is written
+        for e, g in np.argwhere(~np.isnan(m)):
+            x, y, w, h, cell = next(cells)
+            assert (x, y, w, h) == (left + g * size[0], top + e * size[1], *size)
+            assert float(cell.get("fill-opacity")) == pytest.approx(0.12 + 0.88 * m[e, g] / most, abs=6e-4)
+
+
+def test_experts_without_load_are_drawn_pale():
+    """Catches 0 / 0."""
+    shades = {
+        e.get("fill-opacity") for *_, e in rectangles(ET.fromstring(eplb_draw.svg({"none": np.zeros((2, 2))}, "t")))
+    }
+    assert shades == {None, "0.120"}
 
 
 def test_loads_of_gpus_add_up_and_many_gpus_share_columns():

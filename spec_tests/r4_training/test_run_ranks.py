@@ -248,6 +248,7 @@ def test_what_ranks_cannot_do_is_refused(tmp_path):
 def talk(comm):
     """Every kind of call, also in a group, and to oneself."""
     comm, tally = counted(comm)
+    assert tally.taken() == {"sent": [0, 0, 0], "messages": 0, "seconds": 0.0}, "nothing has been said yet"
     x = np.arange(6, dtype=np.float32)
     comm.allgather(x, "a")
     comm.broadcast(x if comm.rank == 1 else None, 1, "b")

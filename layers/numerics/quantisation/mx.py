@@ -21,6 +21,8 @@ from .scales import refuse
 from .tiles import as_rows, check_tiled, grid, per_tile, refuse_tiles, tile_amax
 
 MX_TILE, NV_TILE = (1, 32), (1, 16)
+_LEAST = np.float32(2.0**-118)
+"""The least tensor scale: times the smallest E4M3 scale, 2^-9, it still has a reciprocal in float32."""
 
 
 def quantize_mx(x: Array, fmt: Format = E4M3, *, scale: Literal["down", "up"] = "up", name: str = "x") -> Quantized:
@@ -76,15 +78,16 @@ def quantize_nvfp4(x: Array, *, tensor_scale: float | None = None, name: str = "
     """s = e4m3(amax_16 / 6 / g), codes = e2m1(x * (1 / (s g))), g = amax / (448 * 6).  x (..., K)
 
     NVIDIA's recipe (arXiv 2509.25149): divisions by g are multiplications with 2688 / amax in float32. A given
-    tensor_scale replaces g; scales and codes then saturate. Raises SpecError naming `name` and the block that holds
-    NaN or Inf.
+    tensor_scale replaces g; scales and codes then saturate. g is at least 2^-118. Raises SpecError naming `name` and the
+    block that holds NaN or Inf.
     """
     amax = _block_amax(x, NV_TILE, name)
     whole = amax.max() if amax.size else np.float32(0)
     largest = np.float32(E4M3.max * E2M1.max)
-    encoding = largest / np.maximum(whole, largest * np.float32(2.0**-126)) if whole else np.float32(1)
+    encoding = largest / np.maximum(whole, largest * _LEAST) if whole else np.float32(1)
     if tensor_scale is not None:
-        require(0 < tensor_scale < np.inf, f"{name} tensor_scale={tensor_scale}; expected finite and positive")
+        fine = _LEAST <= tensor_scale < np.inf
+        require(fine, f"{name} tensor_scale={tensor_scale}; expected finite and positive, at least 2^-118")
         encoding = np.float32(1) / np.float32(tensor_scale)
     g = np.float32(1) / encoding
     scales = encode(amax / np.float32(E2M1.max) * encoding, E4M3, overflow="saturate", name=f"{name} scales")
