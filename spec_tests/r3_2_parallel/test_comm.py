@@ -430,6 +430,11 @@ def test_an_interrupt_ends_the_run(monkeypatch):
     assert threading.active_count() == before
 
 
+def test_no_rank_holds_up_the_end_of_the_process():
+    """Catches a second Ctrl-C after which Python still waits for a rank that computes for ever."""
+    assert spmd(2, lambda comm: threading.current_thread().daemon) == [True, True]
+
+
 def test_a_machine_without_threads_left_says_so(monkeypatch):
     """Catches threads that sleep for ever because a later one could not be started."""
     real, before = hub._start, threading.active_count()

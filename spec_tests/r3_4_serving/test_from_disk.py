@@ -211,6 +211,24 @@ def test_any_layout_is_read_alike(tmp_path, layout, dtype):
                 np.testing.assert_array_equal(rows.scales, scales[a // 128 : -(-b // 128)])
 
 
+def test_a_part_is_read_without_the_others(tmp_path):
+    """Rows of one rank's part while the other's file is gone. Catches a file opened for none of its rows."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    config = CONFIG.replace(vocab_size=32, num_attention_heads=4)
+    checkpoint = checkpoint_of(tmp_path, config, dtype="bfloat16", layout="deepseek", mp=2)
+    half, codes = CONFIG.intermediate_size // 2, np.array(checkpoint.raw(name)[0]).view(np.uint16)
+    reader = Reader(checkpoint)
+    for gone, begin in ((1, 0), (0, half)):
+        path = tmp_path / f"model{gone}-mp2.safetensors"
+        held = path.rename(tmp_path / "away")
+        np.testing.assert_array_equal(
+            reader.rows(name, begin, begin + half).codes.view(np.uint16), codes[begin:][:half]
+        )
+        with pytest.raises(SpecError, match="cannot be read"):
+            reader.rows(name, half - begin, 2 * half - begin)
+        held.rename(path)
+
+
 def test_fused_experts_are_read_alone(tmp_path):
     """Catches another expert's rows, and up taken for gate."""
     rng, name = np.random.default_rng(0), "model.layers.1.mlp.experts"
