@@ -30,7 +30,7 @@ class Piece:
 
     file: SafetensorsFile
     key: str
-    part: tuple[int | slice, ...] = ()
+    part: tuple[int, slice] | tuple[()] = ()
 
     def read(self) -> Array:
         """A view of the mapped file."""
@@ -43,7 +43,6 @@ class Piece:
         shape, first = info.shape, start
         if self.part:
             expert, rows = self.part
-            assert isinstance(expert, int) and isinstance(rows, slice)
             first += expert * shape[1] + rows.start
             shape = shape[1:]
         row = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize

@@ -263,13 +263,14 @@ def talk(comm):
 
 def test_bytes_are_counted_as_a_log_counts_them():
     """Catches bytes to oneself, a broadcast counted where it is received, a group's ranks taken for the run's, counts that go on
-    adding. Oracle: the simulator's log.
+    adding or do not begin at 0. Oracle: the simulator's log.
     """
     log = Log()
     found = spmd(3, talk, log=log)
     np.testing.assert_array_equal([first["sent"] for first, _ in found], log.matrix(3))
     assert [first["messages"] for first, _ in found] == [sum(len(r.sent) for r in log.select(rank=i)) for i in range(3)]
     assert all(then == {"sent": [0, 0, 0], "messages": 0, "seconds": 0.0} for _, then in found)
+    assert all(first["seconds"] > 0 for first, _ in found)
 
 
 def test_links_by_hand():
