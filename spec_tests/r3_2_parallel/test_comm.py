@@ -5,7 +5,6 @@ one error that says where every rank is.
 import contextlib
 import inspect
 import re
-import signal
 import threading
 import time
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from refimpl.parallel_emulation.comm import Log, hub, spmd, wire
 from refimpl.parallel_emulation.comm.communicator import Recv, Send, spans, split_into
 from refimpl.spec_tests.cases import rank_programs
 from refimpl.spec_tests.cases.rank_programs import DTYPES, PADDED, ROW, sample
-from refimpl.spec_tests.tools.tree import python
 
 MODES = ["buffered", "synchronous"]
 
