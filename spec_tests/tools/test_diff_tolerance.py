@@ -1,10 +1,10 @@
-"""What single numbers of a rotary table are held to."""
+"""What rows, and single numbers of a rotary table, are held to."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.diff.tolerance import UNIT, elements_of, strays
+from refimpl.diff.tolerance import UNIT, allowed, elements_of, reason, strays
 
 POSITIONS = np.array([[0, 1, 23, 4_095, 163_839]])
 FREQUENCIES = 10_000.0 ** -np.arange(0, 1, 1 / 32)
@@ -34,3 +34,13 @@ def test_other_stages_and_exact_tables_are_held_by_rows():
     assert elements_of("mla.q", UNIT["bfloat16"], inputs) is None
     assert elements_of("mla.rope_tables", UNIT["float32"], inputs) is None
     assert strays(np.ones(3), np.zeros(3), None) == 0
+
+
+@pytest.mark.parametrize(("stage", "factor"), [("mla.q", 1.0), ("mla.rope_tables", 4.0)])
+def test_a_row_is_allowed_what_its_reason_says(stage, factor):
+    """Catches a factor of a stage that is another than the reader is told: four times the worst twin, four roundings at least."""
+    for family, unit, least in ((2e-3, 1e-6, 8e-3), (2e-7, 1e-6, 4e-6), (0.0, 1e-6, 4e-6)):
+        assert allowed(stage, unit, family) == pytest.approx(factor * least, rel=1e-12)
+        assert reason(stage, family).startswith(f"max(4 x worst of 4 twins {family:.1e}, 4 roundings)")
+    told = reason(stage, 0.0).partition(") x ")[2].partition(":")[0]
+    assert told == ("" if factor == 1 else f"{factor:g}")
