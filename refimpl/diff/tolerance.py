@@ -170,7 +170,7 @@ def row_errors(stage: str, x: Array, e: Array) -> Array:
 
 def _sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
     """|x - e|^2, |e|^2 and <x - e, e> of every row."""
-    sums = np.zeros((3, *(e.shape[:-1] if e.ndim else ())))
+    sums = np.zeros((3, *e.shape[:-1]))
     room = np.empty(min(max(x.size, 1), ROOM))
     for place, a, b in paired(x, e):
         at = sums if place is None else sums[(slice(None), *place.index)]

@@ -101,11 +101,6 @@ class Wide:
         return Wide(self.shape, self.dtype, self.fill, lambda place: fn(self.block(place), place), keep=0)
 
     @property
-    def ndim(self) -> int:
-        """4."""
-        return len(self.shape)
-
-    @property
     def size(self) -> int:
         """How many numbers it has."""
         return int(np.prod(self.shape))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from refimpl.diff import Trace, render
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.examined import examined
 from refimpl.diff.judge import judge
-from refimpl.diff.optimizer import read_optimizer
+from refimpl.diff.optimizer import doubtful, read_optimizer
 from refimpl.diff.part import smallest
 from refimpl.diff.terms import terms_of
 from refimpl.layers import STAGES
@@ -135,6 +136,22 @@ def test_a_weight_that_is_wrong_beyond_signs_is_found_without_its_gradient():
     wrong[3, :24] = before[3, :24] + 2 * (wrong[3, :24] - before[3, :24])
     judgement = judge(case(), Trace(few.header, dict(few.taps) | {tap: wrong}))
     assert [f.tap for f in judgement.culprits] == [tap], render(judgement)
+
+
+def test_a_sign_is_in_doubt_where_roundings_may_turn_it_round():
+    """Catches every entry, or none, held to be in doubt: those whose moment is no more than so many times what a twin is away."""
+    m = np.array([[1.0, -1.0, 1e-6, -3e-6, 0.0]])
+    twins = [m + np.array([[0.1, 1e-7, 1e-6, 0.0, 0.0]]), m - np.array([[0.0, 2e-7, 0.0, 1e-9, 0.0]])]
+
+    def made(*moments, stage="optim.step"):
+        return SimpleNamespace(
+            call=SimpleNamespace(stage=stage), inputs=lambda: iter([(None, its, None) for its in moments])
+        )
+
+    assert doubtful(made(m, *twins)).tolist() == [
+        [False, False, True, False, True]
+    ]  # 4 x 1e-6 reaches 1e-6, 4 x 0.1 not 1
+    assert doubtful(made(m[:, :2], m[:, :2])) is None and doubtful(made(m, *twins, stage="optim.clip")) is None
 
 
 @pytest.mark.slow

@@ -18,10 +18,14 @@ from refimpl.cli import main
 from refimpl.diff import Case, Trace, render, replay
 from refimpl.diff.judge import judge
 from refimpl.diff.junit import to_junit
+from refimpl.diff.lanes import Recorded
+from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import last_use, names, program_of, regions
 from refimpl.diff.reading import read
 from refimpl.diff.report import folded, next_tap, wrapped
-from refimpl.layers.stage import STAGES, Patch
+from refimpl.diff.tolerance import Noise
+from refimpl.layers.precision import FLOAT32
+from refimpl.layers.stage import STAGES, Call, Patch
 from refimpl.model.inputs import read_inputs
 from refimpl.model.phases import parts_of
 from refimpl.record import trace_case
@@ -517,3 +521,29 @@ def test_a_replay_forgets_what_no_later_stage_reads(monkeypatch):
         assert held <= later, held - later
         seen += len(held)
     assert seen > len(program)
+
+
+def test_a_step_is_exact_on_what_the_candidate_recorded():
+    """Catches an integer of our own run in the place of one that follows from the candidate's, and tables made in float32 called
+    exact, of which the angle at the longest position is off by 0.008.
+    """
+    positions, chosen = np.array([[0, 163_839]]), np.array([[[3, 1], [1, 0]]])
+    settings = {"dim": 8, "theta": 10_000.0, "yarn": None, "dtype": np.float32}
+    program = [
+        Call("mla.rope_tables", "fwd/mla.rope_tables", ("positions",), settings),
+        Call("router.choice", "fwd/L1/router.choice", ("scores", "bias"), {}),
+        Call("router.ids", "fwd/L1/router.ids", ("fwd/L1/router.choice", None), {"k": 2, "n_group": 1, "fill": 0.0}),
+        Call("router.counts", "upd/L1/router.counts", ("fwd/L1/router.ids",), {"n_experts": 4}),
+    ]
+    inputs = {"positions": positions, "scores": np.array([[[0.9, 0.8, 0.1, 0.2]] * 2]), "bias": np.zeros(4)}
+    taps = {
+        "fwd/mla.rope_tables": np.zeros((2, 1, 2, 4)),
+        "fwd/L1/router.ids": chosen,
+        "upd/L1/router.counts": np.zeros(4, int),
+    }
+    p = declared_precision({})
+    r = Recorded(taps, inputs, lambda name, plan: None, FLOAT32, Noise(p.unit, p.format))
+    tables, ids, counts = (step.exact for step in replay.replay(program, r))
+    angle = positions[..., None] * 10_000.0 ** -np.arange(0, 1, 0.25)
+    np.testing.assert_allclose(tables, [np.cos(angle), np.sin(angle)], atol=1e-9)  # float64 knows the angle to 2e-11
+    assert np.sort(ids).tolist() == [[[0, 1], [0, 1]]] and counts.tolist() == [1, 2, 0, 1]

@@ -1,10 +1,11 @@
-"""What single numbers of a rotary table are held to."""
+"""What rows, and single numbers of a rotary table, are held to."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.diff.tolerance import UNIT, elements_of, strays
+from refimpl.diff.tolerance import UNIT, Distance, allowed, cancelling, counting, elements_of, reason, strays
+from refimpl.diff.wide import Wide
 
 POSITIONS = np.array([[0, 1, 23, 4_095, 163_839]])
 FREQUENCIES = 10_000.0 ** -np.arange(0, 1, 1 / 32)
@@ -34,3 +35,37 @@ def test_other_stages_and_exact_tables_are_held_by_rows():
     assert elements_of("mla.q", UNIT["bfloat16"], inputs) is None
     assert elements_of("mla.rope_tables", UNIT["float32"], inputs) is None
     assert strays(np.ones(3), np.zeros(3), None) == 0
+
+
+@pytest.mark.parametrize(("stage", "factor"), [("mla.q", 1.0), ("mla.rope_tables", 4.0)])
+def test_a_row_is_allowed_what_its_reason_says(stage, factor):
+    """Catches a factor of a stage that is another than the reader is told: four times the worst twin, four roundings at least."""
+    for family, unit, least in ((2e-3, 1e-6, 8e-3), (2e-7, 1e-6, 4e-6), (0.0, 1e-6, 4e-6)):
+        assert allowed(stage, unit, family) == pytest.approx(factor * least, rel=1e-12)
+        assert reason(stage, family).startswith(f"max(4 x worst of 4 twins {family:.1e}, 4 roundings)")
+    told = reason(stage, 0.0).partition(") x ")[2].partition(":")[0]
+    assert told == ("" if factor == 1 else f"{factor:g}")
+
+
+@pytest.mark.parametrize(
+    ("lean", "upright", "kept"), [(2e-6, 1e-6, False), (1e-6, 1e-6, True), (5e-7, 1e-6, True), (0.0, 0.0, True)]
+)
+def test_a_lean_is_let_go_only_where_it_is_too_far_and_few_numbers_make_it(lean, upright, kept):
+    """Catches a lean that is reported as none though it is within what is allowed, or though roundings of many numbers cancel."""
+    found, many = Distance(1e-3, lean, 2.0), np.ones((40, 50))
+    one = np.full((40, 50), 1e-9)
+    one[3, 4] = 1.0  # far above all others: its rounding is theirs
+    assert cancelling(found, many, upright) == found
+    assert cancelling(found, one, upright) == (found if kept else Distance(1e-3, 0.0, 2.0))
+    whole = Wide((1, 1, 40, 50), np.float64, 0.0, lambda p: one[None, None, p.start : p.stop])
+    assert cancelling(found, whole, upright) == found
+
+
+def test_so_many_numbers_count():
+    """Catches another measure of how few numbers make a sum: n of equal size count as n, whatever lies far below them."""
+    for n in (1, 2, 17, 300):
+        e = np.full(1000, 1e-8)
+        e[:n] = -3.0
+        assert counting(e) == pytest.approx(n, rel=1e-9)
+        e[n] = -np.inf  # masked: no number
+        assert counting(e) == pytest.approx(n, rel=1e-9)
