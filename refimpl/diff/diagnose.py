@@ -31,7 +31,7 @@ from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 NARROW = ("float16", "bfloat16")
-"""Dtypes in which a part of a float32 run may have been computed, if nothing else explains it; the finer first."""
+"""Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
     found = _told_apart(found, tried, {f.tap: f for f in blamed}, calls, r)
     named = {tap for d in found for tap in d.taps}
     rest = [f for f in blamed if f.tap not in named]
-    found += [d for dtype in NARROW if (d := _narrow(dtype, rest, calls, r))][:1]
+    found += _narrow(rest, calls, r)
     return sorted(found, key=lambda d: -len(d.taps))
 
 
@@ -244,18 +244,24 @@ def _read(name: str, call: Call, r: Recorded) -> str:
     return r.weight(unit, name.removeprefix("w:")) if name.startswith("w:") else f"{unit}/{name}"
 
 
-def _narrow(dtype: str, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
-    """The blamed taps that nothing else explains, if all would be right were they and their regions kept in a narrower dtype."""
-    if not blamed or not all(_fits(dtype, f, [calls[t] for t in f.region], r) for f in blamed):
-        return None
-    title = f"these taps conform if they are computed in {dtype}: declare it if that is meant"
-    return Diagnosis("", title, (), tuple([f.tap for f in blamed]))
+def _narrow(blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> list[Diagnosis]:
+    """The blamed taps that nothing else explains, if all would be right were they and their regions kept in a narrower dtype: in
+    that whose twins err most nearly as the candidate does, since a coarse one allows what a finer one does.
+    """
+    shares = {d: [_share(d, f, [calls[t] for t in f.region], r) for f in blamed] for d in NARROW if blamed}
+    fits = {d: abs(float(np.mean(np.log(all_)))) for d, all_ in shares.items() if all(all_)}
+    if not fits:
+        return []
+    title = f"these taps conform if they are computed in {min(fits, key=fits.__getitem__)}: declare it if that is meant"
+    return [Diagnosis("", title, (), tuple([f.tap for f in blamed]))]
 
 
-def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
-    """Whether twins of the region in that dtype err as far as the candidate does, and most rows are off: a dtype spares none."""
+def _share(dtype: str, f: Finding, region: list[Call], r: Recorded) -> float:
+    """The candidate's error over that of twins of the region in that dtype; 0 if it is no rounding of theirs: more than is allowed,
+    or none in most rows, as a dtype spares none.
+    """
     if region[-1].of.compare in ("exact", "set") or f.stage in RULES:
-        return False
+        return 0.0
     narrow = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32"))
     exact, family = Lane(FLOAT64), 0.0
     for call in region:
@@ -266,7 +272,7 @@ def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
     x = _theirs(f.tap, r)
     x = filled(region[-1], x, e, r.padding)
     if np.median(row_errors(f.stage, x, e)) <= f.allowed:
-        return False
+        return 0.0
     for k in range(1, TWINS):
         lane = Lane(r.plan, k)
         for call in region:
@@ -274,4 +280,4 @@ def _fits(dtype: str, f: Finding, region: list[Call], r: Recorded) -> bool:
             if call.tap in r.partial and call is not region[-1]:
                 lane.overlay(call, narrow)
         family = max(family, distance(f.stage, _seen(f.tap, np.asarray(lane.values[f.tap]), r), e).worst)
-    return f.error <= allowed(f.stage, UNIT[dtype], family)
+    return f.error / family if family and f.error <= allowed(f.stage, UNIT[dtype], family) else 0.0

@@ -3,7 +3,9 @@
 import functools
 import inspect
 import re
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -244,6 +246,23 @@ def test_a_part_in_a_narrower_dtype_is_named_as_such(dtype):
     judgement = judge(case(), trace_case(case(), patches=[Patch("moe.routed", coarse)]))
     (d,) = judgement.causes
     assert f"computed in {dtype}:" in d.title and set(d.taps) == {"fwd/L1/moe.routed", "fwd/L2/moe.routed"}
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_experts_in_a_narrower_dtype_from_end_to_end_are_named_as_such(dtype):
+    """Catches the finer of two dtypes named because its roundings, stage after stage, add up to one of the coarser."""
+    inner = ["moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down"]
+
+    def rounded(stage):
+        return Patch(stage, lambda *a, **k: STAGES[stage].fn(*a, **k).astype(dtype).astype(np.float32))
+
+    trace = trace_case(case(), patches=[rounded(s) for s in (*inner, "moe.routed")])
+    taps = {t: a for t, a in trace.taps.items() if t.rpartition("/")[2] not in inner}
+    (d,) = judge(case(), Trace(replace(trace.header, expected=[]), taps)).causes
+    assert f"computed in {np.dtype(dtype).name}:" in d.title and set(d.taps) == {
+        "fwd/L1/moe.routed",
+        "fwd/L2/moe.routed",
+    }
 
 
 def test_one_wrong_row_is_no_dtype():
