@@ -157,6 +157,7 @@ def test_a_ctrl_c_is_handed_on_to_mpiexec(monkeypatch, capfd, times, code, heard
     ends nothing; an exit code of its own; handlers that stay; a hang-up heard under nohup. The job sends its parent Ctrl-C.
     """
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     before = [signal.getsignal(getattr(signal, name)) for name in mpiexec.HANDED_ON]
     monkeypatch.setattr(
         mpiexec, "mpiexec_command", lambda n: [sys.executable, "-c", JOB, str(times), str(code), f"-n {n}"]
@@ -170,6 +171,7 @@ def test_a_ctrl_c_is_handed_on_to_mpiexec(monkeypatch, capfd, times, code, heard
     assert said.out.split() == heard and said.err.count("ending") == times
     assert [signal.getsignal(getattr(signal, name)) for name in mpiexec.HANDED_ON] == before
     signal.signal(signal.SIGHUP, hang_up)
+    signal.signal(signal.SIGINT, interrupt)
     with pytest.raises(SpecError, match="--mpi 0; at least 1"):
         mpiexec.ranks_of(0, [])
 
