@@ -6,14 +6,11 @@ of events is a function of the program (and of the seed), and "nobody is ready" 
 
 from __future__ import annotations
 
-import gc
 import random
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,7 +20,7 @@ from refimpl.autograd import Array, SpecError
 from .communicator import Meta, Recv, Send, disagreement, mismatch
 from .log import Log, Record
 from .mailbox import Group, Message, Ticket, same_bytes
-from .report import joined_text, source_line, table, ticket_text
+from .report import frames_of_threads, joined_text, source_line, table, ticket_text
 
 
 class Cancelled(BaseException):
@@ -227,7 +224,7 @@ class Hub:
 
     def table(self, skip: int | None = None) -> str:
         """What every rank is doing, one line for ranks that do the same."""
-        frames = _frames()
+        frames = frames_of_threads()
         return table({r: self._doing(r, frames.get(self.threads[r])) for r in range(self.n) if r != skip})
 
     def _doing(self, r: int, frame: Any) -> str:
@@ -243,17 +240,6 @@ class Hub:
 
     def _undelivered(self) -> str:
         return "\n".join([f"  from rank {m.ticket.owner} to rank {m.to}, label {m.label!r}" for m in self.on_the_way])
-
-
-def _frames() -> dict[int, FrameType]:
-    """Thread -> what it runs. No garbage collection meanwhile: CPython 3.11 can then wait for itself for ever (gh-106883)."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return sys._current_frames()
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _start(body: Callable[[], None], name: str, stack_size: int) -> threading.Thread:

@@ -25,7 +25,7 @@ from refimpl.autograd import SpecError, require
 
 from . import mpi
 from .log import Log
-from .report import source_line
+from .report import frames_of_threads, source_line
 from .simulator import spmd
 from .wire import digest
 
@@ -159,7 +159,7 @@ def run_as_rank(names: Sequence[str], args: Sequence[Any], timeout: float) -> No
     me = mpi.world(doing=doing).rank
 
     def tell() -> None:
-        frame = sys._current_frames().get(main or 0)
+        frame = frames_of_threads().get(main or 0)
         sys.stderr.write(f"{_LATE}{me}: {doing.text}{source_line(frame)}\n")
         sys.stderr.flush()
         threading.Timer(_GRACE, os._exit, [1]).start()  # the others have said it by then

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -11,6 +13,17 @@ from .communicator import Meta, spans
 
 _ENGINE = str(Path(__file__).parent) + os.sep
 _LIBRARY = Path(__file__).parents[1]
+
+
+def frames_of_threads() -> dict[int, FrameType]:
+    """Thread -> what it runs. No garbage collection meanwhile: CPython 3.11 can then wait for itself for ever (gh-106883)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def joined_text(meta: Meta, ranks: Sequence[int], absent: Sequence[int]) -> str:
