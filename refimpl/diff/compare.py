@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -11,12 +10,13 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 
 from . import fp8_rules, tolerance
+from .drift import drift
 from .holes import UNKNOWN, excused
 from .optimizer import doubtful
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
-from .wide import MASKED, Wide, looked_at, paired
+from .wide import Wide, looked_at
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def _codes(step: Step, x: Array, chained: Array, settled: Array | None, units: U
     call, found = step.call, fp8_rules.fit(step, x, pick, units.stages, settled)
     if found is None:
         return Finding(call.tap, call.stage, True, 0.0, note="parts of tiles were recorded: not compared", open=True)
-    drift = _drift(x, chained)
-    return Finding(call.tap, call.stage, not found.note, found.error, note=found.note, chained=drift)
+    away = drift(x, chained)
+    return Finding(call.tap, call.stage, not found.note, found.error, note=found.note, chained=away)
 
 
 def settled_rows(step: Step, pick: Pick) -> Array | None:
@@ -167,8 +167,8 @@ def _values(
     if ok and elements and (n := tolerance.strays(x, np.asarray(e), elements)):
         ok, note = False, f"{n} of {x.size} numbers are further off than two roundings put them, though no row is"
     free = call.stage == "router.weights"  # the order of its slots
-    drift = _drift(np.sort(x), np.sort(np.asarray(chained))) if free else _drift(seen, chained)
-    made = Finding(call.tap, call.stage, ok, found.worst, family, limit, note, drift)
+    away = drift(np.sort(x), np.sort(np.asarray(chained))) if free else drift(seen, chained)
+    made = Finding(call.tap, call.stage, ok, found.worst, family, limit, note, away)
     return replace(made, lean=found.lean, upright=upright, elements=elements)
 
 
@@ -179,38 +179,6 @@ def _of_parts(step: Step, e: Array | Wide, found: tolerance.Distance, settled: A
         rows = None if settled is None else settled[part.index]
         family = max(family, tolerance.distance(stage, *part.of(e), rows, found.largest).worst)
     return family
-
-
-def _drift(x: Array | Wide, ours: Array | Wide) -> float:
-    """|x - ours| / |ours| of the whole tap: what comparing two recordings shows."""
-    far, size = 0.0, 0.0
-    for place, theirs, mine in paired(x, ours):
-        for u, v in [(theirs, mine)] if place else _blocks(theirs, mine):
-            a, b = (w.astype(np.float32, copy=False) for w in (u, v))
-            with np.errstate(over="ignore", invalid="ignore"):
-                away, own = _squares(a - b), _squares(b)
-                if not max(away, own) < (MASKED / 2) ** 2:  # else neither holds what is masked or no number
-                    a, b = _shown(a), _shown(b)
-                    away, own = _squares(a - b), _squares(b)
-            far, size = far + away, size + own
-    return math.sqrt(far) / max(math.sqrt(size), 1e-300)
-
-
-def _blocks(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
-    """Both as rows of numbers that a cache holds."""
-    x, y = x.reshape(-1), y.reshape(-1)
-    for at in range(0, len(x), tolerance.BLOCK):
-        yield x[at : at + tolerance.BLOCK], y[at : at + tolerance.BLOCK]
-
-
-def _squares(a: Array) -> float:
-    """|a|^2."""
-    return float(np.vecdot(a, a).sum())
-
-
-def _shown(a: Array) -> Array:
-    """As it is, what is masked or no number as 0."""
-    return np.where(np.isfinite(a) & (a > MASKED), a, 0)
 
 
 def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | None) -> Finding:

@@ -59,7 +59,8 @@ class Recorded:
 @dataclass
 class Lane:
     """One way of computing: a plan, the number of a twin or None, whether it sees the candidate, and the values still of use;
-    `naive`, whether NaN spreads as floating point spreads it, and `torn`, whether that would make a difference.
+    `naive`, whether NaN spreads as floating point spreads it, and `torn`, whether that would make a difference; what was `found` in
+    blocks of arrays that more than one stage reads.
     """
 
     plan: Plan
@@ -68,6 +69,7 @@ class Lane:
     values: dict[str, Array | Wide] = field(default_factory=dict)
     naive: bool = False
     torn: bool = False
+    found: dict[tuple[str, str, Place], int] = field(default_factory=dict)
 
     def run(self, call: Call, r: Recorded, fn: Callable[..., Any] | None = None) -> Array:
         """The call's stage in this lane, or another function of the same arguments in its place."""
@@ -86,6 +88,13 @@ class Lane:
                 return made(args)
             self.torn = True
             return mended(made, call.args, args)
+
+    def once(self, what: str, name: str, place: Place, find: Callable[[], int]) -> int:
+        """What there is to find in a block of an array, looked for when it is first asked for."""
+        key = (what, name, place)
+        if key not in self.found:
+            self.found[key] = find()
+        return self.found[key]
 
     def overlay(self, call: Call, r: Recorded) -> None:
         """Put the candidate's entries of a tap of which it recorded some in the place of those computed."""

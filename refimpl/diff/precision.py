@@ -13,7 +13,7 @@ from refimpl.layers.precision import FLOAT32, Plan, plan
 from refimpl.layers.stage import Call, tap_matches
 
 from .lse import LSE
-from .reading import is_bfloat16, is_float16
+from .reading import narrow_formats
 from .tolerance import UNIT
 from .trace import Header
 from .training import optimizer_storage
@@ -83,8 +83,8 @@ def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     parts = {k: v for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
     storage, note = str(header.precision.get("storage", "float32")), ""
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
-    narrow = {"bfloat16": is_bfloat16, "float16": is_float16}
-    held = {name: {t for t, a in floats.items() if is_it(a)} for name, is_it in narrow.items()}
+    fit, narrow = {t: narrow_formats(a) for t, a in floats.items()}, ("bfloat16", "float16")
+    held = {name: {t for t, formats in fit.items() if name in formats} for name in narrow}
     for name in narrow if storage in ("float32", *narrow) else ():
         kept = [t for t, a in taps.items() if a.dtype.name == name]
         others = [t for t, a in taps.items() if a.dtype.name in ("float32", *narrow)]

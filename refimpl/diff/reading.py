@@ -27,7 +27,7 @@ def cut(a: Array, pick: Pick) -> Array:
 
 
 FILLED_UP = "tokens are flattened and padded"
-_LOOK = 1 << 14
+_LOOK, _FEW = 1 << 14, 1 << 9
 """Numbers that are looked at at a time."""
 
 
@@ -191,27 +191,35 @@ def _merged(given: tuple[int, ...], full: tuple[int, ...], axes: list[str]) -> s
 
 def is_bfloat16(x: Array) -> bool:
     """Whether a float32 array holds bfloat16 values and enough of them for that to be no accident."""
-    return _low_bits_are_zero(x, 16)
+    return "bfloat16" in narrow_formats(x)
 
 
 def is_float16(x: Array) -> bool:
     """Whether a float32 array holds values that float16 has, and enough of them for that to be no accident."""
-    return _low_bits_are_zero(x, 13) and bool((np.abs(x[np.isfinite(x)]) <= 65504).all())
+    return "float16" in narrow_formats(x)
 
 
-def _low_bits_are_zero(x: Array, bits: int) -> bool:
-    """Of all numbers, of which there are more than 16 different ones. Where they are not, that is seen in the first numbers."""
+def narrow_formats(x: Array) -> set[str]:
+    """Which of bfloat16 and float16 have every value of a float32 array, which has more than 16 different ones: their low bits are
+    zero. Where they are not, that is seen in the first numbers.
+    """
     if x.dtype != np.float32:
-        return False
+        return set()
     words: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
-    low = np.uint32(2**bits - 1)
-    parts = (words[at : at + _LOOK] for at in range(0, len(words), _LOOK))
-    return not any((part & low).any() for part in parts) and _are_many(words)
+    used = np.uint32(0)
+    for at in range(0, len(words), _LOOK):
+        used |= np.bitwise_or.reduce(words[at : at + _LOOK])
+        if used & np.uint32(2**13 - 1):
+            return set()
+    if not _are_many(words):
+        return set()
+    small = bool((np.abs(x[np.isfinite(x)]) <= 65504).all())
+    return ({"float16"} if small else set()) | ({"bfloat16"} if not used & np.uint32(2**16 - 1) else set())
 
 
 def _are_many(words: Array) -> bool:
     """Whether there are more than 16 different ones."""
-    if np.unique(words[:_LOOK]).size > 16:
+    if np.unique(words[:_FEW]).size > 16:
         return True
     for _ in range(16):
         words = words[words != words[:1]]

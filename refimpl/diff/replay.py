@@ -73,13 +73,12 @@ def replay(
     exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
     end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[:end]):
-        chained.values[call.tap] = rows.run(chained, call, r, keep=1)
+        chained.values[call.tap] = rows.run(chained, call, r)
         if watch and i >= start:
             watch(call.tap, np.asarray(chained.values[call.tap]))
         alone = all(n in r.inputs for n in names(call.args))
         if call.tap in wanted and (alone or i >= start):
-            keep = 2 if call.tap in recorded else 0  # most blocks are asked for once
-            lanes.compute(call, r, ours=alone and call.of.compare == "exact", keep=keep)
+            lanes.compute(call, r, ours=alone and call.of.compare == "exact")
             if call.tap not in r.taps:
                 _compute(call, twins, r)
             unsettled.see(call, exact.values, [lane.values for lane in twins], r.taps)
@@ -102,11 +101,11 @@ class _Lanes:
         self.exact, self.chained = Lane(FLOAT64), Lane(FLOAT32, given=False)
         self.naive, self.twins = Lane(FLOAT64, naive=True), [Lane(plan, k) for k in range(TWINS)]
 
-    def compute(self, call: Call, r: Recorded, *, ours: bool, keep: int) -> None:
+    def compute(self, call: Call, r: Recorded, *, ours: bool) -> None:
         """The call in float64, or by our own run where that is the same."""
         exact, naive = self.exact, self.naive
         before = {} if exact.torn else dict(exact.values)
-        exact.values[call.tap] = self.chained.values[call.tap] if ours else rows.run(exact, call, r, keep=keep)
+        exact.values[call.tap] = self.chained.values[call.tap] if ours else rows.run(exact, call, r)
         if exact.torn:
             naive.values |= before
             naive.values[call.tap] = naive.run(call, r)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 
 import numpy as np
 
+from refimpl.autograd import nn_ops
 from refimpl.autograd.tensor import Array
-from refimpl.layers import mla
-from refimpl.layers.precision import FLOAT64
+from refimpl.layers.precision import FLOAT64, Plan
 from refimpl.layers.stage import Call
 
 from .holes import torn
@@ -17,18 +17,18 @@ from .lanes import Lane, Recorded
 from .program import names
 from .wide import FORMS, Form, Place, Wide, filled, is_large, places, seen
 
-LARGE = 500.0
-"""float64 holds e^709, and e^-709 beside it."""
+LEAST = 1e-200
+"""Sums of e^s from which on no share that counts has lost a bit: float64 holds 1e-308 in full."""
 Block = Callable[[Place], Array]
 
 
-def run(lane: Lane, call: Call, r: Recorded, *, keep: int = 0) -> Array | Wide:
-    """The call's stage in this lane. What is wide and large comes as a `Wide` that keeps its blocks so."""
+def run(lane: Lane, call: Call, r: Recorded) -> Array | Wide:
+    """The call's stage in this lane. What is wide and large comes as a `Wide`."""
     if not by_blocks(lane, call, r):
         return lane.run(call, r)
     form, shape, block = FORMS[call.stage], grid(lane, call, r), blocks(lane, call, r)
     if form.gives is not None:
-        return Wide(shape, np.dtype(lane.plan.dtype), form.gives, block, keep)
+        return Wide(shape, np.dtype(lane.plan.dtype), form.gives, block)
     made = [(p, block(p)) for p in places(shape)]
     whole: Array = np.empty((shape[0], shape[2], *made[0][1].shape[2:]), made[0][1].dtype)
     for p, rows in made:
@@ -61,11 +61,9 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     whole = {i: lane.value(call.args[i], call, r) for i in (*form.queries, *form.keys)}
     sound = all(np.isfinite(a.sum()) for a in whole.values())  # only then is what nobody sees worth nothing
     operand = _operand(lane, call, r, form, short=sound)
-    if lane.twin is None and call.stage == "mla.scores":
-        made = joined(*[whole[i] for i in range(4)], **call.static)
-        return np.errstate(all="ignore")(lambda place: made(place, operand(place)))
-    if lane.plan is FLOAT64 and call.stage == "mla.probs":
-        return np.errstate(all="ignore")(lambda place: shares(operand(place)))
+    if lane.twin is None and call.stage in ("mla.scores", "mla.probs"):
+        fast = _shares(operand, lane.plan) if call.stage == "mla.probs" else _joined(whole, operand, lane, call)
+        return np.errstate(all="ignore")(fast)
 
     def block(place: Place) -> Array:
         sequence, w = slice(place.sequence, place.sequence + 1), operand(place)
@@ -79,9 +77,21 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     return block
 
 
-def joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -> Callable[[Place, Array], Array]:
-    """The stage `mla.scores` (which says the shapes) by one product of queries and keys with their rotated channels behind the
-    others, a mask (1, 1, rows, t) added where it is not 0.
+def _joined(whole: Mapping[int, Array], operand: Block, lane: Lane, call: Call) -> Block:
+    product, mask = joined(*[whole[i] for i in range(4)], **call.static), call.args[4]
+
+    def block(place: Place) -> Array:
+        m = operand(place)
+        s, first = product(place, m.shape[-1]), lane.once("zeros", mask, place, lambda: zeros(m[0, 0]))
+        s[..., first:] += m[..., first:]
+        return s
+
+    return block
+
+
+def joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -> Callable[[Place, int], Array]:
+    """The stage `mla.scores` (which says the shapes) for the first t keys, without its mask, by one product of queries and keys
+    with their rotated channels behind the others.
     """
     own = q.shape[-1] - q_rope.shape[-1]
     queries = np.concatenate([q[..., :own], q_rope], axis=-1).swapaxes(1, 2) * scale  # (B, H, S, Dn+Dr)
@@ -93,45 +103,54 @@ def joined(q: Array, q_rope: Array, kv: Array, k_rope: Array, *, scale: float) -
         found[:, :own], found[:, own:] = kv[sequence, ..., :own].transpose(1, 2, 0), k_rope[sequence].T
         return found  # (H, Dn+Dr, T)
 
-    def block(place: Place, mask: Array) -> Array:
-        s: Array = queries[place.sequence, :, place.start : place.stop] @ keys(place.sequence)[..., : mask.shape[-1]]
-        counts = (mask != 0).any(axis=(0, 1, 2))
-        first = int(np.argmax(counts)) if counts.any() else len(counts)
-        s[..., first:] += mask[0, ..., first:]
+    def block(place: Place, t: int) -> Array:
+        s: Array = queries[place.sequence, :, place.start : place.stop] @ keys(place.sequence)[..., :t]
         return s[None]
 
     return block
 
 
-def shares(s: Array) -> Array:
-    """The stage `mla.probs` without a subtraction: where no score is large, e^s overflows as little as e^(s - max s).  s (..., T)
-    float64 -> (..., T).
+def zeros(mask: Array) -> int:
+    """How many of the keys, from the first on, all queries see with 0.  mask (rows, T)."""
+    counts = (mask != 0).any(axis=0)
+    return int(np.argmax(counts)) if counts.any() else len(counts)
+
+
+def _shares(operand: Block, plan: Plan) -> Block:
+    return partial(shares, operand) if plan is FLOAT64 else lambda place: nn_ops.softmax_in_place(operand(place))
+
+
+def shares(scores: Block, place: Place) -> Array:
+    """The stage `mla.probs` at a place, without a subtraction: e^s, where its sums are numbers that float64 holds well. scores give
+    (..., T) float64, which is written to -> (..., T).
     """
-    if not np.abs(s.max(axis=-1)).max() < LARGE:
-        return np.asarray(mla.probs.fn(s))
-    p: Array = np.exp(s)
-    p *= 1 / p.sum(axis=-1, keepdims=True)
+    p = scores(place)
+    np.exp(p, out=p)
+    total = p.sum(axis=-1, keepdims=True)
+    if not (total.min() > LEAST and total.max() < np.inf):
+        return nn_ops.softmax_in_place(scores(place))
+    p *= 1 / total
     return p
 
 
 def _operand(lane: Lane, call: Call, r: Recorded, form: Form, *, short: bool) -> Block:
-    """The wide argument at a place, without the keys that nobody sees if it may be short."""
-    name = call.args[form.wide]
+    """The wide argument at a place, without the keys that nobody sees if it may be short; scores as a copy, to be written to."""
+    name, own = call.args[form.wide], call.stage == "mla.probs"
     a, given = lane.held(name, r), lane.is_given(name, r)
     ends = r.ends[name] if r.is_sound(name) else {}
 
+    def end(part: Array, at: Place) -> int:
+        if not short:
+            return part.shape[-1]
+        return ends[at] if at in ends else lane.once("seen", name, at, lambda: seen(part, form.fill))
+
     def block(place: Place) -> Array:
         if isinstance(a, Wide):
-            found = a.block(place)
+            found = a.take(place) if own else a.block(place)
             return found if short else filled(found, a.shape[-1], a.fill)
-        own = Place(a.shape, place.sequence, place.start, place.stop)
+        at = Place(a.shape, place.sequence, place.start, place.stop)
         part = a[place.index]
-        if short and own in ends:
-            part = part[..., : ends[own]]
-        elif short:
-            if part.dtype.itemsize < 4:
-                part = part.astype(np.float32)  # exact, and quicker to look through
-            part = part[..., : seen(part, form.fill)]
-        return r.noise.given(call, part.astype(lane.plan.dtype, copy=False), lane.twin, own) if given else part
+        part = part[..., : end(part, at)].astype(lane.plan.dtype, copy=own)
+        return r.noise.given(call, part, lane.twin, at) if given else part
 
     return block

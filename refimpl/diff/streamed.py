@@ -25,6 +25,8 @@ EXPERT = 1 << 16
 """Numbers from which on an expert's matrix is read when it is multiplied by, and not kept: the next one takes its place in the
 cache.
 """
+NEAR = 32
+"""Rows between two that are looked up which are read with them."""
 BUDGET = 1 << 26
 """Bytes of decoded weights that are kept for the stages to come; more are let go when the stage is done."""
 _READ_BY_ROWS = re.compile(r"\.experts\.\d+\.|\.mlp\.\w+_proj\.weight$|^lm_head\.|embed_tokens\.")
@@ -60,7 +62,7 @@ class StageWeights:
         shape = self.checkpoint.shape(name)
         size, least = int(np.prod(shape)), EXPERT if ".experts." in name else LARGE
         if size >= least and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
-            return Streamed(self, name, plan, (shape[0], shape[1]))
+            return Streamed(self, name, plan, (shape[0], shape[1]), NEAR)
         key = (name, plan.name)
         if key not in self.held:
             self.held[key] = self.read(name, plan, 0, shape[0] if shape else 1)

@@ -196,8 +196,10 @@ def _add_up(x: Array, e: Array, sums: Array, room: Array) -> None:
 def _three(x: Array, e: Array, out: Array, room: Array) -> None:
     """|x - e|^2, |e|^2 and <x - e, e> of every row.  x (..., i), e (..., i), out (3, ...); room for x - e, if it is enough."""
     with np.errstate(over="ignore", invalid="ignore"):  # infinitely far is far enough
-        _dots(x, e.astype(np.float64, copy=False), out, room)
-        if not np.isfinite(out).all():
+        masked = e.size and np.isneginf(e[(0,) * (e.ndim - 1)][-1])  # in a causal model the first query sees least
+        if not masked:
+            _dots(x, e.astype(np.float64, copy=False), out, room)
+        if masked or not np.isfinite(out).all():
             _dots(*comparable(x, e), out, room)
 
 
@@ -241,7 +243,7 @@ def comparable(x: Array, e: Array) -> tuple[Array, Array]:
     x, e = x.astype(np.float64), e.astype(np.float64, copy=False)
     if np.isfinite(e.sum()) and np.isfinite(x.sum()):
         return x, e
-    agreed = np.isneginf(e) & (x < MASKED)
+    agreed = (e == -np.inf) & (x < MASKED)
     x, e = np.where(agreed, 0, x), np.where(agreed, 0, e)
     if np.isfinite(e.sum()) and np.isfinite(x.sum()):
         return x, e

@@ -6,7 +6,6 @@ is half of all the work of a causal model, and what is left of a block stays in 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,6 @@ LEAST = 1 << 19
 """Numbers of an array below which it is made whole."""
 BLOCK = 1 << 18
 """Numbers that a block may hold."""
-KEPT = 1 << 22
-"""Bytes of blocks that an array keeps, so that they need not be made again; more, in fresh memory, cost more than making them."""
 
 
 def with_infinity(mask: Array) -> Array:
@@ -72,33 +69,34 @@ FORMS = {
 
 @dataclass
 class Wide:
-    """An array (B, H, S, T) of which `make(place)` gives a block (1, H, rows, t), t up to T; behind that, all is `fill`. A block
-    is kept when it is made for the `keep`-th time, 0 never: fresh memory costs as much as a stage does.
+    """An array (B, H, S, T) of which `make(place)` gives a block (1, H, rows, t), t up to T; behind that, all is `fill`. The block
+    that was made last is kept, and all of them if they are parts (`views`) of an array that is there anyhow.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     fill: float
     make: Callable[[Place], Array]
-    keep: int = 1
+    views: bool = False
     _blocks: dict[Place, Array] = field(default_factory=dict)
-    _made: Counter[Place] = field(default_factory=Counter)
-    _held: int = 0
 
     def block(self, place: Place) -> Array:
         """The block at a place."""
-        found = self._blocks.get(place)
-        if found is None:
-            found = self.make(place)
-            self._made[place] += 1
-            own = found.nbytes if found.base is None else 0  # a view takes nothing
-            if 0 < self.keep <= self._made[place] and self._held + own <= KEPT:
-                self._blocks[place], self._held = found, self._held + own
+        if place not in self._blocks:
+            if not self.views:
+                self._blocks.clear()  # first, so that the next one may take its memory
+            self._blocks[place] = self.make(place)
+        return self._blocks[place]
+
+    def take(self, place: Place) -> Array:
+        """The block at a place, for one who may write to it."""
+        found = self.block(place)
+        del self._blocks[place]
         return found
 
     def each(self, fn: Callable[[Array, Place], Array]) -> Wide:
-        """The array with every block changed, which keeps no block."""
-        return Wide(self.shape, self.dtype, self.fill, lambda place: fn(self.block(place), place), keep=0)
+        """The array with every block changed, which is then the only one that has it."""
+        return Wide(self.shape, self.dtype, self.fill, lambda place: fn(self.take(place), place))
 
     @property
     def size(self) -> int:
@@ -128,6 +126,8 @@ def places(shape: tuple[int, ...]) -> Iterator[Place]:
 
 def seen(a: Array, fill: float) -> int:
     """How many of the keys, from the first on, hold all that is not `fill`.  a (1, H, rows, T)."""
+    if a.dtype.itemsize < 4:
+        a = a.astype(np.float32)  # exact, and quicker to look through
     last = _last(a[0, 0, -1] != fill)  # in a causal model the last query sees most
     return last if (a[..., last:] == fill).all() else _last((a != fill).any(axis=(0, 1, 2)))
 
@@ -146,20 +146,22 @@ def filled(a: Array, n: int, fill: float) -> Array:
     return more
 
 
-def paired(x: Array | Wide, e: Array | Wide) -> Iterator[tuple[Place | None, Array, Array]]:
-    """What is to be compared of two arrays, with its place: of wide ones, a block at a time and what both leave out not at all.
-    A block comes in two parts, of which the first, most of it, has nothing masked in a causal model.
+def paired(x: Array | Wide, e: Array | Wide, some: int = 1) -> Iterator[tuple[Place | None, Array, Array]]:
+    """What is to be compared of two arrays, with its place: of wide ones, a block at a time and what both leave out not at all, of
+    every `some` blocks the last. A block of scores comes in two parts, of which the first, most of it, has nothing masked in a
+    causal model.
     """
     if not isinstance(e, Wide):
         yield None, np.asarray(x), e
         return
     before = e.shape[-1] - e.shape[-2]
-    for place in places(e.shape):
-        a, b = x.block(place) if isinstance(x, Wide) else x[place.index], e.block(place)
+    for place in list(places(e.shape))[::-1][::some]:
+        b = e.block(place)  # first: it says which of the other's keys are looked at
+        a = x.block(place) if isinstance(x, Wide) else x[place.index]
         n, middle = max(a.shape[-1], b.shape[-1]), before + place.start
         a, b = filled(a, n, e.fill), filled(b, n, e.fill)
-        yield place, a[..., :middle], b[..., :middle]
-        yield place, a[..., middle:], b[..., middle:]
+        for part in [slice(middle), slice(middle, None)] if e.fill and middle else [slice(None)]:
+            yield place, a[..., part], b[..., part]
 
 
 def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int]) -> Array | Wide:
@@ -175,9 +177,9 @@ def looked_at(x: Array, like: Array | Wide, ends: dict[Place, int]) -> Array | W
         if rest.dtype.itemsize < 4:
             rest = rest.astype(np.float32)  # exact, and quicker to look through
         top = rest.max(initial=like.fill)
-        same = bool(top == like.fill and rest.min(initial=like.fill) == like.fill)
+        same = bool(top == like.fill and (top == -np.inf or rest.min(initial=like.fill) == like.fill))
         if same:
             ends[place] = n
         return whole[..., :n] if same or top < MASKED else whole
 
-    return Wide(x.shape, x.dtype, like.fill, view)
+    return Wide(x.shape, x.dtype, like.fill, view, views=True)

@@ -29,12 +29,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Streamed:
-    """A matrix (F, D) that is decoded where it is read: rows that are looked up, blocks of rows in a product with its transpose."""
+    """A matrix (F, D) that is decoded where it is read: rows that are looked up, blocks of rows in a product with its transpose. Of
+    two rows with no more than `near` others between them, these are read as well: that costs less than to ask twice.
+    """
 
     weights: Source
     name: str
     plan: Plan
     shape: tuple[int, ...]  # (F, D)
+    near: int = 0
     ndim: ClassVar[int] = 2
     __array_ufunc__: ClassVar[None] = None  # x @ w.T asks the transpose below
 
@@ -69,8 +72,23 @@ class Streamed:
     def __getitem__(self, ids: Array) -> Array:
         """Rows by their numbers.  ids (*) -> (*, D)."""
         rows, place = np.unique(ids, return_inverse=True)
-        found = [self.weights.read(self.name, self.plan, int(i), int(i) + 1)[0] for i in rows]
-        return np.stack(found)[place.reshape(np.shape(ids))]
+        found = np.empty((len(rows), self.shape[1]), self.dtype)
+        for a, b in self._runs(rows):
+            first, last = int(rows[a]), int(rows[b - 1])
+            found[a:b] = self.weights.read(self.name, self.plan, first, last + 1)[rows[a:b] - first]
+        return found[place.reshape(np.shape(ids))]
+
+    def _runs(self, rows: Array) -> Iterator[tuple[int, int]]:
+        """[start, stop) of rows, rising, that are read at once, never more than a block."""
+        start = 0
+        for i in range(1, len(rows) + 1):
+            if (
+                i == len(rows)
+                or rows[i] - rows[i - 1] > self.near + 1
+                or rows[i] - rows[start] >= rows_of_a_block(self.shape)
+            ):
+                yield start, i
+                start = i
 
 
 def rows_of_a_block(shape: tuple[int, ...]) -> int:

@@ -87,9 +87,12 @@ def test_scores_in_one_product(dtype: Any, near: float) -> None:
     for b, start, stop in ((0, 0, 6), (1, 2, 5), (0, 4, 6), (1, 0, 1)):
         place = wide.Place((2, 3, 6, 9), b, start, stop)
         n = wide.seen(mask[b : b + 1, :, start:stop], -np.inf)
-        got = made(place, mask[b : b + 1, :, start:stop, :n])
+        seen = mask[b : b + 1, :, start:stop, :n]
+        got = made(place, n) + seen
         assert got.dtype == dtype
         np.testing.assert_allclose(got, whole[place.index][..., :n], atol=near, rtol=near)
+        first = rows.zeros(seen[0, 0])
+        assert not seen[..., :first].any() and (first == n or seen[..., first].any())
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0, 2000.0])
@@ -99,8 +102,11 @@ def test_shares_without_a_subtraction(size: float) -> None:
     """
     s = size * np.random.default_rng(4).standard_normal((1, 2, 5, 7))
     s[0, :, 2:4, 4:] = -np.inf
-    for x in (s, np.where(np.arange(5)[:, None] == 1, -np.inf, s), s - 2 * size):
-        np.testing.assert_allclose(rows.shares(x), STAGES["mla.probs"].fn(x), rtol=1e-12, atol=1e-300)
+    place = wide.Place(s.shape, 0, 0, 5)
+    for x in (s, np.where(np.arange(5)[:, None] == 1, -np.inf, s), s - 2 * size, s + 690, s - 690):
+        with np.errstate(over="ignore"):  # as whoever asks for blocks does
+            made = rows.shares(lambda _, x=x: x.copy(), place)
+        np.testing.assert_allclose(made, STAGES["mla.probs"].fn(x), rtol=1e-12, atol=1e-300)
 
 
 def test_rows_of_a_part_are_held_to_the_whole_taps_largest() -> None:

@@ -1,6 +1,7 @@
 """Weights that are read a block of rows at a time are the weights, and a judgement on them is the same judgement."""
 
 import hashlib
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,32 @@ def test_rows_are_those_of_the_whole(plan, rounded, monkeypatch):
         ids = rng.integers(0, len(whole), (2, 3))
         np.testing.assert_array_equal(lazy[ids], whole[ids])
         np.testing.assert_array_equal(np.asarray(lazy), whole)
+
+
+@pytest.mark.parametrize(("near", "most"), [(0, 128), (1, 128), (40, 128), (1000, 128), (1000, 256)])
+def test_rows_that_are_looked_up_are_read_with_those_between_them(near, most, monkeypatch):
+    """Catches a row that is read twice or not at all, more rows read between two than are near, and a run of them longer than a
+    block. Oracle: the matrix, and what was read.
+    """
+    monkeypatch.setattr(by_rows, "BLOCK", most * 6)
+    w, read = np.random.default_rng(0).standard_normal((900, 6)), []
+
+    class Rows:
+        def read(self, name, plan, start, stop):
+            read.append((start, stop))
+            return w[start:stop]
+
+    for n in (1, 3, 40, 400, 900):
+        ids = np.random.default_rng(n).integers(0, 900, (2, n))
+        read.clear()
+        np.testing.assert_array_equal(Streamed(Rows(), "w", FLOAT64, w.shape, near)[ids], w[ids])
+        wanted = np.unique(ids)
+        assert all(stop - start <= most for start, stop in read) and read == sorted(read)
+        runs = [wanted[(wanted >= start) & (wanted < stop)] for start, stop in read]
+        assert np.concatenate(runs).tolist() == wanted.tolist()
+        assert all((run[0], run[-1] + 1) == at for run, at in zip(runs, read, strict=True))
+        assert all((np.diff(run) <= near + 1).all() for run in runs)
+        assert all(b[0] - a[-1] > near + 1 or b[0] - a[0] >= most for a, b in itertools.pairwise(runs))
 
 
 def test_a_judgement_on_streamed_weights_is_the_same(monkeypatch):
