@@ -141,7 +141,7 @@ def _operand(lane: Lane, call: Call, r: Recorded, form: Form, *, short: bool) ->
 
     def end(part: Array, at: Place) -> int:
         if not short:
-            return part.shape[-1]
+            return int(part.shape[-1])
         return ends[at] if at in ends else lane.once("seen", name, at, lambda: seen(part, form.fill))
 
     def block(place: Place) -> Array:
