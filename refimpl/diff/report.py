@@ -20,6 +20,8 @@ DRIFT = 100.0
 SETS = ("router.ids", "router.groups")
 MOST = 6
 """Stages that are shown with their details."""
+CAUSES = 5
+"""Causes that are said."""
 LABEL = 16
 """Width of the column of labels."""
 NUMBERS = ("error", "twin", "allowed", "lean", "upright", "chained")
@@ -107,9 +109,11 @@ def _causes(j: Judgement) -> Iterator[str]:
     """Known mistakes that reproduce what is blamed, a common cause said once; and whether anything stays unexplained."""
     if not j.culprits:
         return
-    for d in j.causes[:5]:
+    for d in j.causes[:CAUSES]:
         known = ", ".join([*d.ids, *d.threads[:3]])
         yield f"{'cause':<10}{'':<5} {d.said}{f' ({known})' if known else ''}: reproduces {folded(d.taps)}"
+    if more := len(j.causes[CAUSES:]):
+        yield f"{'cause':<10}{'':<5} ... and {more} more (--json lists every cause)"
     named = {tap for d in j.causes for tap in d.taps}
     rest = [f.tap for f in j.culprits if f.tap not in named]
     if rest:

@@ -292,6 +292,16 @@ def test_a_screen_holds_it_with_the_verdict():
     )
 
 
+def test_causes_that_are_not_said_are_counted():
+    """Catches causes that a screen has no room for and nobody learns of; JSON has each."""
+    judgement, one = judgements()["bug"], judgements()["bug"].causes[0]
+    for n in (1, 5, 6, 9):
+        many = dataclasses.replace(judgement, diagnosis=lambda n=n: [one] * n)
+        said = [line for line in render(many).splitlines() if line.startswith("cause") and "no known" not in line]
+        assert len(said) == min(n, 5) + (n > 5)
+        assert (f"... and {n - 5} more" in said[-1]) == (n > 5) and len(json.loads(to_json(many))["causes"]) == n
+
+
 @pytest.mark.parametrize("height", [5, 18, 20, 24, 60])
 def test_as_many_stages_as_fit(monkeypatch, height):
     """Catches a screen that is exceeded though less would fit, and one left empty though more would."""
