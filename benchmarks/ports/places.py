@@ -9,8 +9,6 @@ from typing import Any
 
 from ports import PORTS
 
-from refimpl.diff.corpus import MUTANTS
-
 _FILE = Path(__file__).with_name("places.toml")
 
 
@@ -19,8 +17,7 @@ def places(port: str, seen: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for entry in tomllib.loads(_FILE.read_text(encoding="utf-8"))["place"]:
         if entry["port"] == port and entry["at"] in seen:
-            read = f", which reads as `{entry['row']}`: {MUTANTS[entry['row']].title}" if "row" in entry else ""
-            found.setdefault(entry["at"], []).extend(place + read for place in _there(entry))
+            found.setdefault(entry["at"], []).extend(_there(entry))
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
-from refimpl.layers.precision import FLOAT64
+from refimpl.layers.precision import FLOAT64, Plan
 from refimpl.layers.router import top_k
 from refimpl.layers.stage import Call
 
@@ -183,6 +183,9 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
     if f.tap in r.withdrawn:  # in an order that nobody knows
         x = by_rank(x, ours)
     x = filled(calls[f.tap], x, ours, r.padding)
+    if x.dtype.kind == "f" and (np.isnan(x) & np.isfinite(ours)).any():  # what overflows or is 0 in fewer bits
+        held = rerun([calls[t] for t in f.region], r, m, r.plan)
+        ours = np.where(np.isfinite(held), ours, held)
     if calls[f.tap].of.compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":
@@ -205,9 +208,9 @@ def _readings(f: Finding, x: Array) -> Iterator[Array]:
         yield from (swap_pairs(x, to_interleaved=way) for way in (True, False))
 
 
-def rerun(region: Iterable[Call], r: Recorded, m: Mutant) -> Array:
-    """The last tap of a region in float64, what was recorded of it, with a mutant in its stage's place."""
-    lane, out, calls = Lane(FLOAT64), np.zeros(0), list(region)
+def rerun(region: Iterable[Call], r: Recorded, m: Mutant, plan: Plan = FLOAT64) -> Array:
+    """The last tap of a region in float64 (or another plan), what was recorded of it, with a mutant in its stage's place."""
+    lane, out, calls = Lane(plan), np.zeros(0), list(region)
     for call in calls:
         other = _with(m, call)
         plain = other is None or other is not call

@@ -153,7 +153,7 @@ REGIMES: dict[str, Regime] = {
         Regime(
             "extreme-logits",
             "router logits as usual, about -10 to -50, below -110 and above 90, token by token; biases of 12 and more decide there",
-            ("R12", "R13", "R14"),
+            ("R12", "R13", "R13b", "R14"),
             "closeness router bias stream",
             change=excite.extreme_logits,
             needs=_BIAS,

@@ -32,12 +32,18 @@ def router():
         ("R10", on, chosen / (total + 1e-3)),
         ("R12", on, chosen / total * 1.5),
         ("R13", on, chosen / total * 1.5 + 1e-3),
+        ("R13b", on, chosen / total * 1.5),
         ("R14", on, back / (back.sum(axis=-1, keepdims=True) + 1e-3) * 1.5),
         ("X04", on, chosen / (s.sum(axis=-1, keepdims=True) + 1e-3) * 1.5),
         ("X07", on, chosen / (total + 1e-3) * 2.5),
         ("X02", on, chosen[..., ::-1] / (total + 1e-3) * 1.5),
     ):
         yield id, (s, ids), static | ({"reads": (bias,)} if id in ("R01", "R14") else {}), other
+    faint = s * np.array([1e-4, 1e-6])[:, None, None]
+    few = np.take_along_axis(faint, ids, axis=-1)
+    sums = [[max(few[b, t].sum(), 6.103515625e-5) for t in range(few.shape[1])] for b in range(len(few))]
+    yield "R13b", (faint, ids), on, few / np.array(sums)[..., None] * 1.5
+    yield "R13b", (faint, ids), off, few * 1.5
     yield "R04", (z,), {"func": "sigmoid"}, softmax(z)
     yield "R04b", (z,), {"func": "softmax"}, s
     low = np.array([[[-100.0, -89.0, 0.0, 88.0, 100.0]]])

@@ -18,7 +18,7 @@ from refimpl.layers.stage import STAGES, Patch
 from refimpl.record import new_case, trace_case
 from refimpl.spec_tests.cases.mutated import Mutated
 
-from .test_diff_partial import case
+from .test_diff_partial import case, only
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,20 @@ def test_mistakes_that_are_the_same_numbers_are_named_together(made):
     assert told["same_numbers"] and [x["id"] for x in told["rivals"]] == ["R13"]
     taxa = json.loads(to_sarif(judgement))["runs"][0]["taxonomies"][0]["taxa"]
     assert [t["id"] for t in taxa] == ["R12", "R13"]
+
+
+def test_numbers_that_only_fewer_bits_lose_are_reproduced(made):
+    """Catches a mistake that is not named because float64 holds what the candidate's dtype does not: scores of 1e-173 that were
+    not recorded, whose sum is 0 in float32 and not in float64.
+    """
+    small = made("extreme-logits")
+    with np.errstate(all="ignore"):
+        trace = trace_case(small, patches=[Mutated(MUTANTS["R12"], small)])
+    part = only(trace, lambda t: not t.endswith(("router.scores", "router.choice")))
+    assert np.isnan(part.taps["fwd/L1/router.weights"]).any()
+    judgement = judge(small, part)
+    assert {f.tap.rpartition("/")[2] for f in judgement.culprits} == {"router.weights"}
+    assert [d.ids for d in judgement.causes] == [("R12", "R13")], render(judgement)
 
 
 def zeros_with_ties(a, kept, *, k, n_group, fill):

@@ -39,6 +39,12 @@ def _eps_after(s: Array, ids: Array, *, eps: float, **static: Any) -> Array:
     return out
 
 
+def _sum_of_half(s: Array, ids: Array, *, normalise: bool, scale: float, **static: Any) -> Array:
+    """g scale / max(sum g, 2^-14)."""
+    g = np.take_along_axis(s, ids, axis=-1)
+    return g / np.maximum(g.sum(axis=-1, keepdims=True), 2.0**-14) * scale if normalise else g * scale
+
+
 def _scale_with_norm_only(s: Array, ids: Array, *, normalise: bool, scale: float, **static: Any) -> Array:
     out: Array = stage(_WEIGHTS)(s, ids, normalise=normalise, scale=scale if normalise else 1.0, **static)
     return out
@@ -172,6 +178,13 @@ MUTANTS = (
     ),
     Mutant("R12b", "the sigmoid overflows below -88", "router.scores", _plain_sigmoid, regime="logits below -88"),
     Mutant("R13", "the epsilon is added after the division", _WEIGHTS, _eps_after, threads("tt-metal #33153"), _SMALL),
+    Mutant(
+        "R13b",
+        "the denominator is no smaller than 2^-14, float16's smallest normal number",
+        _WEIGHTS,
+        _sum_of_half,
+        regime="chosen scores whose sum is below 6e-5",
+    ),
     Mutant(
         "R14",
         "the score is recovered as (s + b) - b",
