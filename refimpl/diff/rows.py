@@ -62,7 +62,7 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     sound = all(np.isfinite(a.sum()) for a in whole.values())  # only then is what nobody sees worth nothing
     operand = _operand(lane, call, r, form, short=sound)
     if lane.twin is None and call.stage in ("mla.scores", "mla.probs"):
-        fast = _shares(operand, lane.plan) if call.stage == "mla.probs" else _joined(whole, operand, lane, call)
+        fast = _probs(operand, lane.plan) if call.stage == "mla.probs" else _scores(whole, operand, lane, call)
         return np.errstate(all="ignore")(fast)
 
     def block(place: Place) -> Array:
@@ -77,7 +77,7 @@ def blocks(lane: Lane, call: Call, r: Recorded) -> Block:
     return block
 
 
-def _joined(whole: Mapping[int, Array], operand: Block, lane: Lane, call: Call) -> Block:
+def _scores(whole: Mapping[int, Array], operand: Block, lane: Lane, call: Call) -> Block:
     product, mask = joined(*[whole[i] for i in range(4)], **call.static), call.args[4]
 
     def block(place: Place) -> Array:
@@ -116,7 +116,7 @@ def zeros(mask: Array) -> int:
     return int(np.argmax(counts)) if counts.any() else len(counts)
 
 
-def _shares(operand: Block, plan: Plan) -> Block:
+def _probs(operand: Block, plan: Plan) -> Block:
     return partial(shares, operand) if plan is FLOAT64 else lambda place: nn_ops.softmax_in_place(operand(place))
 
 
