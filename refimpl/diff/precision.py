@@ -10,7 +10,7 @@ import numpy as np
 from refimpl.autograd.errors import where
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import FLOAT32, Plan, plan
-from refimpl.layers.stage import Call, tap_matches
+from refimpl.layers.stage import STAGES, Call, tap_matches
 
 from .lse import LSE
 from .reading import narrow_formats
@@ -19,9 +19,11 @@ from .trace import Header
 from .training import optimizer_storage
 
 MOST = 0.8
-"""Share of the float32 taps that must hold values of a narrower dtype for the trace to be one of that dtype."""
+"""Share of the float32 taps that tell (`_tells`) which must hold a narrower dtype's values for the trace to be one of that dtype."""
 _PLANS = {"bfloat16": "bf16"}
 _GENERAL = ("storage", "accumulate")
+_BF16 = plan("bf16")
+_KNOWN = {stage.tap for stage in STAGES.values()}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ class Precision:
         return self.plan.format(call.stage)
 
 
+def _tells(tap: str) -> bool:
+    """Whether a tap tells in which dtype a run is kept: no table, score, weight of the router or gradient of a weight, which every
+    run keeps in float32, and not the embedding, which holds values of the weights.
+    """
+    name = tap.rpartition("/")[2]
+    return name != "embed" and not tap.startswith("grad/") and not (name in _KNOWN and _BF16.format(name) == "fp32")
+
+
 def _ends(tap: str, pattern: str) -> bool:
     """Whether a pattern of taps alone (`moe.*`) fits the last part of a name."""
     return "/" not in pattern and tap_matches(tap.rpartition("/")[2], pattern)
@@ -85,15 +95,16 @@ def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
     fit, narrow = {t: narrow_formats(a) for t, a in floats.items()}, ("bfloat16", "float16")
     held = {name: {t for t, formats in fit.items() if name in formats} for name in narrow}
+    telling = [t for t, a in taps.items() if a.dtype.name in ("float32", *narrow) and _tells(t)]
     for name in narrow if storage in ("float32", *narrow) else ():
-        kept = [t for t, a in taps.items() if a.dtype.name == name]
-        others = [t for t, a in taps.items() if a.dtype.name in ("float32", *narrow)]
-        if name != storage and kept and len(kept) >= MOST * len(others):
+        kept = [t for t in telling if taps[t].dtype.name == name]
+        if name != storage and kept and len(kept) >= MOST * len(telling):
             storage, note = name, f"{len(kept)} taps are {name} arrays: declare storage {name}"
             break
     if storage == "float32":
-        for name, found in held.items():
-            if found and len(found) >= MOST * len(floats):
+        for name, of_it in held.items():
+            found = of_it & set(telling)
+            if found and len(found) >= MOST * len(floats.keys() & set(telling)):
                 storage, note = name, f"every value of {len(found)} taps is a {name}: declare storage {name}"
                 break
     seen = {t: storage if t in held.get(storage, ()) else np.asarray(a).dtype.name for t, a in taps.items()}

@@ -279,6 +279,44 @@ def test_bfloat16_values_in_float32_arrays_are_bfloat16():
     assert [f.tap for f in judgement.culprits if f.stage == "mla.rope_tables"] == ["fwd/mla.rope_tables"]
 
 
+def test_parts_of_a_bfloat16_run_in_float32_arrays_are_bfloat16():
+    """Catches a run called wrong because the router's float32 numbers, beside few others, keep it from being known as bfloat16's:
+    of 150 random parts 28 were.
+    """
+    for ours in (recording("hf-bfloat16"), trace_case(case(), precision="bf16")):
+        taps = {t: a.astype(np.float32) if a.dtype == ml_dtypes.bfloat16 else a for t, a in ours.taps.items()}
+        header = dataclasses.replace(ours.header, precision={"storage": "float32"}, expected=[])
+        for seed in range(6):
+            part = drawn(Trace(header, taps), seed, (0.1, 0.3, 0.5)[seed % 3])
+            judgement = judge(case(), part)
+            assert not judgement.culprits, (seed, render(judgement))
+
+
+def test_the_routers_float32_and_the_embedding_tell_of_no_dtype():
+    """Catches a float32 run held to bfloat16 because its weights are bfloat16 numbers, or a mistake that this hides."""
+    for keep in (("embed", "router.scores", "router.weights", "router.ids"), ("embed",)):
+        part = only(recording("hf-float32"), lambda t, keep=keep: t.rpartition("/")[2] in keep)
+        assert not any("declare storage" in n for n in judge(case(), part).notes)
+    wrong = only(
+        mistaken("R10 scaling nowhere", "float32"), lambda t: t.rpartition("/")[2].startswith(("embed", "router"))
+    )
+    off = {**wrong.taps, "fwd/L1/router.weights": wrong.taps["fwd/L1/router.weights"] * np.float32(1.0005)}
+    assert "fwd/L1/router.weights" in {f.tap for f in judge(case(), Trace(wrong.header, off)).culprits}
+
+
+def test_a_long_run_in_float64_conforms():
+    """Catches float64's candidates held to fewer roundings than the reference itself makes: a context sums 600 values in the order
+    of one product there, and in that of blocks here.
+    """
+    rng = np.random.default_rng(0)
+    long = dataclasses.replace(case(), tokens=rng.integers(0, case().config.vocab_size, (1, 600)).tolist())
+    judgement = judge(long, trace_case(long, precision="float64"))
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    off = trace_case(long, precision="float64")
+    off.taps["fwd/L1/mla.ctx"][0, 300] *= 1 + 1e-12
+    assert "fwd/L1/mla.ctx" in {f.tap for f in judge(long, off).culprits}
+
+
 def test_declared_axes_are_believed():
     """Catches a header whose dims say how a tap lies, read and not used: heads and tokens of the same number."""
     trace = recording("hf-float32")
