@@ -19,7 +19,7 @@ from .trace import Header
 from .training import optimizer_storage
 
 MOST = 0.8
-"""Share of the float32 taps that tell (`_tells`) which must hold a narrower dtype's values for the trace to be one of that dtype."""
+"""Share of the taps that tell (`_tells`) which must hold a narrower dtype's values for a float32 trace to be one of that dtype."""
 _PLANS = {"bfloat16": "bf16"}
 _GENERAL = ("storage", "accumulate")
 _BF16 = plan("bf16")
