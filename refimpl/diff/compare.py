@@ -118,6 +118,8 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
         return None
     doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
     axes = step.call.of.shape.split()[:-1]
+    if doubt.ndim == 2 and (tokens := next((i for i, a in enumerate(axes) if a in ("S", "T")), None)) is not None:
+        doubt = _of_length(doubt, lead[tokens])
     if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
         doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
     elif axes == ["B", "H", "S"]:
@@ -128,6 +130,14 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}
     return cut(~np.broadcast_to(doubt, lead), rows)
+
+
+def _of_length(doubt: Array, n: int) -> Array:
+    """Doubts of the main model's tokens (B, S) as those of an MTP module, which has fewer, or the other way, where nothing is known
+    of the last ones.
+    """
+    more = np.ones((len(doubt), max(n - doubt.shape[1], 0)), bool)
+    return np.concatenate([doubt[:, :n], more], axis=1)
 
 
 def _values(
@@ -147,7 +157,7 @@ def _values(
     found = tolerance.distance(call.stage, seen, e, settled)
     family = 0.0 if pick else _of_parts(step, e, found, settled, units)
     limit = tolerance.allowed(call.stage, units.own, family)
-    upright = tolerance.allowed_lean(units.stages, units.region, 0.0)
+    upright = tolerance.allowed_lean(units.stages, units.region, 0.0, found.rows)
     found = tolerance.cancelling(found, e, upright)
     twins = step.twins()
     while not (ok := found.worst <= limit and found.lean <= upright):  # only now is a twin worth its cost
@@ -157,14 +167,14 @@ def _values(
         its = tolerance.distance(call.stage, _picked(twin, pick), e, settled)
         family, leans = max(family, its.worst), max(leans, its.lean)
         limit = tolerance.allowed(call.stage, units.own, family)
-        upright = tolerance.allowed_lean(units.stages, units.region, leans)
+        upright = tolerance.allowed_lean(units.stages, units.region, leans, found.rows)
     note = "" if ok else _describe(call.stage, x, np.asarray(e), limit)
     if found.worst <= limit and not ok:
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
         )
     elements = tolerance.elements_of(call.stage, units.own, step.inputs)
-    if ok and elements and (n := tolerance.strays(x, np.asarray(e), elements)):
+    if ok and elements and (n := tolerance.strays(x, np.asarray(e), elements, settled)):
         ok, note = False, f"{n} of {x.size} numbers are further off than two roundings put them, though no row is"
     free = call.stage == "router.weights"  # the order of its slots
     away = drift(np.sort(x), np.sort(np.asarray(chained))) if free else drift(seen, chained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import tolerance
 from .comparison import Shown
 from .fp8_rules import RULES
-from .tolerance import CONSTANTS, EXTRA, FACTOR, LEAN, ROUNDINGS
+from .tolerance import CONSTANTS, EXTRA, FACTOR, FEW, LEAN, ROUNDINGS
 
 
 def explained(shown: Shown, storage: str) -> list[str]:
@@ -18,7 +18,8 @@ def explained(shown: Shown, storage: str) -> list[str]:
     extra, why = EXTRA.get(f.stage, (1.0, ""))
     floor, reason = tolerance.floor_of(f.stage)
     constant = any(s in CONSTANTS for s in u.stages)
-    upright = tolerance.allowed_lean(u.stages, u.region, lean)
+    rows = min(t.rows for t in shown.twins)
+    upright = tolerance.allowed_lean(u.stages, u.region, lean, rows)
     limit = tolerance.allowed(f.stage, u.own, worst)
     return [
         f"{f.tap}: stage {f.stage}, declared storage {storage}",
@@ -29,6 +30,8 @@ def explained(shown: Shown, storage: str) -> list[str]:
         f"  a row                  |x - e| / |e|, counted as at least {floor:g} of the largest: {reason}",
         f"  allowed, worst row     max({FACTOR:g} x {worst:.2e}, {ROUNDINGS:g} u) x {extra:g} = {limit:.2e}"
         + (f" ({why})" if why else ""),
-        f"  allowed, lean          max({FACTOR:g} x {lean:.2e}, {LEAN * (2 if constant else 1):g} u) = {upright:.2e}",
+        f"  allowed, lean          max({FACTOR:g} x {lean:.2e}, {LEAN * (2 if constant else 1):g} u"
+        + (f" x (1 + 2 / sqrt({rows:.0f} rows))" if rows < FEW else "")
+        + f") = {upright:.2e}",
         f"  the candidate          worst row {f.error:.2e}, lean {f.lean:.2e}: {'within' if f.ok else 'beyond'}",
     ]

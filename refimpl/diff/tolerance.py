@@ -119,12 +119,13 @@ def _draws(seeds: list[int], start: int, n: int) -> Array:
 @dataclass(frozen=True)
 class Distance:
     """How far a tap is from another: the worst row's |x - e| / |e|, and by how much all of it leans, a - 1 in x = a e. `largest`,
-    the largest row's |e|^2.
+    the largest row's |e|^2; `rows`, how many rows count, as (sum |e|^2)^2 / sum |e|^4 tells.
     """
 
     worst: float
     lean: float
     largest: float
+    rows: float = math.inf
 
 
 def distance(
@@ -141,7 +142,8 @@ def distance(
     errors = _relative(far, size, floor_of(stage)[0], largest)
     total = float(size.sum())
     leans = total > 0 and e.size >= FEW
-    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0, largest)
+    rows = total**2 / max(float(np.square(size).sum()), 1e-300)
+    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0, largest, rows)
 
 
 def elements_of(stage: str, unit: float, inputs: Callable[[], Iterator[list[Any]]]) -> Elements | None:
@@ -155,12 +157,13 @@ def elements_of(stage: str, unit: float, inputs: Callable[[], Iterator[list[Any]
     return ROUNDINGS * unit, 4 * UNIT["float32"] * (1 + float(np.abs(positions).max(initial=0)))
 
 
-def strays(x: Array, e: Array, limit: Elements | None) -> int:
-    """How many elements are further off than that."""
+def strays(x: Array, e: Array, limit: Elements | None, settled: Array | None = None) -> int:
+    """How many elements, of the settled rows if they are told, are further off than that."""
     if limit is None:
         return 0
     x, e = comparable(x, e)
-    return int((np.abs(x - e) > limit[0] * np.abs(e) + limit[1]).sum())
+    off = np.abs(x - e) > limit[0] * np.abs(e) + limit[1]
+    return int((off if settled is None else off[settled]).sum())
 
 
 def row_errors(stage: str, x: Array, e: Array) -> Array:
@@ -265,9 +268,12 @@ def cancelling(found: Distance, e: Array | Wide, upright: float) -> Distance:
     return replace(found, lean=0.0) if alone else found
 
 
-def allowed_lean(stages: Iterable[str], unit: float, family: float) -> float:
-    """How far the ratio may be from 1 after these stages, of which the coarsest is kept with that roundoff."""
-    return max(FACTOR * family, LEAN * unit * (2 if any(s in CONSTANTS for s in stages) else 1))
+def allowed_lean(stages: Iterable[str], unit: float, family: float, rows: float = math.inf) -> float:
+    """How far the ratio may be from 1 after these stages, of which the coarsest is kept with that roundoff. A norm's factor is one
+    for all of a row, so that of few rows its roundings need not cancel: of R below `FEW`, 1 + 2 / sqrt(R) times as far.
+    """
+    constant = 2 if any(s in CONSTANTS for s in stages) else 1
+    return max(FACTOR * family, LEAN * unit * constant * (1 + 2 / math.sqrt(max(rows, 1)) if rows < FEW else 1))
 
 
 def allowed(stage: str, unit: float, family: float) -> float:
