@@ -31,7 +31,7 @@ KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"
 @dataclass
 class Admitted:
     """taps in our axes; `picks`, of those that are a part, which, and `mixed`, those of stretches or of heads alone, beside which
-    later stages may read our own; flawed: tap -> why; notes: what was done -> taps.
+    later stages may read our own; flawed: tap -> why; notes: what was done -> taps; renamed: name in the trace -> the tap it is.
     """
 
     taps: dict[str, Array] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Admitted:
     mixed: set[str] = field(default_factory=set)
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def note(self, tap: str, *done: str) -> None:
         """Say of a tap what was done to it."""
@@ -189,7 +190,8 @@ def _unshifted(
         return taps
     late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
     renamed = {t: x for t, x in taps.items() if t not in late}
-    moved = {before: taps[after] for before, after in pairwise(late) if after in taps}
+    found.renamed |= {after: before for before, after in pairwise(late) if after in taps}
+    moved = {before: taps[after] for after, before in found.renamed.items() if before in late}
     what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
     found.notes.setdefault(what, []).extend(moved)
     return renamed | moved

@@ -105,17 +105,21 @@ def phases_of(header: Header, taps: Iterable[str]) -> list[str]:
     return ["fwd", *sorted({t.partition("/")[0] for t in taps if in_part(t)} - {"fwd"})]
 
 
-def coverage_gate(program: list[Call], trace: Trace, blind: Sequence[str] = ()) -> Gate:
+def coverage_gate(
+    program: list[Call], trace: Trace, blind: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> Gate:
     """How many of our taps were recorded. Names we do not know, expected taps that are absent, and taps of which nothing is known
-    (`blind`) make it undecided.
+    (`blind`) make it undecided. renamed: names that were read as other taps.
     """
-    meant = {"fwd", *trace.header.phases, *[t.partition("/")[0] for t in trace.taps]}
+    as_read = renamed or {}
+    taps, expected = ({as_read.get(t, t) for t in names} for names in (trace.taps, trace.header.expected))
+    meant = {"fwd", *trace.header.phases, *[t.partition("/")[0] for t in taps]}
     ours = [c.tap for c in program if in_part(c.tap) or c.tap.partition("/")[0] in meant]
-    seen = [t for t in ours if t in trace.taps]
-    unknown = sorted(set(trace.taps) - set(ours))
-    absent = sorted(set(trace.header.expected) - set(trace.taps))
+    seen = [t for t in ours if t in taps]
+    unknown = sorted(taps - set(ours))
+    absent = sorted(expected - taps)
     text = f"{len(seen)} of {len(ours)} taps recorded"
-    details = tuple(t for t in ours if t not in trace.taps)
+    details = tuple(t for t in ours if t not in taps)
     if not seen:
         return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
     units, told = {t.rpartition("/")[0] for t in ours}, trace.header.slices.get("layers")

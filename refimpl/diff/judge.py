@@ -161,7 +161,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
     ours = [c.tap for c in program]
     means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in comparison.unknown}
     blind = [f.tap for f in comparison.findings if f.open and f.note == UNKNOWN]
-    gates = [coverage_gate(program, run.trace, blind), self_check_gate(header)]
+    gates = [coverage_gate(program, run.trace, blind, admitted.renamed), self_check_gate(header)]
     notes = admitted.notes | ({run.precision.note: []} if run.precision.note else {})
     found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
     found.withdrawn = frozenset(recorded.withdrawn)

@@ -112,7 +112,7 @@ class Run:
         program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
         program = with_lse(program, self.trace.taps)
         admitted = self._admitted(program, config, inputs)
-        ours = {c.tap for c in program}
+        ours = {c.tap for c in program} | set(admitted.renamed)
         comparison = Comparison(
             config,
             self.precision,

@@ -47,6 +47,7 @@ class SpanFound:
 
     findings: list[Finding]
     accepted: dict[str, str]
+    either: set[str]
     plain: dict[str, Finding]
     alike: dict[str, tuple[float, str]]
     changed: dict[str, Array]
@@ -60,7 +61,7 @@ def compared(comparison: Comparison, program: list[Call], span: Span) -> SpanFou
     comparison.run(program, iter, *span)
     changed = {t: x for t, x in taps.items() if x is not before[t]}
     c = comparison
-    return SpanFound(c.findings, c.accepted, c.plain, c.alike, changed, c.recorded.withdrawn)
+    return SpanFound(c.findings, c.accepted, c.either, c.plain, c.alike, changed, c.recorded.withdrawn)
 
 
 def spread(
@@ -113,6 +114,7 @@ def join(comparison: Comparison, parts: list[SpanFound]) -> None:
     for part in parts:
         comparison.findings += part.findings
         comparison.accepted |= part.accepted
+        comparison.either |= part.either
         comparison.plain |= part.plain
         r.taps |= part.changed
         r.withdrawn |= part.withdrawn

@@ -361,6 +361,13 @@ def test_residuals_named_one_layer_late_are_read_so(name):
     taps = {t: a for t, a in trace.taps.items() if not t.endswith("/resid")}
     judgement = judge(case(), Trace(trace.header, taps | {f"fwd/L{i}/resid": stream[i] for i in range(3)}))
     assert not judgement.culprits and any("one layer late" in n for n in judgement.notes), render(judgement)
+    whole = {f"fwd/L{i}/resid": stream[i] for i in range(4)}  # the last layer's, which nobody reads, too
+    header = dataclasses.replace(trace.header, expected=sorted({*trace.header.expected, *whole}))
+    judgement = judge(case(), Trace(header, taps | whole))
+    assert judgement.verdict == "CONFORMS" and not judgement.unknown, render(judgement)
+    last = whole["fwd/L3/resid"].astype(np.float32) * np.float32(1.1)
+    judgement = judge(case(), Trace(header, taps | whole | {"fwd/L3/resid": last}))
+    assert "fwd/L2/resid" in {f.tap for f in judgement.culprits}
 
 
 def test_a_declared_part_gets_a_verdict_for_what_was_declared():

@@ -9,6 +9,7 @@ import pytest
 
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.corpus import MUTANTS
+from refimpl.diff.gauges import swap_pairs
 from refimpl.diff.judge import judge
 from refimpl.diff.report import to_json
 from refimpl.diff.rivals import nearest
@@ -137,6 +138,18 @@ def test_numbers_that_only_fewer_bits_lose_are_reproduced(made):
     judgement = judge(small, part)
     assert {f.tap.rpartition("/")[2] for f in judgement.culprits} == {"router.weights"}
     assert [d.ids for d in judgement.causes] == [("R12", "R13")], render(judgement)
+
+
+def test_an_order_that_one_of_a_pair_cannot_tell_is_that_of_the_other(made):
+    """Catches q blamed for the order of its rotated channels where k, behind many stages that were not recorded, fits in either."""
+    ties = made("near-ties")
+    trace = trace_case(ties, precision="bf16")
+    names = ("shared.gate", "moe.up", "mla.q_a_norm", "mlp.up", "mla.q_rope", "mla.k_rope")
+    part = only(trace, lambda t: t.rpartition("/")[2] in names)
+    half = {t: swap_pairs(a, to_interleaved=False) if t.endswith("_rope") else a for t, a in part.taps.items()}
+    assert not judge(ties, Trace(part.header, half)).culprits
+    mixed = {t: a if t.endswith("k_rope") else half[t] for t, a in part.taps.items()}  # k of the first layer tells
+    assert {f.tap for f in judge(ties, Trace(part.header, mixed)).culprits} >= {"fwd/L0/mla.q_rope"}
 
 
 def zeros_with_ties(a, kept, *, k, n_group, fill):
