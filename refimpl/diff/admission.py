@@ -222,7 +222,8 @@ def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Ma
 def check_layouts(layouts: Mapping[str, str]) -> None:
     """SpecError for a declared layout that does not exist."""
     for key, value in layouts.items():
-        if value not in KNOWN.get(key, (value,)):
+        require(key in KNOWN, f"a layout of {key!r}; known: {', '.join(KNOWN)}")
+        if value not in KNOWN[key]:
             raise SpecError(f"layout {key}={value!r}; known: {', '.join(KNOWN[key])}")
 
 

@@ -44,8 +44,8 @@ class Comparison:
 
     findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
     that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
-    `either`, rotated taps that fit in either order; `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`,
-    whether findings show where a tap is off; `pages`, those of the trace.
+    `either`, rotated taps that fit in either order; `show`, a tap whose tolerance is to be explained, and `shown`, how it came
+    about; `pictures`, whether findings show where a tap is off; `pages`, those of the trace.
     """
 
     config: Config

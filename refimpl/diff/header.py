@@ -66,5 +66,7 @@ def read_file(path: Path) -> tuple[Header, safetensors.SafetensorsFile]:
     """The header of one file and its taps, on disk until used. SpecError for anything that is not a sound trace."""
     with where(f"while reading trace {path}"):
         file = safetensors.open_file(path)
+        odd = next((name for name in file if not name.isprintable()), None)
+        require(odd is None, f"the tap name {odd!r} holds characters that cannot be printed")
         require("trace" in file.metadata, 'no "trace" entry in the metadata: this safetensors file is not a trace')
         return Header.from_json(file.metadata["trace"]), file

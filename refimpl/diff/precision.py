@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.autograd.errors import where
+from refimpl.autograd.errors import require, where
 from refimpl.autograd.tensor import Array
 from refimpl.layers.precision import FLOAT32, Plan, plan
 from refimpl.layers.stage import STAGES, Call, tap_matches
@@ -21,6 +21,7 @@ from .training import optimizer_storage
 MOST = 0.8
 """Share of the taps that tell (`_tells`) which must hold a narrower dtype's values for a float32 trace to be one of that dtype."""
 _PLANS = {"bfloat16": "bf16"}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _GENERAL = ("storage", "accumulate")
 _BF16 = plan("bf16")
 _KNOWN = {stage.tap for stage in STAGES.values()}
@@ -70,6 +71,14 @@ class Precision:
         return self.plan.format(call.stage)
 
 
+def _dtype(key: str, told: str) -> str:
+    """The dtype's name, which may be told as a plan's; one of eight bits is coarser than what is held to its own codes."""
+    name = _SHORT.get(told, told)
+    known = name in UNIT or name.startswith("float8")
+    require(known, f"in the trace header: precision {key}={told!r}; known: {', '.join([*UNIT, *_SHORT])}")
+    return name
+
+
 def _tells(tap: str) -> bool:
     """Whether a tap tells in which dtype a run is kept: no table, score, weight of the router or gradient of a weight, which every
     run keeps in float32, and not the embedding, which holds values of the weights.
@@ -89,9 +98,13 @@ def declared_precision(told: Mapping[str, str]) -> Precision:
 
 
 def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
-    """What the header declares, corrected where arrays or values say otherwise: bfloat16 or float16, also in float32 arrays."""
-    parts = {k: v for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
-    storage, note = str(header.precision.get("storage", "float32")), ""
+    """What the header declares, corrected where arrays or values say otherwise: bfloat16 or float16, also in float32 arrays.
+    SpecError for a dtype that is none.
+    """
+    parts = {k: _dtype(k, v) for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
+    _dtype("accumulate", header.precision.get("accumulate", "float32"))
+    told, note = header.precision.get("storage", "float32"), ""
+    storage = _SHORT.get(told, told)
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}
     fit, narrow = {t: narrow_formats(a) for t, a in floats.items()}, ("bfloat16", "float16")
     held = {name: {t for t, formats in fit.items() if name in formats} for name in narrow}

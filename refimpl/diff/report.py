@@ -34,7 +34,7 @@ def render(j: Judgement, *, everything: bool = False, stages: int = MOST) -> str
     bad = j.culprits
     state = "FAIL" if bad else "ok"
     what = (
-        f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(sorted({f.stage for f in bad}))}"
+        f"{len(bad)} of {len(j.findings)} taps leave the specification: {', '.join(sorted({_named(f) for f in bad}))}"
         if bad
         else f"{len(j.findings)} taps replayed"
     )
@@ -204,12 +204,17 @@ def _far(f: Finding, usual: float) -> bool:
 
 def _verdict(j: Judgement) -> str:
     unseen = next((len(g.details) for g in j.gates if g.name == "coverage"), 0)
-    names = sorted({f.stage for f in j.culprits})
+    names = sorted({_named(f) for f in j.culprits})
     gates = [g.name for g in j.gates if g.state == "FAIL"]
     culprit = f"culprit: {', '.join(names + gates)}" if names + gates else ""
     undecided = [g.name for g in j.gates if g.state == "?"]
     why = f"undecided: {', '.join(undecided)}" if undecided else ""
     return f"{j.verdict} ({'; '.join([x for x in (culprit, why, f'{unseen} taps unseen') if x])})"
+
+
+def _named(f: Finding) -> str:
+    """The tap without its place; of gradients the stage, which says what they are."""
+    return f.stage if "/" in f.stage else f.tap.rpartition("/")[2]
 
 
 def summary(j: Judgement) -> str:

@@ -39,9 +39,12 @@ class Part:
 
 def parts_of(phases: Iterable[str], length: int, attend: Attend = "expanded") -> tuple[Part, ...]:
     """The parts that the phases' names say: `fwd, dec20, dec21` of 22 tokens are 20, 1 and 1. Other phases (`bwd`, `grad`,
-    `upd`) are no parts. SpecError for a start past the end, or parts that do not begin with `fwd`.
+    `upd`) are no parts. SpecError for a start past the end, a phase given twice, or
+    parts that do not begin with `fwd`.
     """
     listed = list(phases)
+    twice = next((name for i, name in enumerate(listed) if name in listed[:i]), "")
+    require(not twice, f"phases {', '.join(listed)}: {twice} is there twice")
     starts = {int(name.removeprefix("dec")) if name != "fwd" else 0: name for name in listed if is_part(name)}
     order = sorted(starts)
     require(starts.get(0) == "fwd", f"phases {', '.join(listed)}: the first part is fwd")

@@ -317,6 +317,43 @@ def test_a_long_run_in_float64_conforms():
     assert "fwd/L1/mla.ctx" in {f.tap for f in judge(long, off).culprits}
 
 
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"precision": {"storage": "float32", "moe.*": "bfloat61"}}, "precision moe.*='bfloat61'; known: float64"),
+        ({"precision": {"storage": "float32", "accumulate": "banana"}}, "precision accumulate='banana'"),
+        ({"layouts": {"foo": "bar"}}, "a layout of 'foo'; known: rope, mla, layers"),
+        ({"phases": ["fwd", "fwd"]}, "fwd is there twice"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_declarations_that_mean_nothing_are_refused(told, says):
+    """Catches a slip of the pen that changes nothing and that nobody learns of."""
+    trace = recording("hf-float32")
+    with pytest.raises(SpecError) as error:
+        judge(case(), Trace(dataclasses.replace(trace.header, **told), trace.taps))
+    assert says in str(error.value)
+
+
+def test_dtypes_may_be_told_as_plans_are():
+    """Catches `bf16` taken for float32, and what is declared so blamed."""
+    trace = recording("hf-float32")
+    taps = {t: a.astype(ml_dtypes.bfloat16).astype(np.float32) if "/moe.act" in t else a for t, a in trace.taps.items()}
+    for told in ("bf16", "bfloat16"):
+        header = dataclasses.replace(trace.header, precision={"storage": "fp32", "moe.act": told, "accumulate": "fp32"})
+        assert {f.tap for f in judge(case(), Trace(header, taps)).culprits} <= {"fwd/L1/moe.down", "fwd/L2/moe.down"}
+    assert "fwd/L1/moe.act" in {f.tap for f in judge(case(), Trace(trace.header, taps)).culprits}
+
+
+def test_a_name_that_cannot_be_printed_is_refused(tmp_path):
+    """Catches a terminal cleared by a tap's name, and JUnit that is no XML."""
+    trace = recording("hf-float32")
+    path = tmp_path / "t.safetensors"
+    Trace(trace.header, dict(trace.taps) | {"my\x1b[2Jtap": np.zeros(3, np.float32)}).write(path)
+    with pytest.raises(SpecError, match="cannot be printed"):
+        Trace.read(path)
+
+
 def test_declared_axes_are_believed():
     """Catches a header whose dims say how a tap lies, read and not used: heads and tokens of the same number."""
     trace = recording("hf-float32")

@@ -4,7 +4,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.diff.tolerance import UNIT, Distance, allowed, cancelling, counting, elements_of, reason, strays
+from refimpl.diff.tolerance import (
+    UNIT,
+    Distance,
+    allowed,
+    allowed_lean,
+    cancelling,
+    counting,
+    distance,
+    elements_of,
+    reason,
+    strays,
+)
 from refimpl.diff.wide import Wide
 
 POSITIONS = np.array([[0, 1, 23, 4_095, 163_839]])
@@ -69,3 +80,28 @@ def test_so_many_numbers_count():
         assert counting(e) == pytest.approx(n, rel=1e-9)
         e[n] = -np.inf  # masked: no number
         assert counting(e) == pytest.approx(n, rel=1e-9)
+
+
+def test_few_rows_may_lean_further():
+    """Catches a correct norm of one token called wrong, since its factor is rounded once for all channels; a wrong factor of many
+    rows let pass; and rows counted that are too small to count. Oracle: the rule, 1 + 2 / sqrt(R) below 16 rows, written again.
+    """
+    for n, told in ((1, 3.0), (4, 2.0), (15, 1 + 2 / 15**0.5), (16, 1.0), (400, 1.0)):
+        e = np.random.default_rng(n).choice([-1.0, 1.0], (n, 48))
+        found = distance("attn_norm", e * (1 + 1e-7), e)
+        assert found.rows == pytest.approx(n) and found.lean == pytest.approx(1e-7, rel=1e-6)
+        assert allowed_lean(["attn_norm"], 1e-7, 0.0, found.rows) == pytest.approx(told * 1e-7)
+        assert allowed_lean(["attn_norm"], 1e-7, 1e-7, found.rows) == pytest.approx(max(told, 4) * 1e-7)
+    one = np.concatenate([e[:1] * 1e3, e])
+    assert distance("attn_norm", one, one).rows < 1.1
+
+
+def test_numbers_of_rows_that_are_not_judged_do_not_stray():
+    """Catches rotary tables of padding, whose positions are anyone's, held to two roundings a number."""
+    e = np.random.default_rng(0).random((2, 3, 4, 5))
+    x = e.copy()
+    x[:, 1, 2:] += 1.0
+    settled = np.ones((2, 3, 4), bool)
+    assert strays(x, e, (1e-3, 1e-3), settled) == 2 * 2 * 5
+    settled[:, 1, 2:] = False
+    assert strays(x, e, (1e-3, 1e-3), settled) == 0
