@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -71,7 +71,7 @@ def admit(
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
         x, done = _in_form(call, recorded, shape, padding, limit, c.num_experts_per_tok, packed)
         found.note(call.tap, *done)
-        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap))
+        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
         note = unusable(reading.array if reading else x, integers(stage), limit)
@@ -169,10 +169,13 @@ def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
     return found
 
 
-def _within(picked: Mapping[str, list[int]], part: Part) -> dict[str, list[int]]:
-    """What of the declared entries lies in a part: tokens are counted over all parts."""
+def _within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> dict[str, list[int]]:
+    """What of the declared entries lies in a part: tokens are counted over all parts. Where an array has keys and no queries, and
+    no cache lies before them, these are its tokens.
+    """
     here = [t - part.start for t in picked.get("S", []) if part.start <= t < part.stop]
-    return {a: entries for a, entries in (dict(picked) | {"S": here}).items() if entries}
+    keys = here if "T" in axes and "S" not in axes and not part.start else []
+    return {a: entries for a, entries in (dict(picked) | {"S": here, "T": keys}).items() if entries}
 
 
 def _unshifted(

@@ -86,9 +86,8 @@ class Comparison:
 
     def finish(self) -> None:
         """Take back what was accepted of a tap and not of its partner, if there was something to compare of that."""
-        for tap in gauges.broken(
-            self.accepted, [f.tap for f in self.findings if not f.open and f.tap not in self.either]
-        ):
+        fit = [f.tap for f in self.findings if f.ok and not f.open and f.tap not in self.either]
+        for tap in gauges.broken(self.accepted, fit):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 
@@ -129,10 +128,20 @@ class Comparison:
                 self.accepted[tap], self.plain[tap] = what, found
                 if not pick:
                     self.recorded.taps[tap] = other
+                    self._with_partner(tap, x, other)
                 return better
         if unordered and not pick:  # of weights that are not ours the largest need not belong to our first expert
             self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
+
+    def _with_partner(self, tap: str, x: Array, other: Array) -> None:
+        """Read k's rotated channels in the order that q's are found in, if k is wrong in any."""
+        partner, taps = gauges.partner_of(tap), self.recorded.taps
+        if partner in taps and any(f.tap == partner and not f.ok for f in self.findings):
+            for way in (True, False):
+                if np.array_equal(gauges.swap_pairs(x.astype(other.dtype), to_interleaved=way), other):
+                    taps[partner] = gauges.swap_pairs(taps[partner], to_interleaved=way)
+                    return
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)

@@ -70,6 +70,11 @@ def by_rank(x: Array, like: Array) -> Array:
     return np.take_along_axis(-np.sort(-x, axis=-1), place, axis=-1)
 
 
+def partner_of(tap: str) -> str:
+    """The rotated keys' tap of a layer's rotated queries, "" for other taps."""
+    return tap.removesuffix("mla.q_rope") + "mla.k_rope" if tap.endswith("/mla.q_rope") else ""
+
+
 def broken(accepted: dict[str, str], taps: Iterable[str]) -> set[str]:
     """Rotated taps whose order is not that of their partner: q in the other order and k not, or the other way. `accepted` is
     tap -> what was accepted of it.
@@ -77,8 +82,6 @@ def broken(accepted: dict[str, str], taps: Iterable[str]) -> set[str]:
     other = "rotated channels in the other order"
     found = set()
     for tap in taps:
-        if tap.endswith("/mla.q_rope"):
-            partner = tap.removesuffix("mla.q_rope") + "mla.k_rope"
-            if partner in taps and (accepted.get(tap) == other) != (accepted.get(partner) == other):
-                found |= {t for t in (tap, partner) if accepted.get(t) == other}
+        if (partner := partner_of(tap)) in taps and (accepted.get(tap) == other) != (accepted.get(partner) == other):
+            found |= {t for t in (tap, partner) if accepted.get(t) == other}
     return found

@@ -152,6 +152,16 @@ def test_an_order_that_one_of_a_pair_cannot_tell_is_that_of_the_other(made):
     assert {f.tap for f in judge(ties, Trace(part.header, mixed)).culprits} >= {"fwd/L0/mla.q_rope"}
 
 
+@pytest.mark.parametrize("id", ["X13", "X22"])
+def test_a_wrong_rotation_of_k_is_found_beside_halves_in_both(id):
+    """Catches q, and the scores of both, blamed for an order of channels that k has too, because k is wrong in any."""
+    trace = trace_case(case(), patches=[Mutated(MUTANTS[id], case())])
+    half = {t: swap_pairs(a, to_interleaved=False) if t.endswith("_rope") else a for t, a in trace.taps.items()}
+    judgement = judge(case(), Trace(trace.header, half))
+    assert {f.tap.rpartition("/")[2] for f in judgement.culprits} == {"mla.k_rope"}, render(judgement)
+    assert [d.id for d in judgement.causes] == [id] and judgement.gauges
+
+
 def zeros_with_ties(a, kept, *, k, n_group, fill):
     """R02 whose ties go to the higher index, expert by expert."""
     ids = np.zeros((*a.shape[:-1], k), np.int64)
