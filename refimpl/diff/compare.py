@@ -13,6 +13,7 @@ from . import fp8_rules, tolerance
 from .drift import drift
 from .holes import UNKNOWN, excused
 from .optimizer import doubtful
+from .padding import along, rows_at
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
@@ -117,13 +118,9 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     if step.unsettled is None:
         return None
     doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
-    axes = step.call.of.shape.split()[:-1]
-    if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
-        doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
-    elif axes == ["B", "H", "S"]:
-        doubt = doubt[:, None]
-    elif axes == ["2", "B", "S"]:
-        doubt = doubt[None]
+    axes = step.call.of.shape.split()
+    if rows_at(axes):
+        doubt = along(axes, doubt, len(lead))
     else:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}

@@ -14,7 +14,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
 from .lse import LSE
-from .padding import rows_of
+from .padding import Padding, rows_at, rows_of
 from .program import names
 
 SLACK = 4.0
@@ -28,7 +28,7 @@ Values = Mapping[str, Array]
 class Unsettled:
     """Follows the doubtful tokens (B, S) through a program: from a close choice to everything that is computed from it."""
 
-    def __init__(self, padding: Array | None = None) -> None:
+    def __init__(self, padding: Padding | None = None) -> None:
         self.marks, self.padding = dict[str, Array](), padding
 
     def see(self, call: Call, exact: Values, twins: Sequence[Values], recorded: Values) -> None:
@@ -46,7 +46,8 @@ class Unsettled:
             length = size[1 if call.stage.startswith("mla.ctx") else 2]
             self._set(call, np.logical_or.accumulate(mark, axis=1)[:, -length:])
         elif found:
-            length = min(m.shape[1] for m in found)
+            place = rows_at(call.of.shape.split())
+            length = min([m.shape[1] for m in found] + ([size[place[1]]] if place else []))
             self._set(call, np.logical_or.reduce([m[:, :length] for m in found]))
 
     def _cached(self, call: Call, length: int, recorded: Values) -> None:
