@@ -121,7 +121,7 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     axes = step.call.of.shape.split()
     if rows_at(axes):
         doubt = along(axes, doubt, len(lead))
-    else:  # dispatched rows belong to tokens that the choice itself decides
+    elif doubt.shape != lead:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}
     return cut(~np.broadcast_to(doubt, lead), rows)
