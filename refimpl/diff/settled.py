@@ -12,8 +12,8 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
+from refimpl.model.phases import in_part
 
-from .lse import LSE
 from .padding import Padding, rows_at, rows_of
 from .program import names
 
@@ -37,7 +37,9 @@ class Unsettled:
     def __init__(self, program: Iterable[Call], recorded: Container[str], padding: Padding | None = None) -> None:
         self.marks, self.padding = dict[str, Array](), padding
         self.rows = {c.tap for c in program if c.of.shape.startswith("M ")}
-        self.sent = {_unit(tap) for tap in self.rows if tap in recorded}  # units whose rows lie as the candidate's ids say
+        self.sent = {
+            _unit(tap) for tap in self.rows if tap in recorded
+        }  # units whose rows lie as the candidate's ids say
         self.loose = set[str]()  # computed taps in which padding may hold anything
         self.tokens = dict[str, Array]()  # unit -> the token of every dispatched row, where that is known
         self.empty = dict[str, Array]()  # unit -> its padding (B, S)
@@ -64,12 +66,12 @@ class Unsettled:
             if call.tap in self.loose and unit in self.sent:
                 found.append(padding)
         assert ids is not None
-        if known or not np.any(found):
+        if known or not any(m.any() for m in found):
             self.tokens[unit] = np.argsort(ids, axis=None, kind="stable") // ids.shape[-1]
 
     def _follow(self, call: Call, found: list[Array], size: Sequence[int], recorded: Values) -> None:
         """From the marks of what a call reads to its own."""
-        if call.own is not None and call.stage != LSE and found:  # a gradient comes from every token behind
+        if found and call.own is not None and not in_part(call.tap):  # a gradient comes from every token behind
             self._set(call, np.ones_like(found[0]))
         elif call.stage.startswith("cache."):
             self._cached(call, size[1], recorded)
@@ -103,7 +105,7 @@ class Unsettled:
     def of(self, call: Call, shape: Sequence[int]) -> Array | None:
         """What of a call's output says nothing, doubtful tokens (B, S) or rows (M,), and padding; None if all says something."""
         unit, mark = _unit(call.tap), self.marks.get(call.tap)
-        tokens = self.tokens.get(unit) if call.tap in self.rows and call.own is None else None
+        tokens = self.tokens.get(unit) if call.tap in self.rows else None
         padding = rows_of(call, shape, self.padding) if tokens is None else self.empty.get(unit)
         found = mark if padding is None else padding if mark is None or mark.shape != padding.shape else mark | padding
         return found if found is None or tokens is None else found.ravel()[tokens]
