@@ -43,7 +43,7 @@ def padding_of(valid: Sequence[Sequence[int]] | None, sizes: Sizes) -> Padding |
 
 
 def rows_at(axes: Sequence[str]) -> tuple[int, int] | None:
-    """Which axes of a tap are sequences and tokens, or keys of a cache; None if it has no rows of tokens: one number each is none."""
+    """Which axes of a tap are sequences and tokens, or keys of a cache; None if tokens have no rows, or a number each."""
     for before, place in ((["B"], (0, 1)), (["B", "H"], (0, 2)), (["2", "B"], (1, 2))):
         n = len(before)
         if list(axes[:n]) == before and len(axes) > n + 1 and axes[n] in ("S", "T", "S-k"):
