@@ -33,10 +33,10 @@ from .wide import Place, Wide
 
 @dataclass(frozen=True)
 class Step:
-    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S), or dispatched
-    rows (M,), that rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's;
-    `naive`, our output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every twin, if there is
-    use in one; `ends`, to note where the tap's blocks end (`wide.looked_at`).
+    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S), or
+    dispatched rows (M,), that rounding alone may send to other experts, or None, and the arguments of the exact call, then of
+    every twin's; `naive`, our output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every
+    twin, if there is use in one; `ends`, to note where the tap's blocks end (`wide.looked_at`).
     """
 
     call: Call
