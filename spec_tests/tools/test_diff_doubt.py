@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from refimpl.diff import Trace, render
+from refimpl.diff.dims import Sizes
 from refimpl.diff.judge import judge
+from refimpl.diff.padding import Padding
 from refimpl.diff.settled import Unsettled
 from refimpl.layers.stage import STAGES, Call, Patch, tap_name
 from refimpl.record import trace_case
@@ -116,9 +118,9 @@ def test_a_choice_within_rounding_leaves_recorded_rows_to_nobody():
     assert routed.ok and not routed.open
 
 
-def see(u, stage, unit, args, values, recorded=(), **static):
+def see(u, stage, unit, args, values, recorded=(), own=None, **static):
     """Show a call to `u`, its values given."""
-    call = Call(stage, f"fwd/{unit}/{STAGES[stage].tap}", args, static)
+    call = Call(stage, f"fwd/{unit}/{STAGES[stage].tap}", args, static, own)
     given = {n: values[n] for n in values if n in recorded}
     u.see(call, {n: values[n] for n in values if n not in recorded or n == call.tap}, [], given)
     return u.of(call, values[call.tap].shape)
@@ -146,3 +148,34 @@ def test_doubt_goes_with_the_rows_of_a_token(recorded):
     whole = see(u, "moe.routed", "L0", (n[2], n[1], n[4]), values, recorded)
     expected = {0: known or not recorded, 1: False, 2: not known, 3: False}
     assert whole[0].tolist() == [n[2] in recorded or expected[t] for t in range(4)]
+
+
+def test_doubt_about_padding_is_nobodys():
+    """Catches a doubtful choice of padding that is said of tokens behind it, or said at all where no rows lie by it."""
+    padding = Padding(np.array([[True, False, False]]), Sizes.whole(1, 3))
+    names = ("moe.down", "router.ids", "router.weights", "moe.routed")
+    down, ids, weights, routed = (f"fwd/L0/{t}" for t in names)
+    values = {"keys": np.zeros((1, 3, 2)), "fwd/L0/mla.ctx": np.zeros((1, 3, 2, 2)), "choice": np.eye(3)[None]}
+    values |= {ids: np.array([[[0], [1], [2]]]), routed: np.zeros((1, 3, 4))}
+    program = [Call("moe.down", down, ("x", ids), {})]
+    for recorded in ((), (down,)):
+        u = Unsettled(program, recorded, padding)
+        u.loose.add("choice")
+        see(u, "router.ids", "L0", ("choice", None), values, k=1, n_group=1)
+        assert (ids in u.marks) == bool(recorded)
+    u = Unsettled([], (), padding)
+    u.marks[ids] = np.array([[True, False, False]])
+    assert see(u, "moe.routed", "L0", (down, ids, weights), values).tolist() == [[True, False, False]]
+    assert see(u, "mla.ctx", "L0", (routed,), values).tolist() == [[True, False, False]]
+    u.marks[ids] = np.array([[False, True, False]])
+    see(u, "moe.routed", "L0", (down, ids, weights), values)
+    assert see(u, "mla.ctx", "L0", (routed,), values).all()
+
+
+def test_doubt_goes_with_a_token_into_other_stages():
+    """Catches a stage on FP8 codes taken for a gradient, which all tokens enter, and an MTP module with as many rows."""
+    u = Unsettled([], ())
+    u.marks["x"] = np.array([[False, True, False]])
+    values = {"fwd/L0/attn_out": np.zeros((1, 3, 4)), "fwd/mtp1/mtp.hidden": np.zeros((1, 2, 4))}
+    assert see(u, "attn_out", "L0", ("x",), values, own=STAGES["attn_out"]).tolist() == [[False, True, False]]
+    assert see(u, "mtp.hidden", "mtp1", ("x",), values).tolist() == [[False, True]]

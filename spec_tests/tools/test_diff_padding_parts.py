@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from refimpl.diff import Case, Trace, render
+from refimpl.diff.dims import Sizes
 from refimpl.diff.judge import judge
+from refimpl.diff.padding import Padding, may_be_packed
 from refimpl.layers import PRESETS
 from refimpl.layers.stage import STAGES, Patch, tap_name
+from refimpl.model.phases import parts_of
 from refimpl.record import new_case, trace_case
 
 from .test_diff_partial import case, drawn
@@ -111,27 +114,32 @@ def test_one_number_counts_where_a_part_has_a_token(tap, at):
     assert (tap in blamed) == stretch(tap, TWO, "cache" in tap)[at], blamed
 
 
-@pytest.mark.parametrize("tap", ["fwd/L1/moe.rows", "dec12/L2/moe.down"])
-def test_a_dispatched_row_counts_where_it_is_of_a_token(tap):
-    """Catches rows of padding that are judged, real ones that are not, and another order of them. Oracle: expert by expert."""
+@pytest.mark.parametrize(
+    ("tap", "ids"), [("fwd/L1/moe.rows", True), ("dec12/L2/moe.down", True), ("fwd/L1/moe.rows", False)]
+)
+def test_a_dispatched_row_counts_where_it_is_of_a_token(tap, ids):
+    """Catches rows of padding that are judged, real ones that are not, and another order of them, with or without ids in the
+    trace. Oracle: expert by expert.
+    """
     trace, real, rows = ran(TWO), stretch(tap, TWO), []
-    ids = trace.taps[tap.rpartition("/")[0] + "/router.ids"]
+    chosen = trace.taps[tap.rpartition("/")[0] + "/router.ids"]
     for expert in range(case().config.n_routed_experts):
-        rows += [real[at[:2]] for at in np.ndindex(ids.shape) if ids[at] == expert]
+        rows += [real[at[:2]] for at in np.ndindex(chosen.shape) if chosen[at] == expert]
     assert len(rows) == len(trace.taps[tap])
     for kind in (False, True):
         x, at = np.array(trace.taps[tap]), rows.index(kind)
         x[[i for i, r in enumerate(rows) if not r] if not kind else at] *= -2
-        blamed = {f.tap for f in judged(trace, trace.taps | {tap: x}).culprits}
+        taps = trace.taps | {tap: x}
+        blamed = {f.tap for f in judged(trace, taps, lambda t: ids or not t.endswith("router.ids")).culprits}
         assert (tap in blamed) == kind, blamed
 
 
-@pytest.mark.parametrize("phases", [WHOLE, TWO])
-def test_rows_of_padding_may_lie_among_any_experts(phases):
+@pytest.mark.parametrize("unseen", [("mla.", "attn_out", "resid", "ffn_norm"), ("embed", "resid", "ffn_norm")])
+@pytest.mark.parametrize("phases", [WHOLE, TWO], ids=["whole", "two"])
+def test_rows_of_padding_may_lie_among_any_experts(phases, unseen):
     """Catches rows counted off by experts that padding has in our run and not in the candidate's, of which there are no ids."""
     trace = ran(phases, careless=True)
-    unseen = ("mla.", "attn_out", "resid", "ffn_norm", "router.")
-    judgement = judged(trace, trace.taps, lambda t: not t.rpartition("/")[2].startswith(unseen))
+    judgement = judged(trace, trace.taps, lambda t: not t.rpartition("/")[2].startswith((*unseen, "router.")))
     assert not judgement.culprits, render(judgement)
     assert any(f.stage == "moe.routed" and f.open for f in judgement.findings)
 
@@ -155,6 +163,14 @@ def test_a_part_may_be_packed():
     x = taps["dec12/L1/ffn_out"]
     x[-1, 3] += 1
     assert "dec12/L1/ffn_out" in {f.tap for f in judged(trace, taps, lambda t: t in taps and "/L1/f" in t).culprits}
+
+
+def test_a_part_with_as_many_rows_as_tokens_may_be_packed():
+    """Catches rows counted against the tokens of the whole run."""
+    padding = Padding(~VALID, Sizes(2, parts_of(TWO, 24)))
+    for rows, known in (((2, 12), False), ((24, 5), True), ((23, 5), False)):
+        assert may_be_packed({"dec12/L1/resid": np.zeros(rows)}, padding) == known
+    assert not may_be_packed({"dec12/L1/resid": np.zeros((24, 5))}, None)
 
 
 @pytest.fixture(scope="module")
