@@ -100,9 +100,12 @@ def test_padding_holds_what_it_likes_in_every_part(phases):
 @pytest.mark.parametrize(
     ("tap", "at"),
     [
-        *[("fwd/logits", at) for at in ((0, 6), (0, 7), (0, 11), (1, 11))],
-        *[("dec12/L1/attn_out", at) for at in ((0, 0), (1, 6), (1, 7))],
-        *[("dec12/L1/cache.c_kv", at) for at in ((0, 6), (0, 7), (1, 18), (1, 19))],
+        *[("fwd/logits", at) for at in ((0, 6), (0, 7))],
+        *[("dec12/L1/attn_out", at) for at in ((1, 6), (1, 7))],
+        *[("dec12/L1/cache.c_kv", at) for at in ((0, 6), (0, 7), (1, 19))],
+        *[pytest.param("fwd/logits", at, marks=pytest.mark.slow) for at in ((0, 11), (1, 11))],
+        pytest.param("dec12/L1/attn_out", (0, 0), marks=pytest.mark.slow),
+        pytest.param("dec12/L1/cache.c_kv", (1, 18), marks=pytest.mark.slow),
     ],
 )
 def test_one_number_counts_where_a_part_has_a_token(tap, at):
@@ -177,16 +180,16 @@ def test_a_part_with_as_many_rows_as_tokens_may_be_packed():
 def module(tmp_path_factory):
     folder = tmp_path_factory.mktemp("padded") / "mtp"
     config = PRESETS["tiny"].replace(num_nextn_predict_layers=1)
-    c = Case.read(new_case(folder, config, seed=1, length=12, mtp=True))
+    c = Case.read(new_case(folder, config, seed=1, length=12, margin=0, mtp=True))
     return dataclasses.replace(c, valid=[[0] * 3 + [1] * 9, [1] * 10 + [0] * 2])
 
 
 def test_an_mtp_module_has_padding_too(module):
     """Catches rows of padding judged where a module has a token fewer, and its rows of tokens passed over."""
     trace = trace_case(module)
-    for at, real in (((0, 2), False), ((0, 3), True), ((1, 9), True), ((1, 10), False)):
-        for tap in ("fwd/mtp1/proj", "fwd/mtp1/attn_out"):
-            x = np.array(trace.taps[tap])
+    for places, real in ((((0, 2), (1, 10)), False), (((0, 3), (1, 9)), True)):
+        taps = {tap: np.array(trace.taps[tap]) for tap in ("fwd/mtp1/proj", "fwd/mtp1/attn_out")}
+        for x, at in zip(taps.values(), places, strict=True):
             x[at] *= -2
-            blamed = {f.tap for f in judge(module, Trace(trace.header, trace.taps | {tap: x})).culprits}
-            assert (tap in blamed) == real, (tap, at, blamed)
+        blamed = {f.tap for f in judge(module, Trace(trace.header, trace.taps | taps)).culprits}
+        assert taps.keys() <= blamed if real else not blamed, blamed
