@@ -11,7 +11,7 @@ from refimpl.diff.dims import Sizes
 from refimpl.diff.judge import judge
 from refimpl.diff.padding import Padding, may_be_packed
 from refimpl.layers import PRESETS
-from refimpl.layers.stage import STAGES, Patch, tap_name
+from refimpl.layers.stage import STAGES, Call, Patch, tap_name
 from refimpl.model.phases import parts_of
 from refimpl.record import new_case, trace_case
 
@@ -176,6 +176,24 @@ def test_a_part_with_as_many_rows_as_tokens_may_be_packed():
     assert not may_be_packed({"dec12/L1/resid": np.zeros((24, 5))}, None)
 
 
+@pytest.mark.parametrize(
+    ("stage", "tap", "columns"),
+    [
+        ("mtp.proj", "fwd/mtp1/proj", range(11)),
+        ("attn_out", "fwd/mtp2/attn_out", range(10)),
+        ("mla.kv_b", "dec12/L1/mla.kv_b", range(24)),
+        ("cache.c_kv", "dec12/mtp1/cache.c_kv", range(23)),
+        ("mla.scores", "dec12/mtp1/mla.scores", range(12, 23)),
+        ("moe.rows", "fwd/L1/moe.rows", None),
+        ("cache.positions", "dec12/cache.positions", None),
+    ],
+)
+def test_a_tap_has_the_padding_of_its_columns(stage, tap, columns):
+    """Catches an MTP module's tokens counted as the model's: module k has k fewer. Arrays with a number a token have no rows."""
+    found = Padding(~VALID, Sizes(2, parts_of(TWO, 24))).at(Call(stage, tap, (), {}))
+    assert found is None if columns is None else found.tolist() == [[not VALID[b, s] for s in columns] for b in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
     folder = tmp_path_factory.mktemp("padded") / "mtp"
@@ -184,6 +202,7 @@ def module(tmp_path_factory):
     return dataclasses.replace(c, valid=[[0] * 3 + [1] * 9, [1] * 10 + [0] * 2])
 
 
+@pytest.mark.slow
 def test_an_mtp_module_has_padding_too(module):
     """Catches rows of padding judged where a module has a token fewer, and its rows of tokens passed over."""
     trace = trace_case(module)
