@@ -19,7 +19,7 @@ from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
-from .padding import FILLED, NOWHERE, PACKED, padding_of, placed, without_fill
+from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers
 from .reading import FILLED_UP, Pick, Reading, read
 from .trace import Header, Trace
@@ -60,7 +60,7 @@ def admit(
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
     known to be a part: which, in our axes already; packed: see `placed`.
     """
-    padding = padding_of(trace.header.valid)
+    padding = padding_of(trace.header.valid, sizes)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
     picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
     for part in sizes.parts:
@@ -98,7 +98,7 @@ def _in_form(
     call: Call,
     taps: Mapping[str, Array],
     shape: tuple[int, ...],
-    padding: Array | None,
+    padding: Padding | None,
     limit: int | None,
     k: int,
     packed: bool,
@@ -106,7 +106,8 @@ def _in_form(
     """A tap as our form has it, with rows where padding is and none behind, and what was done to it."""
     x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape)
     x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"), k)
-    x, placing = placed(x, shape, call.of.shape.split(), padding, limit, packed=packed)
+    rows = padding.at(call) if padding else None
+    x, placing = placed(x, shape, call.of.shape.split(), rows, limit, packed=packed)
     return x, [*formed, *sent, *placing]
 
 

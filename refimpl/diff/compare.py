@@ -13,10 +13,13 @@ from . import fp8_rules, tolerance
 from .drift import drift
 from .holes import UNKNOWN, excused
 from .optimizer import doubtful
+from .padding import along, rows_at
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
 from .wide import Wide, looked_at
+
+DOUBTFUL = "all of it is padding, or of tokens that rounding alone may have sent to other experts: record router.ids"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def compare(step: Step, x: Array, units: Units, pick: Pick) -> Finding:
     call, kind = step.call, step.call.of.compare
     settled, doubt = settled_rows(step, pick), doubtful(step)
     if settled is not None and not settled.any():
-        return Finding(call.tap, call.stage, True, 0.0, note="no token's experts are beyond rounding", open=True)
+        return Finding(call.tap, call.stage, True, 0.0, note=DOUBTFUL, open=True)
     if kind == "given":
         return Finding(call.tap, call.stage, True, 0.0, note="taken as it is")
     numbers = kind not in ("set", "exact") and call.stage not in fp8_rules.RULES
@@ -117,27 +120,13 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
     if step.unsettled is None:
         return None
     doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
-    axes = step.call.of.shape.split()[:-1]
-    if doubt.ndim == 2 and (tokens := next((i for i, a in enumerate(axes) if a in ("S", "T")), None)) is not None:
-        doubt = _of_length(doubt, lead[tokens])
-    if axes[:2] == ["B", "S"] or axes[:2] == ["B", "T"]:
-        doubt = doubt.reshape(*doubt.shape, *[1] * (len(lead) - 2))
-    elif axes == ["B", "H", "S"]:
-        doubt = doubt[:, None]
-    elif axes == ["2", "B", "S"]:
-        doubt = doubt[None]
-    else:  # dispatched rows belong to tokens that the choice itself decides
+    axes = step.call.of.shape.split()
+    if rows_at(axes):
+        doubt = along(axes, doubt, len(lead))
+    elif doubt.shape != lead:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}
     return cut(~np.broadcast_to(doubt, lead), rows)
-
-
-def _of_length(doubt: Array, n: int) -> Array:
-    """Doubts of the main model's tokens (B, S) as those of an MTP module, which has fewer, or the other way, where nothing is known
-    of the last ones.
-    """
-    more = np.ones((len(doubt), max(n - doubt.shape[1], 0)), bool)
-    return np.concatenate([doubt[:, :n], more], axis=1)
 
 
 def _values(

@@ -31,13 +31,18 @@ class Sizes:
         return next((p for p in self.parts if p.name == phase), self.parts[0])
 
 
+def depth_of(tap: str) -> int:
+    """How many tokens fewer than the part has a tap: k in MTP module k, which looks so far ahead."""
+    unit = tap.split("/")[1]
+    return int(unit.removeprefix("mtp")) if unit.startswith("mtp") else 0
+
+
 def letters(c: Config, stage: Stage, tap: str, sizes: Sizes) -> dict[str, int]:
     """What every letter of a stage's shape stands for at a tap.
 
     F is the width of that feed-forward; M the dispatched rows, or where groups are meant the kept groups.
     """
-    part, unit = sizes.of(tap), tap.split("/")[1]
-    depth = int(unit.removeprefix("mtp")) if unit.startswith("mtp") else 0
+    part, depth = sizes.of(tap), depth_of(tap)
     shared = c.moe_intermediate_size * c.n_shared_experts
     width = {"mlp": c.intermediate_size, "shared": shared}.get(stage.tap.partition(".")[0], c.moe_intermediate_size)
     here = part.length - (depth if "-k" not in stage.shape else 0)

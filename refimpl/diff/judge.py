@@ -93,7 +93,7 @@ def _readings(run: Run, trace: Trace) -> Iterator[Run]:
     fresh = replace(run, trace=trace, pool=None, cuts={}, apart={}, looked=False)
     for counted, what in other_counts(trace):
         yield replace(fresh, trace=counted, precision=precision_of(counted.header, counted.taps), apart=what)
-    if may_be_packed(trace.taps.values(), padding_of(trace.header.valid)):
+    if may_be_packed(trace.taps, padding_of(trace.header.valid, run.sizes)):
         yield replace(fresh, packed=True)
 
 

@@ -15,6 +15,7 @@ from refimpl.layers.stage import Call
 
 from .holes import mended, torn
 from .orders import ORDERS
+from .padding import Padding
 from .reading import Pick
 from .tolerance import TWINS, Noise
 from .wide import Place, Wide
@@ -27,7 +28,7 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings; how many `layers` the main model has; which tokens (B, S) are `padding`; of which taps a `partial` array was
+    roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was
     recorded, and of which entries. Of wide taps that were compared: those that are `sound`, and of their blocks, where the keys
     end that are seen (`wide`).
     """
@@ -40,7 +41,7 @@ class Recorded:
     outputs: frozenset[str] = frozenset()
     withdrawn: dict[str, Array] = field(default_factory=dict)
     layers: int = 0
-    padding: Array | None = None
+    padding: Padding | None = None
     partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
     sound: dict[str, Array] = field(default_factory=dict)
     ends: dict[str, dict[Place, int]] = field(default_factory=dict)

@@ -33,10 +33,10 @@ from .wide import Place, Wide
 
 @dataclass(frozen=True)
 class Step:
-    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S) that
-    rounding alone may send to other experts, or None, and the arguments of the exact call, then of every twin's; `naive`, our
-    output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every twin, if there is use in one;
-    `ends`, to note where the tap's blocks end (`wide.looked_at`).
+    """A call on the candidate's inputs: our exact output e, our own run's, its twins when asked for, the tokens (B, S), or
+    dispatched rows (M,), that rounding alone may send to other experts, or None, and the arguments of the exact call, then of
+    every twin's; `naive`, our output with NaN spread as floating point spreads it, if there is any; `glimpses`, a part of every
+    twin, if there is use in one; `ends`, to note where the tap's blocks end (`wide.looked_at`).
     """
 
     call: Call
@@ -69,7 +69,7 @@ def replay(
     stop = len(program) if stop is None else stop
     recorded = {c.tap for c in program[start:stop]} & (set(r.taps) | r.outputs)
     wanted, last = needed(program, set(r.taps), r.outputs), last_use(program)
-    lanes, unsettled = _Lanes(r.plan), Unsettled(r.padding)
+    lanes, unsettled = _Lanes(r.plan), Unsettled(program, {*r.taps, *r.partial}, r.padding)
     exact, chained, twins = lanes.exact, lanes.chained, lanes.twins
     end = stop if watch else 1 + max((i for i, c in enumerate(program) if c.tap in recorded), default=-1)
     for i, call in enumerate(program[:end]):

@@ -197,7 +197,7 @@ class Run:
             parts,
             layers=layers,
             partial=some,
-            padding=padding_of(self.case.valid),
+            padding=padding_of(self.case.valid, self.sizes),
         )
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.corpus import MUTANTS
+from refimpl.diff.dims import Sizes
 from refimpl.diff.judge import judge
-from refimpl.diff.padding import filled
+from refimpl.diff.padding import Padding, filled
 from refimpl.layers.stage import STAGES, Call, Patch
 from refimpl.record import trace_case
 
@@ -171,8 +172,9 @@ def test_rows_of_padding_are_filled_and_no_others(stage):
     for i in np.ndindex(x.shape) if len(at) == 2 else ():
         whole[i] = like[i] if padding[i[at[0]], i[at[1]]] else x[i]
     call = Call(stage, f"fwd/L0/{stage}", (), {})
-    np.testing.assert_array_equal(filled(call, x, like, padding), whole)
-    assert filled(call, x, like, None) is x and filled(call, x[..., :1], like, padding).shape[-1] == 1
+    padded = Padding(padding, Sizes.whole(2, 2))
+    np.testing.assert_array_equal(filled(call, x, like, padded), whole)
+    assert filled(call, x, like, None) is x and filled(call, x[..., :1], like, padded).shape[-1] == 1
 
 
 def test_padding_that_is_seen_by_tokens_is_still_a_bug(padded):
