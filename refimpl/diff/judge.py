@@ -23,6 +23,7 @@ from .comparison import Track
 from .counting import LEFT, from_zero, other_counts
 from .diagnose import diagnose
 from .explained import explained
+from .formats import in_own_formats
 from .fp8_taps import decoded
 from .fused import reordered
 from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
@@ -50,16 +51,17 @@ def judge(
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, _ours(trace), gates, track, pictures, pool)
+        return _judged(case, from_zero(decoded(trace)), gates, track, pictures, pool)
 
 
-def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
+def _judged(case: Case, whole: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
+    trace, done = in_own_formats(whole)
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
-    run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
+    run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool, done=done)
     config = case.config.replace(dialect=trace.config.dialect)
-    gates += ranks_gate(trace, precision, run.program(config)[0])
+    gates += ranks_gate(whole, precision, run.program(config)[0])
     run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
     blamed = {f.tap for f in result.culprits}
     if several := reordered(result.grounds, run.trace, blamed, run.sizes):
@@ -73,8 +75,8 @@ def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures:
 
 
 def _ours(trace: Trace) -> Trace:
-    """The trace with numbers for codes, and layers counted as ours."""
-    return from_zero(decoded(trace))
+    """The trace with numbers for codes, in arrays of their own dtypes, and layers counted as ours."""
+    return in_own_formats(from_zero(decoded(trace)))[0]
 
 
 def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
@@ -162,7 +164,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
     means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in comparison.unknown}
     blind = [f.tap for f in comparison.findings if f.open and f.note == UNKNOWN]
     gates = [coverage_gate(program, run.trace, blind), self_check_gate(header)]
-    notes = admitted.notes | ({run.precision.note: []} if run.precision.note else {})
+    notes = dict(run.done) | admitted.notes | ({run.precision.note: []} if run.precision.note else {})
     found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
     found.withdrawn = frozenset(recorded.withdrawn)
     found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
