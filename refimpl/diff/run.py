@@ -62,7 +62,7 @@ class Run:
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
     packed: bool = False
-    done: Mapping[str, list[str]] = field(default_factory=dict)
+    done: dict[str, list[str]] = field(default_factory=dict)
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
