@@ -134,10 +134,10 @@ def _of_chosen(tap: str, x: Array, ids: Array | None, c: Config) -> Iterator[tup
 
 def _is_by_token(tap: str, x: Array, k: int) -> bool:
     """Whether rows are in the order of tokens: by their shape, (N, K, ...), or as the inputs of one token's experts are one."""
-    if k < 2 or x.ndim < 2:
+    if k < 2 or x.ndim < 2 or x.size <= k * x.shape[-1]:  # one token's rows are the same in any order
         return False
     if x.ndim > 2:
-        return x.shape[-2] == k
+        return bool(x.shape[-2] == k)
     if not tap.endswith(ROWS[0]) or len(x) % k or not len(x):
         return False
     return all(bool((a == a[:, :1]).all()) for a in (x[:k].reshape(1, k, -1), x.reshape(-1, k, x.shape[-1])))
