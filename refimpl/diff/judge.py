@@ -100,7 +100,7 @@ def _rearranged(run: Run, result: Judgement, config: Config) -> tuple[Run, Judge
     for trace, done in rows_by_expert(run.trace, run.done, odd):
         other = replace(run, pool=None, trace=trace, done=done)
         better = _settled(other, config, iter)
-        if of_rows(_blamed(better)) < of_rows(_blamed(result)) and better.off < result.off:
+        if of_rows(_blamed(better)) < of_rows(_blamed(result)):
             run, result = other, better
             break
     if several := reordered(result.grounds, run.trace, _blamed(result), run.sizes):

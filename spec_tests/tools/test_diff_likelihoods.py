@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -82,6 +83,17 @@ def test_a_constant_is_free_only_where_it_makes_the_sum_1(off):
     assert len(found) == (not off)
     for _, y in found:
         np.testing.assert_allclose(y, exact, atol=1e-5)  # x has float32's 24 bits of numbers below 16
+
+
+def test_what_rounding_does_to_log_probabilities_is_no_mistake():
+    """Catches small logits of a large vocabulary held to the rounding of their own size, which log p does not keep; and a constant
+    of a row, from the rounded sum, that counts as off in every number.
+    """
+    exact = 0.05 * np.random.default_rng(0).standard_normal((4, 2048))
+    x = rows(exact, lambda v, total: v - total + 0.02).astype(ml_dtypes.bfloat16).astype(np.float32)
+    ((_, y),) = as_logits(x, exact)
+    off = np.linalg.norm(y - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert (off < 4 * 2.0**-9).all()  # log p is 150 times as large, so 0.9 u of it would be 140 u of a logit
 
 
 def test_probabilities_that_vanish_are_not_minus_infinity():

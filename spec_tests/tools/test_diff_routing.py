@@ -190,3 +190,14 @@ def test_lists_are_no_maps_and_no_weights_of_all_experts():
     scores = {"fwd/L1/router.weights": trace.taps["fwd/L1/router.scores"]}
     found, notes = as_lists(Trace(trace.header, trace.taps | scores))
     assert found.taps["fwd/L1/router.weights"].shape == (2, 24, 16) and not notes
+
+
+def test_a_map_of_fewer_and_a_list_of_two_groups():
+    """Catches a token with fewer experts given expert 0 or another's, and group numbers 0 and 1 of two groups read as a map."""
+    trace, x = recorded("float32"), np.zeros((1, 2, 16), np.uint8)
+    x[0, 0, [3, 7, 11, 15]] = x[0, 1, [2, 9]] = 1
+    found, _ = as_lists(Trace(trace.header, {"fwd/L1/router.ids": x}))
+    assert found.taps["fwd/L1/router.ids"].tolist() == [[[3, 7, 11, 15], [2, 9, -1, -1]]]
+    two = dataclasses.replace(trace.header, config=trace.header.config | {"n_group": 2, "topk_group": 1})
+    groups = Trace(two, {"fwd/L1/router.groups": np.array([[[0, 1], [1, 0]]])})  # one too many, each another
+    assert as_lists(groups) == (groups, {})
