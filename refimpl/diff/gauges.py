@@ -44,7 +44,7 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         hidden = np.isneginf(exact)
         if hidden.any() and (x[hidden] > MASKED).all():  # of no key, not of one: a wrong mask hides the others
             yield "scores are those before the mask", np.where(hidden, -np.inf, x).astype(x.dtype)
-    if call.of.compare == "distribution":
+    if call.stage == "logits":
         yield from as_logits(x, exact)
     if call.stage == LSE:
         yield from in_other_units(x, c.softmax_scale)
