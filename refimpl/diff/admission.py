@@ -69,7 +69,7 @@ def admit(
     shapes = {call.tap: shape_of(call, c, sizes) for call in program if call.tap in recorded}
     for call in [call for call in program if call.tap in recorded]:
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
-        x, done = _in_form(call, recorded, shape, padding, limit, c.num_experts_per_tok, packed)
+        x, done = _in_form(call, recorded, shape, padding, limit, c, packed)
         found.note(call.tap, *done)
         known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
@@ -100,12 +100,12 @@ def _in_form(
     shape: tuple[int, ...],
     padding: Padding | None,
     limit: int | None,
-    k: int,
+    c: Config,
     packed: bool,
 ) -> tuple[Array, list[str]]:
     """A tap as our form has it, with rows where padding is and none behind, and what was done to it."""
-    x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape)
-    x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"), k)
+    x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape, c.num_attention_heads)
+    x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"), c.num_experts_per_tok)
     rows = padding.at(call) if padding else None
     x, placing = placed(x, shape, call.of.shape.split(), rows, limit, packed=packed)
     return x, [*formed, *sent, *placing]

@@ -1,4 +1,6 @@
-"""Masks and rotary tables as programs hold them, brought to ours: an additive mask (B, 1, S, T), cos and sin (2, B, S, Dr/2)."""
+"""Masks, rotary tables and rotated keys as programs hold them, brought to ours: an additive mask (B, 1, S, T), cos and sin
+(2, B, S, Dr/2), a key (B, S, Dr) that all heads share.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,11 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 
 
-def in_our_form(stage: str, x: Array, shape: tuple[int, ...]) -> tuple[Array, list[str]]:
+def in_our_form(stage: str, x: Array, shape: tuple[int, ...], heads: int = 1) -> tuple[Array, list[str]]:
     """A stage's tap in the form that ours has, and what was done to it."""
     forms = {"mask": _additive, "mla.rope_tables": _once}
+    if stage in ("mla.k_rope", "cache.k_rope"):
+        return _of_one_head(x, shape, heads)
     return forms[stage](x, shape) if stage in forms else (x, [])
 
 
@@ -52,3 +56,15 @@ def _once(x: Array, shape: tuple[int, ...]) -> tuple[Array, list[str]]:
         x = np.broadcast_to(x.reshape(2, 1, *shape[2:]), shape)
         notes.append("the rotary tables are those of one sequence: compared with each of theirs")
     return x, notes
+
+
+def _of_one_head(x: Array, shape: tuple[int, ...], heads: int) -> tuple[Array, list[str]]:
+    """What every head shares once, where kernels have it for each: an axis of heads along which all is the same."""
+    if heads > 1 and x.shape != shape and x.shape[-1:] == (heads * shape[-1],):
+        x = x.reshape(*x.shape[:-1], heads, shape[-1])
+    more = x.ndim > len(shape) or (x.ndim == len(shape) and x.size != int(np.prod(shape)))  # tokens may be flattened
+    for axis in range(x.ndim - 1) if heads > 1 and more and x.shape[-1:] == shape[-1:] else ():
+        first = x[(slice(None),) * axis + (slice(0, 1),)]
+        if x.shape[axis] == heads and bool(((x == first) | (x != x)).all()):  # NaN may be where padding is
+            return first.squeeze(axis), ["rotated keys are repeated for every head: one is compared"]
+    return x, []

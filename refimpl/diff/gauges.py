@@ -16,6 +16,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.fp8_parts import SCALE, group_major
 from refimpl.layers.stage import Call
 
+from .likelihoods import as_logits
 from .lse import LSE, in_other_units
 from .wide import MASKED
 
@@ -43,6 +44,8 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
         hidden = np.isneginf(exact)
         if hidden.any() and (x[hidden] > MASKED).all():  # of no key, not of one: a wrong mask hides the others
             yield "scores are those before the mask", np.where(hidden, -np.inf, x).astype(x.dtype)
+    if call.stage == "logits":
+        yield from as_logits(x, exact)
     if call.stage == LSE:
         yield from in_other_units(x, c.softmax_scale)
     if call.stage == SCALE and x.shape[-1] > 1:

@@ -23,6 +23,7 @@ from .comparison import Track
 from .counting import LEFT, from_zero, other_counts
 from .diagnose import diagnose
 from .explained import explained
+from .formats import Notes, in_own_formats
 from .fp8_taps import decoded
 from .fused import reordered
 from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_gate
@@ -32,6 +33,7 @@ from .judgement import EXIT, Judgement, Verdict
 from .names import by_name
 from .padding import may_be_packed, padding_of
 from .precision import precision_of
+from .routing import OTHER_ROWS, as_lists, of_rows, rows_by_expert
 from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
 from .trace import Trace
@@ -50,31 +52,33 @@ def judge(
     """
     gates = [inputs_gate(case, trace)]
     with np.errstate(all="ignore"):  # a candidate may hold anything; that is reported, not warned of
-        return _judged(case, _ours(trace), gates, track, pictures, pool)
+        return _judged(case, from_zero(decoded(trace)), gates, track, pictures, pool)
 
 
-def _judged(case: Case, trace: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
+def _judged(case: Case, whole: Trace, gates: list[Gate], track: Track, pictures: bool, pool: Pool | None) -> Judgement:
+    trace, done = _as_ours(whole)
     precision = precision_of(trace.header, trace.taps)
     gate, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     gates.append(gate)
-    run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool)
+    run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool, done=done)
     config = case.config.replace(dialect=trace.config.dialect)
-    gates += ranks_gate(trace, precision, run.program(config)[0])
+    gates += ranks_gate(whole, precision, run.program(config)[0])
     run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
-    blamed = {f.tap for f in result.culprits}
-    if several := reordered(result.grounds, run.trace, blamed, run.sizes):
-        other = replace(run, pool=None)  # workers read the trace as it was written
-        other.take_apart(several)
-        better = _settled(other, config, iter)
-        if {f.tap for f in better.culprits} < blamed:
-            run, result = other, better
+    run, result = _rearranged(run, result, config)
     result.gates[:0] = gates
     return _contested(run, result) if result.culprits else result
 
 
 def _ours(trace: Trace) -> Trace:
-    """The trace with numbers for codes, and layers counted as ours."""
-    return from_zero(decoded(trace))
+    """The trace with numbers for codes, layers counted as ours, and all of it as we have it."""
+    return _as_ours(from_zero(decoded(trace)))[0]
+
+
+def _as_ours(trace: Trace) -> tuple[Trace, Notes]:
+    """The trace with numbers in arrays of their own dtypes and routing in lists; what was done."""
+    trace, typed = in_own_formats(trace)
+    trace, listed = as_lists(trace)
+    return trace, typed | listed
 
 
 def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
@@ -86,6 +90,30 @@ def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -
         if better.off <= LEFT * result.off:
             run, result = other, better
     return run, result
+
+
+def _rearranged(run: Run, result: Judgement, config: Config) -> tuple[Run, Judgement]:
+    """The judgement with what is blamed in another order, dispatched rows or channels, if fewer taps are blamed then. Workers read
+    the trace as it was written.
+    """
+    odd = {f.tap for f in result.culprits if f.error > OTHER_ROWS}
+    for trace, done in rows_by_expert(run.trace, run.done, odd):
+        other = replace(run, pool=None, trace=trace, done=done)
+        better = _settled(other, config, iter)
+        if of_rows(_blamed(better)) < of_rows(_blamed(result)):
+            run, result = other, better
+            break
+    if several := reordered(result.grounds, run.trace, _blamed(result), run.sizes):
+        other = replace(run, pool=None)
+        other.take_apart(several)
+        better = _settled(other, config, iter)
+        if _blamed(better) < _blamed(result):
+            run, result = other, better
+    return run, result
+
+
+def _blamed(result: Judgement) -> set[str]:
+    return {f.tap for f in result.culprits}
 
 
 def _readings(run: Run, trace: Trace) -> Iterator[Run]:
@@ -162,7 +190,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
     means = {n: comparison.alike.get(n, (0.0, ""))[1] or by_name(n, ours) for n in comparison.unknown}
     blind = [f.tap for f in comparison.findings if f.open and f.note == UNKNOWN]
     gates = [coverage_gate(program, run.trace, blind, admitted.renamed), self_check_gate(header)]
-    notes = admitted.notes | ({run.precision.note: []} if run.precision.note else {})
+    notes = dict(run.done) | admitted.notes | ({run.precision.note: []} if run.precision.note else {})
     found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
     found.withdrawn = frozenset(recorded.withdrawn)
     found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)

@@ -47,7 +47,7 @@ from .training import Training, training_of, update_of
 class Run:
     """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
     several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; whether
-    tokens are `packed` one behind the other where their number does not tell.
+    tokens are `packed` one behind the other where their number does not tell; what was done on reading the trace (`done`).
     """
 
     case: Case
@@ -62,6 +62,7 @@ class Run:
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
     packed: bool = False
+    done: dict[str, list[str]] = field(default_factory=dict)
     programs: dict[Config, tuple[list[Call], Inputs]] = field(default_factory=dict)
 
     def program(self, config: Config) -> tuple[list[Call], Inputs]:
@@ -161,7 +162,8 @@ class Run:
 
     def take_apart(self, several: Mapping[str, Found]) -> None:
         """Put parts in the place of arrays that hold several taps."""
-        dtypes = {p.tap: x.dtype.name for one in several.values() for p, x in one.parts}
+        seen = self.precision.seen  # bfloat16 values in a float32 array are what their array is
+        dtypes = {p.tap: seen.get(name, x.dtype.name) for name, one in several.items() for p, x in one.parts}
         self.trace, cuts, notes = taken_apart(self.trace, several)
         self.cuts = {t: p for t, p in self.cuts.items() if t not in several} | cuts
         self.apart = self.apart | notes

@@ -187,7 +187,7 @@ UNUSABLE = {
     "a scalar": ("fwd/embed", lambda a: a[0, 0, 0]),
     "no tables": ("fwd/mla.rope_tables", lambda a: a[:1]),
     "fewer slots": ("fwd/L1/router.ids", lambda a: a[..., :2]),
-    "ids as float": ("fwd/L1/router.ids", lambda a: a.astype(np.float32)),
+    "ids as fractions": ("fwd/L1/router.ids", lambda a: a + np.float32(0.5)),
     "ids as bool": ("fwd/L1/router.ids", lambda a: a > 3),
     "ids beyond the experts": ("fwd/L1/router.ids", lambda a: a + 16),
     "negative ids": ("fwd/L1/router.ids", lambda a: a - 99),

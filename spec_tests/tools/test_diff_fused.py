@@ -144,6 +144,18 @@ def test_fused_arrays_are_taken_apart_and_conform(how, recorded):
         assert any("mla.q_a = [..., 0:24], mla.kv_a = [..., 24:52]" in note for note in judgement.notes)
 
 
+@pytest.mark.parametrize("how", ["both latents", "gate and up", "the cache", "a kernel's keys", "a kernel's queries"])
+def test_fused_arrays_of_bfloat16_numbers_in_float32_conform(how):
+    """Catches parts held to float32 because of their array, when the run is in bfloat16; tokens flattened, or heads first."""
+    case, trace = Case.read(TINY), hf("bfloat16")
+    part, _ = fused(case, trace, how)
+    kept = {t: a if a.dtype.kind in "iu" else a.astype(np.float32) for t, a in part.taps.items()}
+    kept = {t: a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for t, a in kept.items()}
+    judgement = judge(case, changed(trace, kept))
+    assert judgement.verdict == "CONFORMS", render(judgement)
+    assert any("[..., " in note for note in judgement.notes), judgement.notes
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 24, 0)])
 @pytest.mark.parametrize("name", ["fwd/L1/mla.kv_b", "layers.1.qkv"])
 def test_arrays_of_nothing_are_no_fused_ones(name, shape):
