@@ -121,12 +121,20 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
         return None
     doubt, lead = step.unsettled, step.e.shape[:-1] or (1,)
     axes = step.call.of.shape.split()
-    if rows_at(axes):
-        doubt = along(axes, doubt, len(lead))
+    if place := rows_at(axes):
+        doubt = along(axes, _of_length(doubt, lead[place[1]]), len(lead))
     elif doubt.shape != lead:  # dispatched rows belong to tokens that the choice itself decides
         doubt = np.array(doubt.any())
     rows = {axis: entries for axis, entries in pick.items() if axis < len(lead)}
     return cut(~np.broadcast_to(doubt, lead), rows)
+
+
+def _of_length(doubt: Array, n: int) -> Array:
+    """Doubts of tokens (B, S) as those of an MTP module, which has fewer, or of the main model, of whose last ones nothing is known:
+    a gradient comes from both.
+    """
+    more = np.ones((len(doubt), max(n - doubt.shape[1], 0)), bool)
+    return np.concatenate([doubt[:, :n], more], axis=1)
 
 
 def _values(

@@ -6,13 +6,13 @@ import functools
 import numpy as np
 import pytest
 
-from refimpl.diff import Trace, render
+from refimpl.diff import Case, Trace, render
 from refimpl.diff.dims import Sizes
 from refimpl.diff.judge import judge
 from refimpl.diff.padding import Padding
 from refimpl.diff.settled import Unsettled
 from refimpl.layers.stage import STAGES, Call, Patch, tap_name
-from refimpl.record import trace_case
+from refimpl.record import new_case, trace_case
 
 from .test_diff_partial import case, drawn, only
 
@@ -179,3 +179,19 @@ def test_doubt_goes_with_a_token_into_other_stages():
     values = {"fwd/L0/attn_out": np.zeros((1, 3, 4)), "fwd/mtp1/mtp.hidden": np.zeros((1, 2, 4))}
     assert see(u, "attn_out", "L0", ("x",), values, own=STAGES["attn_out"]).tolist() == [[False, True, False]]
     assert see(u, "mtp.hidden", "mtp1", ("x",), values).tolist() == [[False, True]]
+
+
+def test_doubts_of_the_main_model_and_of_its_mtp_module_meet_in_a_gradient(tmp_path):
+    """Catches a traceback, of 23 tokens' doubts where 24 are meant, from a correct training step of which a choice and a gradient
+    before it were recorded.
+    """
+    config = case().config.replace(num_nextn_predict_layers=1)
+    made = Case.read(new_case(tmp_path / "case", config, mtp=True, length=12))
+    trace = trace_case(made, precision="bf16", training={"mtp_weight": 0.3})
+    for names in (
+        ("fwd/L2/router.choice", "bwd/L1/ffn_norm"),
+        ("fwd/mtp1/router.choice", "bwd/L1/ffn_norm", "bwd/mtp1/ffn_norm"),
+    ):
+        assert set(names) <= set(trace.taps)
+        judgement = judge(made, only(trace, lambda t, names=names: t in names))
+        assert not judgement.culprits and judgement.verdict in ("CONFORMS", "INCONCLUSIVE")
