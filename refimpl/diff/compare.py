@@ -130,8 +130,8 @@ def settled_rows(step: Step, pick: Pick) -> Array | None:
 
 
 def _of_length(doubt: Array, n: int) -> Array:
-    """Doubts of tokens (B, S) as those of an MTP module, which has fewer, or of the main model, of whose last ones nothing is known:
-    a gradient comes from both.
+    """Doubts of tokens (B, S) as those of an MTP module, which has fewer, or of the main model, of whose last ones nothing is
+    known then: a gradient comes from both.
     """
     more = np.ones((len(doubt), max(n - doubt.shape[1], 0)), bool)
     return np.concatenate([doubt[:, :n], more], axis=1)
