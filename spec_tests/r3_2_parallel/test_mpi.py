@@ -33,7 +33,7 @@ needs_mpi = pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not insta
 # ---- Bit for bit
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
 def both(request):
     """Every program on this many processes, in one MPI job and on the simulator."""
     n = request.param

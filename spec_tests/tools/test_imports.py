@@ -48,18 +48,24 @@ def imports(module: str, file: pathlib.Path) -> list[tuple[str, int, bool]]:
 
 
 def _imports(module: str, file: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
-    tree = tree_of(file)
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    inside = {n for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}
-    for node in ast.walk(tree):
+    for node, inside in _statements(tree_of(file), False):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, node.lineno, node in inside
+                yield alias.name, node.lineno, inside
         elif isinstance(node, ast.ImportFrom):
             source = source_of(node, module, file)
             for alias in node.names:  # `from refimpl import layers` imports refimpl.layers
                 full = f"{source}.{alias.name}"
-                yield full if full in FOLDERS else source, node.lineno, node in inside
+                yield full if full in FOLDERS else source, node.lineno, inside
+
+
+def _statements(node: ast.AST, inside: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """Everything but expressions, which hold no import, and whether it lies inside a function."""
+    yield node, inside
+    inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _statements(child, inside)
 
 
 def source_of(node: ast.ImportFrom, module: str, file: pathlib.Path) -> str:
