@@ -33,7 +33,7 @@ needs_mpi = pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not insta
 # ---- Bit for bit
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, *[pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)]])
 def both(request):
     """Every program on this many processes, in one MPI job and on the simulator."""
     n = request.param
@@ -76,8 +76,16 @@ def test_fingerprints_tell_ranks_and_programs_apart(both):
             "rank 1 calls allgather 'program returned' of uint8[160] while rank 0 is in barrier 'without 1'",
         ),
         ("raises", "RuntimeError: expert 7 is on fire"),
-        ("disagrees", "rank 1 calls allgather 'one' of float64[3] while rank 0 is in barrier 'other': another call"),
-        ("wrong_like", "from rank 1 to rank 0 is float64[3], the receiver expects float64[4]"),
+        *[
+            pytest.param(program, says, marks=pytest.mark.slow)
+            for program, says in (
+                (
+                    "disagrees",
+                    "rank 1 calls allgather 'one' of float64[3] while rank 0 is in barrier 'other': another call",
+                ),
+                ("wrong_like", "from rank 1 to rank 0 is float64[3], the receiver expects float64[4]"),
+            )
+        ],
     ],
 )
 def test_a_job_that_goes_wrong_ends_with_a_message(program, says):

@@ -305,11 +305,11 @@ def test_the_routers_float32_and_the_embedding_tell_of_no_dtype():
 
 
 def test_a_long_run_in_float64_conforms():
-    """Catches float64's candidates held to fewer roundings than the reference itself makes: a context sums 600 values in the order
+    """Catches float64's candidates held to fewer roundings than the reference itself makes: a context sums 400 values in the order
     of one product there, and in that of blocks here.
     """
     rng = np.random.default_rng(0)
-    long = dataclasses.replace(case(), tokens=rng.integers(0, case().config.vocab_size, (1, 600)).tolist())
+    long = dataclasses.replace(case(), tokens=rng.integers(0, case().config.vocab_size, (1, 400)).tolist())
     judgement = judge(long, trace_case(long, precision="float64"))
     assert judgement.verdict == "CONFORMS", render(judgement)
     off = trace_case(long, precision="float64")

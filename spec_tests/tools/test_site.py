@@ -39,6 +39,7 @@ def test_every_dialect_point_has_its_stages():
 
 
 @in_repository
+@pytest.mark.slow  # CI builds the site besides
 def test_a_stage_page_shows_source_bugs_and_names(pages):
     """Catches a page of another stage's source, and tables that lost their rows. R01 is the bias that leaks into the weights."""
     page = pages["router.weights.md"]
