@@ -194,8 +194,9 @@ def _unshifted(
         return taps
     late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
     renamed = {t: x for t, x in taps.items() if t not in late}
-    found.renamed |= {after: before for before, after in pairwise(late) if after in taps}
-    moved = {before: taps[after] for after, before in found.renamed.items() if before in late}
+    named = {after: before for before, after in pairwise(late) if after in taps}
+    found.renamed |= named
+    moved = {before: taps[after] for after, before in named.items()}
     what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
     found.notes.setdefault(what, []).extend(moved)
     return renamed | moved

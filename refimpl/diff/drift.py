@@ -8,12 +8,11 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
+from .tolerance import BLOCK
 from .wide import MASKED, Wide, paired
 
 SOME = 8
 """Of what is made a block of queries at a time (`wide`), one block of so many is compared: nothing is judged by it."""
-BLOCK = 1 << 16
-"""Numbers that are compared at a time."""
 
 
 def drift(x: Array | Wide, ours: Array | Wide) -> float:

@@ -12,13 +12,12 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
+from .reading import LOOK
 from .trace import Trace
 
 Notes = dict[str, list[str]]
 """What was done, and what to declare or record instead -> the taps."""
 _CHOSEN = ("router.ids", "router.groups")
-_LOOK = 1 << 14
-"""Numbers that are looked at at a time."""
 _MOST = 0.8
 """Share of the float64 arrays that must hold float32 numbers for a run that was declared to be in float64 to be none."""
 
@@ -70,5 +69,5 @@ def _fits(x: Array) -> bool:
     with np.errstate(over="ignore"):
         return all(
             np.array_equal(part, part.astype(np.float32), equal_nan=True)
-            for part in (flat[at : at + _LOOK] for at in range(0, flat.size, _LOOK))
+            for part in (flat[at : at + LOOK] for at in range(0, flat.size, LOOK))
         )

@@ -27,7 +27,7 @@ def cut(a: Array, pick: Pick) -> Array:
 
 
 FILLED_UP = "tokens are flattened and padded"
-_LOOK, _FEW = 1 << 14, 1 << 9
+LOOK, _FEW = 1 << 14, 1 << 9
 """Numbers that are looked at at a time."""
 
 
@@ -207,8 +207,8 @@ def narrow_formats(x: Array) -> set[str]:
         return set()
     words: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
     used = np.uint32(0)
-    for at in range(0, len(words), _LOOK):
-        used |= np.bitwise_or.reduce(words[at : at + _LOOK])
+    for at in range(0, len(words), LOOK):
+        used |= np.bitwise_or.reduce(words[at : at + LOOK])
         if used & np.uint32(2**13 - 1):
             return set()
     if not _are_many(words):

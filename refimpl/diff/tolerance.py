@@ -142,8 +142,8 @@ def distance(
     errors = _relative(far, size, floor_of(stage)[0], largest)
     total = float(size.sum())
     leans = total > 0 and e.size >= FEW
-    rows = total**2 / max(float(np.square(size).sum()), 1e-300)
-    return Distance(float(errors.max(initial=0)), abs(float(along.sum())) / total if leans else 0.0, largest, rows)
+    lean = abs(float(along.sum())) / total if leans else 0.0
+    return Distance(float(errors.max(initial=0)), lean, largest, _count(size))
 
 
 def elements_of(stage: str, unit: float, inputs: Callable[[], Iterator[list[Any]]]) -> Elements | None:
@@ -258,8 +258,13 @@ def comparable(x: Array, e: Array) -> tuple[Array, Array]:
 
 def counting(e: Array) -> float:
     """(sum e^2)^2 / sum e^4: so many numbers of equal size would let roundings cancel as well; one far above all others: 1."""
-    squares = np.square(comparable(e, e)[1], dtype=np.float64)
-    return float(squares.sum() ** 2 / max(np.square(squares).sum(), 1e-300))
+    return _count(np.square(comparable(e, e)[1], dtype=np.float64))
+
+
+def _count(squares: Array) -> float:
+    """(sum s)^2 / sum s^2, of numbers of any size."""
+    shares = squares / max(float(squares.max(initial=0)), np.finfo(np.float64).tiny)
+    return float(shares.sum() ** 2 / max(np.square(shares).sum(), np.finfo(np.float64).tiny))
 
 
 def cancelling(found: Distance, e: Array | Wide, upright: float) -> Distance:

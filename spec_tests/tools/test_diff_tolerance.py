@@ -94,6 +94,8 @@ def test_few_rows_may_lean_further():
         assert allowed_lean(["attn_norm"], 1e-7, 1e-7, found.rows) == pytest.approx(max(told, 4) * 1e-7)
     one = np.concatenate([e[:1] * 1e3, e])
     assert distance("attn_norm", one, one).rows < 1.1
+    for size in (1e-120, 1e120):  # whose squares' squares no float64 holds
+        assert distance("attn_norm", size * e, size * e).rows == pytest.approx(400)
 
 
 def test_numbers_of_rows_that_are_not_judged_do_not_stray():
