@@ -6,6 +6,7 @@ said to fit nowhere: the catalogue is closed, the world is not.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,8 @@ from .reading import cut
 from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
+_REFUSED = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
+"""What a mutant raises that does not take its inputs."""
 NARROW = ("float16", "bfloat16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
 
@@ -169,7 +172,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
     choice = m.fn if isinstance(m.fn, Best) and f.stage == m.stage else None
     try:
         ours = rerun([calls[t] for t in f.region], r, replace(m, fn=choice.scores) if choice else m)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError):
+    except _REFUSED:
         # the mutant does not take these inputs: it is not the mistake
         return None if any(calls[t].own for t in f.region) else False
     if ours.dtype.kind == "O":  # arrays made of what lies on the tape: the same
@@ -184,8 +187,9 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         x = by_rank(x, ours)
     x = filled(calls[f.tap], x, ours, r.padding)
     if x.dtype.kind == "f" and (np.isnan(x) & np.isfinite(ours)).any():  # what overflows or is 0 in fewer bits
-        held = rerun([calls[t] for t in f.region], r, m, r.plan)
-        ours = np.where(np.isfinite(held), ours, held)
+        with contextlib.suppress(*_REFUSED):
+            held = rerun([calls[t] for t in f.region], r, m, r.plan)
+            ours = np.where(np.isfinite(held), ours, held)
     if calls[f.tap].of.compare == "set":
         return bool((np.sort(x, axis=-1) == np.sort(ours, axis=-1)).all())
     if x.dtype.kind in "iub":
