@@ -220,8 +220,8 @@ def test_every_stage_has_a_script_that_shows_it(mtp, tmp_path, attend, capsys):
     is the stage in float32.
     """
     judgement, folders = every_tap_wrong(mtp, attend), {}
-    for f in judgement.findings:
-        if f.stage not in folders and (attend == "expanded" or f.stage in ABSORBED):
+    for f in judgement.findings:  # a row in the middle of the dispatched ones may be padding's, which is not judged
+        if not f.ok and f.stage not in folders and (attend == "expanded" or f.stage in ABSORBED):
             folders[f.stage] = tmp_path / f.stage
             made = repro(examined(judgement, f.tap))
             made.write(folders[f.stage])
