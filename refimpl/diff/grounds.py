@@ -12,6 +12,7 @@ from refimpl.model.phases import in_part
 
 from .admission import Admitted
 from .lanes import Recorded
+from .names import by_name
 from .precision import Precision
 
 
@@ -42,10 +43,15 @@ class Grounds:
         the trace does not hold soundly.
         """
         found = [c for c in self.program if c.tap == tap] or [c for c in self.program if c.tap.partition("/")[2] == tap]
-        require(found, f"this run has no tap {tap!r}; `refimpl taps CASE` lists them")
+        require(found, f"this run has no tap {tap!r}{self._meant(tap)}; `refimpl taps CASE` lists them")
         parts = [c.tap for c in found if in_part(c.tap) and c.tap in self.admitted.taps]
         require(len(parts) < 2, f"{tap!r} is in several parts of the run; say which: {', '.join(parts)}")
         return self._held(next((c for c in found if c.tap in parts), found[0]))
+
+    def _meant(self, tap: str) -> str:
+        taps = list(self.calls)
+        near = next((t for t in taps if t.endswith(f"/{tap}")), "") or by_name(tap, taps)
+        return near and f", did you mean {near}"
 
     def _held(self, found: Call) -> Call:
         require(found.tap not in self.admitted.flawed, f"{found.tap}: {self.admitted.flawed.get(found.tap)}")

@@ -248,6 +248,23 @@ def test_stages_of_no_forward_run_are_refused():
             examined(x, tap)
 
 
+@pytest.mark.parametrize(
+    "asked, meant",
+    [
+        ("router.weights", "fwd/L1/router.weights"),
+        ("L1/router.weight", "fwd/L1/router.weights"),
+        ("model.layers.2.self_attn.q_a_proj", "fwd/L2/mla.q_a (as transformers calls it)"),
+        ("nothing.of.the.kind", ""),
+    ],
+)
+def test_a_tap_that_is_not_there_is_told_from_the_one_that_was_meant(asked, meant):
+    """Catches a bare refusal of a name that lacks its layer, or that is another framework's; and a guess at nonsense."""
+    with pytest.raises(SpecError) as refused:
+        examined(judge(case(), recording("hf-float32")), asked)
+    said = f", did you mean {meant}" if meant else ""
+    assert str(refused.value).startswith(f"this run has no tap {asked!r}{said};")
+
+
 @functools.cache
 def bug():
     return judge(case(), recording("hf-bug"))
