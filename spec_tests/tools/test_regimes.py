@@ -51,7 +51,7 @@ def judged(case, *patches, precision="float32", attend="expanded"):
         return judge(case, trace_case(case, precision=precision, attend=attend, patches=patches))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_our_own_run_conforms(regime, precision):
     """Catches a tolerance that a rare value breaks: ties decided the other way, scores of 0, positions of 163,839."""
