@@ -17,6 +17,8 @@ from .tolerance import reason
 
 DRIFT = 100.0
 """Rounding that accumulates through a few layers stays below this many times what one stage is allowed."""
+HALF = 0.5
+"""Of a tap's size: what is so far away is visibly so, whatever a long region is allowed."""
 SETS = ("router.ids", "router.groups")
 MOST = 6
 """Stages that are shown with their details."""
@@ -199,7 +201,7 @@ def _chained(j: Judgement) -> str:
 def _far(f: Finding, usual: float) -> bool:
     if f.tap.endswith(SETS):
         return f.chained > 0
-    return f.chained > DRIFT * max(f.allowed, usual)
+    return f.chained > min(DRIFT * max(f.allowed, usual), HALF)
 
 
 def _verdict(j: Judgement) -> str:
