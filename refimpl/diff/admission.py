@@ -71,7 +71,7 @@ def admit(
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
         x, done = _in_form(call, recorded, shape, padding, limit, c, packed)
         found.note(call.tap, *done)
-        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap), stage.shape.split())
+        known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
         note = unusable(reading.array if reading else x, integers(stage), limit)
@@ -170,7 +170,7 @@ def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
     return found
 
 
-def _within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> dict[str, list[int]]:
+def within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> dict[str, list[int]]:
     """What of the declared entries lies in a part: tokens are counted over all parts. Where an array has keys and no queries, and
     no cache lies before them, these are its tokens.
     """

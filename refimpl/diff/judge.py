@@ -21,6 +21,7 @@ from .case import Case
 from .compare import Finding
 from .comparison import Track
 from .counting import LEFT, from_zero, other_counts
+from .declared import Declared
 from .diagnose import diagnose
 from .explained import explained
 from .formats import Notes, in_own_formats
@@ -62,6 +63,7 @@ def _judged(case: Case, whole: Trace, gates: list[Gate], track: Track, pictures:
     gates.append(gate)
     run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool, done=done)
     config = case.config.replace(dialect=trace.config.dialect)
+    run.done |= _declared(run, whole, config)
     gates += ranks_gate(whole, precision, run.program(config)[0])
     run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
     run, result = _rearranged(run, result, config)
@@ -79,6 +81,11 @@ def _as_ours(trace: Trace) -> tuple[Trace, Notes]:
     trace, typed = in_own_formats(trace)
     trace, listed = as_lists(trace)
     return trace, typed | listed
+
+
+def _declared(run: Run, trace: Trace, config: Config) -> Notes:
+    """What the header declares and nothing of the trace uses. SpecError for what contradicts it."""
+    return Declared(trace, config, run.sizes, run.calls(config)).checked(run.differing)
 
 
 def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
@@ -131,7 +138,9 @@ def explain(case: Case, trace: Trace, tap: str) -> list[str]:
     precision = precision_of(trace.header, trace.taps)
     _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     run = Run(case, trace, precision, rounded, tap)
-    _under(run, case.config.replace(dialect=trace.config.dialect), iter)
+    config = case.config.replace(dialect=trace.config.dialect)
+    _declared(run, trace, config)
+    _under(run, config, iter)
     require(run.shown is not None, f"{tap!r} was not compared: the trace does not hold it, or it is unusable")
     assert run.shown is not None
     return explained(run.shown, precision.storage)
