@@ -72,7 +72,8 @@ class Declared:
         run = Sizes(self.sizes.batch, [replace(seen[0], start=0, stop=parts_[-1].stop)])
         tokens = [c for c in taps.values() if c.of.shape.startswith("B S ")]
         whole = [c for c in tokens if coarser(tuple(self.trace.taps[c.tap].shape), shape_of(c, self.config, run))]
-        told = f"phases {', '.join(p.name for p in parts_)} say that {seen[0].name} has {seen[0].length} of {run.parts[0].length} tokens"
+        has = f"{seen[0].name} has {seen[0].length} of {run.parts[0].length} tokens"
+        told = f"phases {', '.join(p.name for p in parts_)} say that {has}"
         require(not tokens or len(whole) < len(tokens), f"{told}, and all its taps hold all of them")
 
     def _check_precision(self, notes: Notes) -> None:
