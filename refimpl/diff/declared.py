@@ -154,14 +154,14 @@ class Declared:
             notes["dims are declared of taps that were not recorded"] = unused
 
     def _unread_dialect(self, notes: Notes, differing: Callable[[Config, Config], set[str]]) -> None:
-        """Points of the dialect that no stage of this run reads."""
+        """Points of the dialect that change no stage of this run."""
         for name in Dialect.choices():
             usual, value = getattr(Dialect(), name), getattr(self.config.dialect, name)
             if value != usual:
                 plain: dict[str, Any] = {name: usual}
                 other = self.config.replace(dialect=replace(self.config.dialect, **plain))
                 if not differing(self.config, other):
-                    notes[f"dialect {name}={value} says nothing: no stage of this run reads it"] = []
+                    notes[f"dialect {name}={value} changes no stage of this run"] = []
 
 
 def _check_phases(trace: Trace) -> None:

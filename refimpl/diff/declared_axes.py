@@ -68,20 +68,20 @@ def check_sizes(
 ) -> None:
     """SpecError where an array has not the sizes that its dims have here and can be read without them."""
     axes = call.of.shape.split()
-    counts = dict(numbers) | {"N": numbers["B"] * numbers["S" if "S" in axes else "T"]}
-    if not all(t in axes or set(re.findall(r"[A-Za-z]+", t)) <= set(counts) for t in terms):
+    opened = unflattened(terms, axes)
+    if not all(t in axes or set(re.findall(r"[A-Za-z]+", t)) <= set(numbers) for t in opened):
         return
-    sizes = [size_of(t, counts) for t in terms]
-    if any(coarser(shape, some) for some in _sizes(terms, sizes, part)):
+    sizes = [size_of(t, numbers) for t in opened]
+    if any(coarser(shape, some) for some in _sizes(opened, sizes, part)):
         return
     found = as_read(shape, call, numbers, part)
     if found is None:
         return
     whole = not found.pick and found.array.size == math.prod(shape)
-    stretched = len(shape) == len(terms) and all(
-        a == b or t in _CUT for a, b, t in zip(shape, sizes, terms, strict=True)
+    stretched = len(shape) == len(opened) and all(
+        a == b or t in _CUT for a, b, t in zip(shape, sizes, opened, strict=True)
     )
-    ours = not whole and unflattened(terms, axes) == axes  # padded, or a part: in our order, as declared
+    ours = not whole and opened == axes  # padded, or a part: in our order, as declared
     fits = found.note or f"that is {' '.join(axes)}"
     told = f"dims {dims!r} are {_by(sizes)} here, and the array is {_by(shape)}"
     require(ours or (stretched and not whole), f"{told}; {fits}")
