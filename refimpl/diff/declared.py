@@ -87,7 +87,7 @@ class Declared:
             require(len(said) < 2, f"precision: {both}, and {tap} is both; name each part once")
         for p in told:
             met = [tap for tap in taps if meant_by(tap, p)]
-            known = met or ("/" not in p and any(fnmatchcase(s.tap, p) for s in STAGES.values()))
+            known = met or any(fnmatchcase(s.tap, p) for s in STAGES.values())
             require(known, f"precision {p!r} means no tap of this run{_near(p, [*_names(ours), *ours])}")
             if not any(tap in self.trace.taps for tap in met):
                 notes[f"precision {p!r} means no tap that was recorded"] = []

@@ -90,6 +90,7 @@ def test_axes_that_the_array_has_not(tap, dims, says):
 @pytest.mark.parametrize(
     ("shape", "dims"),
     [
+        ((24, 2, 40), "S B (H Dv)"),
         ((2, 24, 40), "B S H Dv"),  # heads and channels are one axis
         ((2, 24, 40), "B S (H Dv)"),
         ((48, 40), "N (H Dv)"),
@@ -106,7 +107,7 @@ def test_axes_that_are_merged_or_padded_are_no_contradiction(shape, dims):
     a = some.taps[tap]
     x = np.zeros(shape, a.dtype)
     if shape[0] == 24:
-        x[...] = a.swapaxes(0, 1)
+        x[...] = a.swapaxes(0, 1).reshape(shape)
     elif shape[0] == 64:
         x[:48] = a.reshape(48, 40)
     elif shape[1] == 32:
@@ -116,6 +117,25 @@ def test_axes_that_are_merged_or_padded_are_no_contradiction(shape, dims):
     some = Trace(dataclasses.replace(some.header, dims=some.header.dims | {tap: dims}), some.taps | {tap: x})
     judgement = verdict(some)
     assert not judgement.culprits and len(judgement.findings) == len(FEW), render(judgement)
+    assert bool(judgement.notes) == (x.size != a.size)  # padding alone has to be told
+
+
+def test_axes_of_less_than_a_tap():
+    """Catches true dims refused where fewer numbers are there: last positions as Megatron has them, declared tokens, merged."""
+    some, last, ctx = trace(), "fwd/logits", "fwd/L1/mla.ctx"
+    taps = some.taps | {last: some.taps[last][:, -1:].swapaxes(0, 1)}
+    judgement = verdict(Trace(dataclasses.replace(some.header, dims=some.header.dims | {last: "S B V"}), taps))
+    assert not judgement.culprits and any("last position" in n for n in judgement.notes)
+    part = some.taps[ctx][:, [0, 7, 23]].swapaxes(0, 1).reshape(3, 2, 40)
+    header = dataclasses.replace(some.header, dims={ctx: "S B (H Dv)"}, slices={"tokens": [0, 7, 23]})
+    assert not verdict(Trace(header, some.taps | {ctx: part})).culprits
+
+
+def test_axes_in_our_order_of_an_array_in_another():
+    """Catches dims that are believed because they are ours, while the array's axes are told by its shape."""
+    some, tap = trace(), "fwd/L1/mla.ctx"
+    told = refusal(Trace(some.header, some.taps | {tap: some.taps[tap].swapaxes(0, 1)}))
+    assert 'are 2x24x4x10 here, and the array is 24x2x4x10; axes are S B H Dv: declare dims "S B H Dv"' in told
 
 
 def test_an_array_that_nothing_can_be_made_of_is_the_candidates_fault():
@@ -174,6 +194,24 @@ def test_a_form_of_attention_or_a_phase_that_the_taps_deny():
     assert "phases are fwd, dec8, and yet there is dec16/" in refusal(chunks)
 
 
+def test_forms_and_phases_that_are_true_are_no_contradiction():
+    """Catches a refusal where no form is declared, or each part has its own; where one part alone was recorded; or nothing."""
+    for layouts in ({}, {"mla": "auto"}, {"mla": "expanded"}):
+        assert verdict(trace(MLA, layouts=layouts)).exit_code == 2
+    chunks = full(phases=("fwd", "dec8", "dec16"))
+    for taps in ({t: a for t, a in chunks.taps.items() if t in FEW}, {"x": np.zeros(3, np.float32)}):
+        one = Trace(dataclasses.replace(chunks.header, expected=[], dims={}), taps)
+        assert not verdict(one).culprits and verdict(one).exit_code == 2
+
+
+def test_one_tap_in_part_is_enough():
+    """Catches a declared part refused because some other tap is whole; and a residual that goes into no declared layer."""
+    some = trace(slices={"heads": [1, 3]}, dims={})
+    judgement = verdict(Trace(some.header, some.taps | {"fwd/L0/mla.ctx": some.taps["fwd/L0/mla.ctx"][:, :, [1, 3]]}))
+    assert not judgement.culprits and not judgement.notes, render(judgement)
+    assert "yet there is fwd/L2/resid" in refusal(trace(("fwd/L1/resid", "fwd/L2/resid"), slices={"layers": [1]}))
+
+
 @pytest.mark.parametrize(
     ("header", "says"),
     [
@@ -200,6 +238,7 @@ def test_slices_of_heads_that_no_tap_has():
     """Catches a refusal, or silence, where heads are declared and nothing that was recorded has any."""
     judgement = verdict(trace(("fwd/embed", "fwd/L0/resid"), slices={"heads": [0]}))
     assert "1 of 4 heads were recorded, and no tap has heads" in render(judgement) and not judgement.culprits
+    assert not verdict(trace(("fwd/embed", "fwd/L0/resid"), slices={"heads": [0, 1, 2, 3]})).notes
 
 
 def test_a_point_of_the_dialect_that_nothing_reads():
@@ -241,7 +280,7 @@ def test_a_key_that_is_there_twice():
     ):
         start = whole.index('"layouts": {')
         text = whole[:start] + twice + whole[whole.index("}", start) :]
-        with pytest.raises(SpecError, match=f"the trace header has the key '{key}' twice in one object"):
+        with pytest.raises(SpecError, match=f"^the trace header has the key '{key}' twice in one object"):
             Header.from_json(text)
 
 

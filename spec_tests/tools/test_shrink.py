@@ -168,6 +168,7 @@ def test_another_family_is_refused(name, command, tmp_path, capsys):
         ("like kimi-k2", {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}),
         ("like moonlight", {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
         ("like moonlight", {"architectures": ["DeepseekV3Model"]}),
+        ("like moonlight", {"model_type": "my_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
         ("like moonlight", {"model_type": "kimi_k2", "architectures": None}),
         ("like moonlight", {}),
     ],
