@@ -15,10 +15,10 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import Part
 
 from .compare import unusable
-from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers
 from .reading import FILLED_UP, Pick, Reading, read
@@ -228,8 +228,9 @@ def check_layouts(layouts: Mapping[str, str]) -> None:
     """SpecError for a declared layout that does not exist."""
     for key, value in layouts.items():
         require(key in KNOWN, f"a layout of {key!r}; known: {', '.join(KNOWN)}")
-        if value not in KNOWN[key]:
-            raise SpecError(f"layout {key}={value!r}; known: {', '.join(KNOWN[key])}")
+        if not (is_count(value) if key == "layers" else value in KNOWN[key]):
+            more = ", `L0 is L3`" if key == "layers" else ""
+            raise SpecError(f"layout {key}={value!r}; known: {', '.join(KNOWN[key])}{more}")
 
 
 def _canonical(call: Call, x: Array, layouts: Mapping[str, str], c: Config) -> Array:

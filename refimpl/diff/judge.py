@@ -31,6 +31,7 @@ from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_ga
 from .grounds import Grounds
 from .holes import UNKNOWN
 from .judgement import EXIT, Judgement, Verdict
+from .local_counts import local_counts
 from .names import by_name
 from .padding import may_be_packed, padding_of
 from .precision import precision_of
@@ -90,7 +91,7 @@ def _declared(run: Run, trace: Trace, config: Config) -> Notes:
 
 def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
     """The judgement under the reading of the trace that leaves least off, if that is far less."""
-    for other in _readings(run, trace):
+    for other in _readings(run, trace, config):
         if not result.off:
             break
         better = _settled(other, config, iter)
@@ -123,10 +124,10 @@ def _blamed(result: Judgement) -> set[str]:
     return {f.tap for f in result.culprits}
 
 
-def _readings(run: Run, trace: Trace) -> Iterator[Run]:
+def _readings(run: Run, trace: Trace, config: Config) -> Iterator[Run]:
     """What else the trace may be: with layers counted otherwise, or its tokens one behind the other."""
     fresh = replace(run, trace=trace, pool=None, cuts={}, apart={}, looked=False)
-    for counted, what in other_counts(trace):
+    for counted, what in (*other_counts(trace), *local_counts(fresh, config)):
         yield replace(fresh, trace=counted, precision=precision_of(counted.header, counted.taps), apart=what)
     if may_be_packed(trace.taps, padding_of(trace.header.valid, run.sizes)):
         yield replace(fresh, packed=True)

@@ -19,6 +19,7 @@ from refimpl.autograd.errors import require, where
 
 from .header import Header, read_file
 from .marks import Marks, is_marked, marks_of
+from .numbering import as_ours, is_count
 from .shards import Rank, Shards, place_of
 
 UNITED = ("dims", "expected", "notes", "parallel", "self_check", "weights")
@@ -65,7 +66,9 @@ def alone(header: Header) -> str:
 
 
 def _rank(path: Path) -> Rank:
-    header, taps = read_file(path)
+    header, taps = as_ours(*read_file(path))
+    if is_count(header.layouts.get("layers", "")):  # each rank may have its own
+        header = dataclasses.replace(header, layouts={k: v for k, v in header.layouts.items() if k != "layers"})
     require(header.parallel, f"{path.name} lacks the header key 'parallel', which says of which rank it is")
     with where(f"in the header key 'parallel' of {path.name}"):
         number, at, _ = _placed(header.parallel)

@@ -115,3 +115,98 @@ def test_dtypes_go_with_their_taps():
     for part in (plain, later(plain)):
         judgement = judge(case(), part)
         assert [f.tap for f in judgement.culprits] == ["fwd/L1/router.weights"], render(judgement)
+
+
+# ---- Counted from anywhere
+
+KINDS = {
+    "all": lambda t: True,
+    "norms and the stream": lambda t: t.endswith(("attn_norm", "ffn_norm", "/resid", "resid_mid")),
+    "the stream alone": lambda t: t.endswith("/resid"),
+}
+
+
+def local(name, kind):
+    """The two layers with experts of a recording, as the second rank of a pipeline counts them: from 0."""
+    plain = only(recording(name), lambda t: t.startswith(("fwd/L1/", "fwd/L2/")) and KINDS[kind](t))
+    names = {t: re.sub(r"/L(\d)/", lambda m: f"/L{int(m[1]) - 1}/", t) for t in plain.taps}
+    dims = {names[t]: d for t, d in plain.header.dims.items() if t in names}
+    header = dataclasses.replace(plain.header, dims=dims, expected=sorted(names.values()))
+    return plain, Trace(header, {names[t]: a for t, a in plain.taps.items()})
+
+
+SAID = 'declare layouts {"layers": "L0 is L1"}'
+
+
+AT_ONCE = [("all", "hf-float32"), ("the stream alone", "hf-bfloat16")]
+LATER = [pytest.param(k, n, marks=pytest.mark.slow) for k in KINDS for n in CLEAN if (k, n) not in AT_ONCE]
+
+
+@pytest.mark.parametrize(("kind", "name"), [*AT_ONCE, *LATER])
+def test_layers_that_a_rank_counts_from_0(kind, name):
+    """Catches a pipeline rank's taps blamed, or unknown, because its first layer is called 0; and another layer's name for it."""
+    plain, trace = local(name, kind)
+    judgement = judge(case(), trace)
+    assert judgement.verdict == judge(case(), plain).verdict and not judgement.culprits, render(judgement)
+    assert {f.tap for f in judgement.findings} == set(plain.taps) and SAID in render(judgement)
+    silent = judge(case(), declared(trace, "L0 is L1"))
+    assert silent.verdict == judgement.verdict and not any("counted" in n for n in silent.notes)
+
+
+def test_a_bug_stays_in_its_layer_when_layers_are_counted_from_0():
+    """Catches a bug that hides the count, or is told of the layer's other number."""
+    found = []
+    for which, some in zip((2, 1), local("hf-float32", "all"), strict=True):
+        taps = dict(some.taps)
+        taps[f"fwd/L{which}/ffn_norm"] = np.asarray(taps[f"fwd/L{which}/ffn_norm"]) * np.float32(1.01)
+        found.append(judge(case(), Trace(some.header, taps)))
+    plain, judgement = ({f.tap for f in j.culprits} for j in found)
+    assert "fwd/L2/ffn_norm" in plain and judgement == plain and SAID in render(found[1]), render(found[1])
+
+
+def test_what_is_declared_of_such_layers():
+    """Catches slices counted otherwise than the taps they are of, a count of layers that are not there, and one misspelt."""
+    plain, trace = local("hf-float32", "all")
+    judgement = judge(case(), declared(trace, "L0 is L1", slices={"layers": [0, 1]}))
+    assert judgement.verdict == "CONFORMS" and {f.tap for f in judgement.findings} == set(plain.taps), render(judgement)
+    assert judge(case(), declared(trace, "L0 is L7")).exit_code == 2
+    with pytest.raises(SpecError, match="fwd/L0/"):
+        judge(case(), declared(trace, "L3 is L2"))
+    for odd in ("L0 is 1", "L0 is L", "from 0 is L1"):
+        with pytest.raises(SpecError, match="residuals from 1, `L0 is L3`"):
+            judge(case(), declared(trace, odd))
+
+
+@pytest.mark.slow
+def test_wrong_numbers_in_the_first_layers_are_no_other_count():
+    """Catches a bug in the first two layers excused as later ones."""
+    trace = only(
+        recording("hf-float32"), lambda t: t.startswith(("fwd/L0/", "fwd/L1/")) and KINDS["norms and the stream"](t)
+    )
+    for tap in ("fwd/L0/ffn_norm", "fwd/L1/attn_norm"):
+        taps = {t: np.asarray(a) * np.float32(1.5) if t == tap else a for t, a in trace.taps.items()}
+        judgement = judge(case(), Trace(trace.header, taps))
+        assert tap in {f.tap for f in judgement.culprits} and "counted" not in render(judgement), render(judgement)
+
+
+def test_ranks_of_a_pipeline_each_with_its_own_count(tmp_path):
+    """Catches two ranks' first layers taken for one layer that differs between them."""
+    whole = recording("hf-float32")
+    for rank, layers in enumerate((("L0",), ("L1", "L2"))):
+        mine = {
+            t: np.asarray(a)
+            for t, a in whole.taps.items()
+            if (t.split("/")[1] in layers) or (not rank and t.count("/") == 1)
+        }
+        names = {t: re.sub(r"/L(\d)/", lambda m: f"/L{int(m[1]) - 1}/", t) if rank else t for t in mine}
+        layouts = whole.header.layouts | ({"layers": "L0 is L1"} if rank else {})
+        header = dataclasses.replace(
+            whole.header,
+            layouts=layouts,
+            parallel={"rank": rank, "axes": {"pp": [rank, 2]}},
+            expected=sorted(names.values()),
+            dims={},
+        )
+        Trace(header, {names[t]: a for t, a in mine.items()}).write(tmp_path / f"{rank}.safetensors")
+    judgement = judge(case(), Trace.read(tmp_path))
+    assert judgement.verdict == "CONFORMS" and len(judgement.findings) == len(whole.taps), render(judgement)
