@@ -25,47 +25,42 @@ from .program import names
 from .run import Run
 from .trace import Trace
 
-NEAR = 0.1
-"""What a stage gives with the right weights is nearer than that, in any dtype; with another layer's it is off by its whole size."""
 _STAGES, _TRIED = 4, 4
-_LAYER = re.compile(r"\w+/L(\d{1,6})/(.*)")
+"""How many stages are run with each layer's weights; how many counts are tried in full where there is no such stage."""
+_LAYER = re.compile(r"(?:fwd|dec\d+)/L(\d{1,6})/(.*)")
 
 
 def local_counts(run: Run, config: Config) -> Iterator[tuple[Trace, dict[str, list[str]]]]:
-    """The trace of a run that is not taken apart yet under the counts that it may have; what to declare -> the taps."""
-    if "layers" in run.trace.header.layouts:
+    """The trace of a run that is not taken apart yet under the counts that it may have; what to declare -> the taps. One layer
+    alone tells of no count.
+    """
+    named = _named(run.trace)
+    first = min(named.values(), default=0)
+    if "layers" in run.trace.header.layouts or len(set(named.values())) < 2:
         return
-    told = _possible(run, config)
-    away = {t: _away(_few(run, t), config) for t in ("", *told)} if told else {}
-    known = {t: a for t, a in away.items() if a is not None}
-    best = min(known, key=lambda t: known[t], default="")
-    if known:
-        told = [best] if best and known[best] < NEAR else []
-    for one in told if len(told) <= _TRIED else ():
-        yield counted(run.trace, one, "layers are counted from another number than ours")
-
-
-def _possible(run: Run, config: Config) -> list[str]:
-    """The counts under which all names of taps are such, where several layers were recorded."""
-    named = {
-        t: int(m[1]) for t in run.trace.taps if (m := _LAYER.fullmatch(t)) and m[2] in {s.tap for s in STAGES.values()}
-    }
-    first, last = min(named.values(), default=0), max(named.values(), default=0)
-    if first == last:
-        return []
     ours = {c.tap for c in run.calls(config)}
-    told = [f"L{first} is L{i}" for i in range(config.num_hidden_layers - last + first) if i != first]
-    return [one for one in told if all(renamed(t, one) in ours for t in named)]
+    told = [f"L{first} is L{i}" for i in range(config.num_hidden_layers)]
+    told = [one for one in told if all((renamed(t, one) or t) in ours for t in named)]
+    away = {one: a for one in told if (a := _away(_few(run, one), config)) is not None} if len(told) > 1 else {}
+    likely = [min(away, key=lambda one: away[one])] if away else told
+    for one in likely if len(likely) <= _TRIED else ():
+        if one != f"L{first} is L{first}":
+            yield counted(run.trace, one, "layers are counted from another number than ours")
+
+
+def _named(trace: Trace) -> dict[str, int]:
+    """The taps of layers, and which layer each is said to be of."""
+    stages = {s.tap for s in STAGES.values()}
+    return {t: int(m[1]) for t in trace.taps if (m := _LAYER.fullmatch(t)) and m[2] in stages}
 
 
 def _few(run: Run, told: str) -> Run:
-    """The run with the first layers alone, under a count."""
-    numbers = sorted({int(m[1]) for t in run.trace.taps if (m := _LAYER.fullmatch(t))})[:2]
-    kept = {t: run.trace.taps[t] for t in run.trace.taps if (m := _LAYER.fullmatch(t)) and int(m[1]) in numbers}
-    few = Trace(
-        replace(run.trace.header, slices={}, dims={t: d for t, d in run.trace.header.dims.items() if t in kept}), kept
-    )
-    return replace(run, trace=counted(few, told, "")[0] if told else few, looked=True)
+    """The run with the first two layers alone, under a count."""
+    named = _named(run.trace)
+    kept = {t: run.trace.taps[t] for t, i in named.items() if i in sorted(set(named.values()))[:2]}
+    dims = {t: d for t, d in run.trace.header.dims.items() if t in kept}
+    few = Trace(replace(run.trace.header, slices={}, dims=dims), kept)
+    return replace(run, trace=counted(few, told, "")[0], looked=True)
 
 
 def _away(run: Run, config: Config) -> float | None:
@@ -75,7 +70,7 @@ def _away(run: Run, config: Config) -> float | None:
     for call in program:
         read = list(names(call.args))
         weights = [n for n in read if n.startswith("w/") and ".experts." not in n]
-        told = call.tap in r.taps and call.own is None and weights and all(n in weights or n in r.taps for n in read)
+        told = call.tap in r.taps and weights and all(n in weights or n in r.taps for n in read)
         if told and len(found) < _STAGES:
             e, x = np.asarray(lane.run(call, r), np.float64), np.asarray(r.taps[call.tap], np.float64)
             found.append(float(np.linalg.norm(x - e) / max(np.linalg.norm(e), 1e-30)))

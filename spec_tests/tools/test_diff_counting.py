@@ -1,14 +1,21 @@
 """Layers that a candidate counts from 1: recognised by value, not blamed; a bug stays where it is, and a layer too few is one."""
 
 import dataclasses
+import functools
 import re
+import tempfile
 
 import numpy as np
 import pytest
 
 from refimpl.autograd import SpecError
-from refimpl.diff import Trace, render
+from refimpl.diff import Case, Trace, render
 from refimpl.diff.judge import judge
+from refimpl.diff.local_counts import local_counts
+from refimpl.diff.precision import precision_of
+from refimpl.diff.run import Run
+from refimpl.layers import PRESETS
+from refimpl.record import new_case, trace_case
 
 from .test_diff_partial import CLEAN, case, mistaken, only, recording
 
@@ -210,3 +217,68 @@ def test_ranks_of_a_pipeline_each_with_its_own_count(tmp_path):
         Trace(header, {names[t]: a for t, a in mine.items()}).write(tmp_path / f"{rank}.safetensors")
     judgement = judge(case(), Trace.read(tmp_path))
     assert judgement.verdict == "CONFORMS" and len(judgement.findings) == len(whole.taps), render(judgement)
+
+
+@functools.cache
+def deep():
+    """A model of eight layers, six of them with experts, and its clean run."""
+    config = PRESETS["tiny"].replace(num_hidden_layers=8, first_k_dense_replace=2)
+    folder = tempfile.TemporaryDirectory()
+    found = Case.read(new_case(f"{folder.name}/case", config, seed=3, batch=1, length=5, margin=0.0))
+    return folder, found, trace_case(found)
+
+
+def at_first(keep, layers=(5, 6), start=0):
+    """Taps of these layers alone, named as if the first of them were layer `start`."""
+    whole = deep()[2]
+    names = {f"fwd/L{i}/{tap}": f"fwd/L{start + n}/{tap}" for n, i in enumerate(layers) for tap in keep.split()}
+    taps = {new: np.asarray(whole.taps[old]) for old, new in names.items()}
+    return Trace(dataclasses.replace(whole.header, dims={}, expected=[]), taps)
+
+
+def read_so(trace):
+    """The counts that are tried of a trace, in words, without what is done about them."""
+    run = Run(deep()[1], trace, precision_of(trace.header, trace.taps), {})
+    return [
+        what.rpartition('"layers": "')[2].partition('"')[0]
+        for _, whats in local_counts(run, deep()[1].config)
+        for what in whats
+    ]
+
+
+NORMS = "resid resid_mid ffn_norm attn_norm"
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers", "start", "tried"),
+    [
+        (NORMS, (5, 6), 0, ["L0 is L5"]),  # by their weights
+        (NORMS, (4, 5, 7), 0, ["L0 is L4"]),  # even where one was left out, by the first two
+        (NORMS, (1, 2), 5, ["L5 is L1"]),
+        (NORMS, (5, 6), 5, []),
+        ("resid", (5, 6), 0, []),  # seven counts are too many to try
+        ("resid", (2, 3, 4, 5, 6), 0, ["L0 is L1", "L0 is L2", "L0 is L3"]),
+        ("resid mlp.gate", (0, 1), 0, []),  # no later layers are dense
+        ("resid router.logits", (5, 6), 0, []),
+        (NORMS, (5,), 0, []),  # one layer alone
+    ],
+)
+def test_which_counts_are_tried(keep, layers, start, tried):
+    """Catches a search through all layers of a large model, one that leaves out the right count, and one where names deny it."""
+    assert read_so(at_first(keep, layers, start)) == tried
+
+
+def test_a_deep_rank_is_told_by_its_weights_and_a_declared_count_is_believed():
+    """Catches layers of a late rank that are blamed, and a declaration that is not believed."""
+    trace = at_first(NORMS)
+    judgement = judge(deep()[1], trace)
+    assert not judgement.culprits and 'declare layouts {"layers": "L0 is L5"}' in render(judgement), render(judgement)
+    assert {f.tap for f in judgement.findings} == set(at_first(NORMS, start=5).taps)
+    assert judge(deep()[1], declared(trace, "from 0")).culprits
+
+
+def test_slices_beside_residuals_that_are_counted_otherwise():
+    """Catches layers of slices moved along with the residuals, where only those are counted from 1."""
+    plain = only(recording("hf-float32"), lambda t: t.startswith(("fwd/L1/", "fwd/L2/")))
+    judgement = judge(case(), declared(later(plain, "/resid"), "residuals from 1", slices={"layers": [1, 2]}))
+    assert judgement.verdict == "CONFORMS", render(judgement)
