@@ -40,7 +40,8 @@ def local_counts(run: Run, config: Config) -> Iterator[tuple[Trace, dict[str, li
         return
     ours = {c.tap for c in run.calls(config)}
     told = [f"L{first} is L{i}" for i in range(config.num_hidden_layers)]
-    told = [one for one in told if all((renamed(t, one) or t) in ours for t in named)]
+    there = [*named, *[f"fwd/L{i}/resid" for i in run.trace.header.slices.get("layers", [])]]
+    told = [one for one in told if all((renamed(t, one) or t) in ours for t in there)]
     away = {one: a for one in told if (a := _away(_few(run, one), config)) is not None} if len(told) > 1 else {}
     likely = [min(away, key=lambda one: away[one])] if away else told
     for one in likely if len(likely) <= _TRIED else ():
@@ -59,7 +60,7 @@ def _few(run: Run, told: str) -> Run:
     named = _named(run.trace)
     kept = {t: run.trace.taps[t] for t, i in named.items() if i in sorted(set(named.values()))[:2]}
     dims = {t: d for t, d in run.trace.header.dims.items() if t in kept}
-    few = Trace(replace(run.trace.header, slices={}, dims=dims), kept)
+    few = Trace(replace(run.trace.header, dims=dims), kept)
     return replace(run, trace=counted(few, told, "")[0], looked=True)
 
 

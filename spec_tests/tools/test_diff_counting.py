@@ -260,12 +260,20 @@ NORMS = "resid resid_mid ffn_norm attn_norm"
         ("resid", (2, 3, 4, 5, 6), 0, ["L0 is L1", "L0 is L2", "L0 is L3"]),
         ("resid mlp.gate", (0, 1), 0, []),  # no later layers are dense
         ("resid router.logits", (5, 6), 0, []),
+        ("router.logits router.scores mla.scores mla.probs", (5, 6), 0, []),  # no weight is read
         (NORMS, (5,), 0, []),  # one layer alone
     ],
 )
 def test_which_counts_are_tried(keep, layers, start, tried):
     """Catches a search through all layers of a large model, one that leaves out the right count, and one where names deny it."""
     assert read_so(at_first(keep, layers, start)) == tried
+
+
+def test_counts_are_not_tried_of_more_layers_than_there_are():
+    """Catches "bad input" because of layers that were declared, and not recorded, under a count that was only tried."""
+    trace = at_first("resid", (2, 3, 4, 5))
+    trace = Trace(dataclasses.replace(trace.header, slices={"layers": [0, 1, 2, 3, 4]}), trace.taps)
+    assert read_so(trace) == ["L0 is L1", "L0 is L2", "L0 is L3"]
 
 
 def test_a_deep_rank_is_told_by_its_weights_and_a_declared_count_is_believed():
