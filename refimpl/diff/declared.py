@@ -143,10 +143,10 @@ class Declared:
         h, taps = self.trace.header, self.trace.taps
         lost = {*taps.missing, *taps.wrong} if isinstance(taps, Shards) else set()
         unused = [t for t in h.dims if t not in taps and t not in lost]
-        units, stages = {c.rpartition("/")[0] for c in calls}, {s.tap for s in STAGES.values()}
+        units, stages = {_place(c)[1] for c in calls}, {s.tap for s in STAGES.values()}
         for tap in unused:
-            unit, _, name = tap.rpartition("/")
-            known = unit in units or "/mtp" in unit  # MTP modules do not run where nothing of them is trained
+            phase, unit, name = _place(tap)
+            known = (is_part(phase) or phase in PHASES) and (unit in units or unit.startswith("mtp"))
             require(
                 tap in calls or tap in h.expected or (known and {name, f"mtp.{name}"} & stages),
                 f"dims of {tap!r}, which is no tap here{_near(tap, [*taps, *calls])}",
@@ -217,6 +217,13 @@ def _check_slices(
                 letter not in whole, f"{told}, and every tap that has {key} holds all of them, as {whole.get(letter)}"
             )
             notes[f"{told}, and no tap has {key}"] = []
+
+
+def _place(tap: str) -> tuple[str, str, str]:
+    """Phase, layer or module, and what of it: of `fwd/L1/mla.q`, and of `fwd/logits`, whose layer is ""."""
+    phase, _, rest = tap.partition("/")
+    unit, _, name = rest.rpartition("/")
+    return phase, unit, name
 
 
 def _by(shape: Shape) -> str:
