@@ -74,5 +74,5 @@ def _away(run: Run, config: Config) -> float | None:
         told = call.tap in r.taps and weights and all(n in weights or n in r.taps for n in read)
         if told and len(found) < _STAGES:
             e, x = np.asarray(lane.run(call, r), np.float64), np.asarray(r.taps[call.tap], np.float64)
-            found.append(float(np.linalg.norm(x - e) / max(np.linalg.norm(e), 1e-30)))
+            found.append(float(np.linalg.norm(x - e)) / max(float(np.linalg.norm(e)), 1e-30))
     return median(found) if found else None
