@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from refimpl.autograd.errors import SpecError, require
 
+from .families import check_family
 from .rope import RopeScaling
 
 
@@ -125,6 +126,7 @@ class Config:
         require(isinstance(d, Mapping), f"the config is a {type(d).__name__}; expected the keys of config.json")
         odd = [k for k in d if not isinstance(k, str)]
         require(not odd, f"config keys must be names, not {odd!r}")
+        check_family(d)
         d = _DEFAULTS.get(str(d.get("model_type", "")), {}) | {k: v for k, v in d.items() if not k.startswith("_")}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key, only in (("hidden_act", "silu"), ("mlp_bias", False)):

@@ -15,10 +15,10 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import Part
 
 from .compare import unusable
-from .counting import LAYERS
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers
 from .reading import FILLED_UP, Pick, Reading, read
@@ -71,7 +71,7 @@ def admit(
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
         x, done = _in_form(call, recorded, shape, padding, limit, c, packed)
         found.note(call.tap, *done)
-        known, some = (cuts or {}).get(call.tap), _within(picked, sizes.of(call.tap), stage.shape.split())
+        known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
         note = unusable(reading.array if reading else x, integers(stage), limit)
@@ -170,7 +170,7 @@ def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:
     return found
 
 
-def _within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> dict[str, list[int]]:
+def within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> dict[str, list[int]]:
     """What of the declared entries lies in a part: tokens are counted over all parts. Where an array has keys and no queries, and
     no cache lies before them, these are its tokens.
     """
@@ -228,8 +228,9 @@ def check_layouts(layouts: Mapping[str, str]) -> None:
     """SpecError for a declared layout that does not exist."""
     for key, value in layouts.items():
         require(key in KNOWN, f"a layout of {key!r}; known: {', '.join(KNOWN)}")
-        if value not in KNOWN[key]:
-            raise SpecError(f"layout {key}={value!r}; known: {', '.join(KNOWN[key])}")
+        if not (is_count(value) if key == "layers" else value in KNOWN[key]):
+            more = ", `L0 is L3`" if key == "layers" else ""
+            raise SpecError(f"layout {key}={value!r}; known: {', '.join(KNOWN[key])}{more}")
 
 
 def _canonical(call: Call, x: Array, layouts: Mapping[str, str], c: Config) -> Array:

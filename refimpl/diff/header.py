@@ -40,7 +40,9 @@ class Header:
     def from_json(cls, text: str) -> Header:
         """Parse and check; SpecError says which key is missing, unknown or of the wrong kind."""
         try:
-            d = json.loads(text)
+            d = json.loads(text, object_pairs_hook=_once)
+        except SpecError:
+            raise
         except (ValueError, RecursionError) as error:
             raise SpecError(f"the trace header is not JSON: {error}") from None
         require(isinstance(d, dict), "the trace header is not a JSON object")
@@ -60,6 +62,15 @@ class Header:
             texts = all(isinstance(value, str) for value in d.get(key, {}).values())
             require(texts, f"header key {key!r} maps names to texts")
         return cls(**d)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. SpecError for a key that is there twice: other readers take the first of them, or the last."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        require(key not in found, f"the trace header has the key {key!r} twice in one object")
+        found[key] = value
+    return found
 
 
 def read_file(path: Path) -> tuple[Header, safetensors.SafetensorsFile]:

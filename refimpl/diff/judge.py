@@ -21,6 +21,7 @@ from .case import Case
 from .compare import Finding
 from .comparison import Track
 from .counting import LEFT, from_zero, other_counts
+from .declared import Declared
 from .diagnose import diagnose
 from .explained import explained
 from .formats import Notes, in_own_formats
@@ -30,6 +31,7 @@ from .gates import Gate, coverage_gate, inputs_gate, self_check_gate, weights_ga
 from .grounds import Grounds
 from .holes import UNKNOWN
 from .judgement import EXIT, Judgement, Verdict
+from .local_counts import local_counts
 from .names import by_name
 from .padding import may_be_packed, padding_of
 from .precision import precision_of
@@ -62,6 +64,7 @@ def _judged(case: Case, whole: Trace, gates: list[Gate], track: Track, pictures:
     gates.append(gate)
     run = Run(case, trace, precision, rounded, pictures=pictures, pool=pool, done=done)
     config = case.config.replace(dialect=trace.config.dialect)
+    run.done |= _declared(run, whole, config)
     gates += ranks_gate(whole, precision, run.program(config)[0])
     run, result = _read_otherwise(run, _settled(run, config, track), trace, config)
     run, result = _rearranged(run, result, config)
@@ -81,9 +84,14 @@ def _as_ours(trace: Trace) -> tuple[Trace, Notes]:
     return trace, typed | listed
 
 
+def _declared(run: Run, trace: Trace, config: Config) -> Notes:
+    """What the header declares and nothing of the trace uses. SpecError for what contradicts it."""
+    return Declared(trace, config, run.sizes, run.calls(config)).checked(run.differing)
+
+
 def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -> tuple[Run, Judgement]:
     """The judgement under the reading of the trace that leaves least off, if that is far less."""
-    for other in _readings(run, trace):
+    for other in _readings(run, trace, config):
         if not result.off:
             break
         better = _settled(other, config, iter)
@@ -116,10 +124,10 @@ def _blamed(result: Judgement) -> set[str]:
     return {f.tap for f in result.culprits}
 
 
-def _readings(run: Run, trace: Trace) -> Iterator[Run]:
+def _readings(run: Run, trace: Trace, config: Config) -> Iterator[Run]:
     """What else the trace may be: with layers counted otherwise, or its tokens one behind the other."""
     fresh = replace(run, trace=trace, pool=None, cuts={}, apart={}, looked=False)
-    for counted, what in other_counts(trace):
+    for counted, what in (*other_counts(trace), *local_counts(fresh, config)):
         yield replace(fresh, trace=counted, precision=precision_of(counted.header, counted.taps), apart=what)
     if may_be_packed(trace.taps, padding_of(trace.header.valid, run.sizes)):
         yield replace(fresh, packed=True)
@@ -131,7 +139,9 @@ def explain(case: Case, trace: Trace, tap: str) -> list[str]:
     precision = precision_of(trace.header, trace.taps)
     _, rounded = weights_gate(case.checkpoint, trace.header, precision.storage)
     run = Run(case, trace, precision, rounded, tap)
-    _under(run, case.config.replace(dialect=trace.config.dialect), iter)
+    config = case.config.replace(dialect=trace.config.dialect)
+    _declared(run, trace, config)
+    _under(run, config, iter)
     require(run.shown is not None, f"{tap!r} was not compared: the trace does not hold it, or it is unusable")
     assert run.shown is not None
     return explained(run.shown, precision.storage)

@@ -22,7 +22,8 @@ MOST = 0.8
 """Share of the taps that tell (`_tells`) which must hold a narrower dtype's values for a float32 trace to be one of that dtype."""
 _PLANS = {"bfloat16": "bf16"}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-_GENERAL = ("storage", "accumulate")
+GENERAL = ("storage", "accumulate")
+"""Keys of `precision` that are no patterns of taps."""
 _BF16 = plan("bf16")
 _KNOWN = {stage.tap for stage in STAGES.values()}
 
@@ -62,7 +63,7 @@ class Precision:
         return declared if part or not own or summed else min(own, declared)
 
     def _part(self, tap: str) -> str | None:
-        return next((s for pattern, s in self.parts.items() if tap_matches(tap, pattern) or _ends(tap, pattern)), None)
+        return next((s for pattern, s in self.parts.items() if meant_by(tap, pattern)), None)
 
     def format(self, call: Call) -> str:
         """The format that a twin's output is rounded to."""
@@ -71,7 +72,7 @@ class Precision:
         return self.plan.format(call.stage)
 
 
-def _dtype(key: str, told: str) -> str:
+def declared_storage(key: str, told: str) -> str:
     """The dtype's name, which may be told as a plan's; one of eight bits is coarser than what is held to its own codes."""
     name = _SHORT.get(told, told)
     known = name in UNIT or name.startswith("float8")
@@ -87,9 +88,9 @@ def _tells(tap: str) -> bool:
     return name != "embed" and not tap.startswith("grad/") and not (name in _KNOWN and _BF16.format(name) == "fp32")
 
 
-def _ends(tap: str, pattern: str) -> bool:
-    """Whether a pattern of taps alone (`moe.*`) fits the last part of a name."""
-    return "/" not in pattern and tap_matches(tap.rpartition("/")[2], pattern)
+def meant_by(tap: str, pattern: str) -> bool:
+    """Whether a tap fits a pattern, which may leave out the phase, or be of the last part of a name alone (`moe.*`)."""
+    return tap_matches(tap, pattern) or ("/" not in pattern and tap_matches(tap.rpartition("/")[2], pattern))
 
 
 def declared_precision(told: Mapping[str, str]) -> Precision:
@@ -101,8 +102,10 @@ def precision_of(header: Header, taps: Mapping[str, Array]) -> Precision:
     """What the header declares, corrected where arrays or values say otherwise: bfloat16 or float16, also in float32 arrays.
     SpecError for a dtype that is none.
     """
-    parts = {k: _dtype(k, v) for k, v in header.precision.items() if k not in _GENERAL} | optimizer_storage(header)
-    _dtype("accumulate", header.precision.get("accumulate", "float32"))
+    parts = {k: declared_storage(k, v) for k, v in header.precision.items() if k not in GENERAL} | optimizer_storage(
+        header
+    )
+    declared_storage("accumulate", header.precision.get("accumulate", "float32"))
     told, note = header.precision.get("storage", "float32"), ""
     storage = _SHORT.get(told, told)
     floats = {t: np.asarray(a) for t, a in taps.items() if a.dtype == np.float32}

@@ -19,6 +19,7 @@ from refimpl.autograd.errors import require, where
 
 from .header import Header, read_file
 from .marks import Marks, is_marked, marks_of
+from .numbering import as_ours, is_count
 from .shards import Rank, Shards, place_of
 
 UNITED = ("dims", "expected", "notes", "parallel", "self_check", "weights")
@@ -52,23 +53,42 @@ def _marks(tap: str, dims: str, sizes: Mapping[str, int]) -> Marks:
         return found
 
 
+def alone(header: Header) -> str:
+    """Which of several ranks a header is of, in words; "" if of the only one. SpecError for a rank that cannot be."""
+    if not header.parallel:
+        return ""
+    with where("in the header key 'parallel'"):
+        number, at, total = _placed(header.parallel)
+        require(number < total, f"rank is {number}, and there are {total}, counted from 0")
+    sizes = {axis: pair[1] for axis, pair in header.parallel.get("axes", {}).items()}
+    place = ", ".join([f"{axis} {i} of {sizes[axis]}" for axis, i in at.items()])
+    return f"rank {number} of {total}{f' ({place})' if place else ''}" if total > 1 else ""
+
+
 def _rank(path: Path) -> Rank:
-    header, taps = read_file(path)
-    p = header.parallel
-    require(p, f"{path.name} lacks the header key 'parallel', which says of which rank it is")
+    header, taps = as_ours(*read_file(path))
+    if is_count(header.layouts.get("layers", "")):  # each rank may have its own
+        header = dataclasses.replace(header, layouts={k: v for k, v in header.layouts.items() if k != "layers"})
+    require(header.parallel, f"{path.name} lacks the header key 'parallel', which says of which rank it is")
     with where(f"in the header key 'parallel' of {path.name}"):
-        unknown = sorted(set(p) - {"rank", "ranks", "axes"})
-        require(not unknown, f"unknown keys: {', '.join(unknown)}")
-        number, axes = p.get("rank"), p.get("axes", {})
-        require(type(number) is int and number >= 0, f"rank is {number!r}, expected a number from 0")
-        require(isinstance(axes, dict), f"axes is {axes!r}, expected name -> [coordinate, size]")
-        for axis, pair in axes.items():
-            pairs = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
-            require(pairs and 0 <= pair[0] < pair[1], f"axis {axis} is {pair!r}, expected [coordinate, size]")
-        total = p.get("ranks", 1)
-        require(type(total) is int and total >= 1, f"ranks is {total!r}, expected how many there are")
-    assert isinstance(number, int)
-    return Rank(path, number, {axis: pair[0] for axis, pair in axes.items()}, header, taps)
+        number, at, _ = _placed(header.parallel)
+    return Rank(path, number, at, header, taps)
+
+
+def _placed(p: Mapping[str, Any]) -> tuple[int, dict[str, int], int]:
+    """A rank's number, its coordinate by axis, and how many ranks there are."""
+    unknown = sorted(set(p) - {"rank", "ranks", "axes"})
+    require(not unknown, f"unknown keys: {', '.join(unknown)}")
+    number, axes = p.get("rank"), p.get("axes", {})
+    require(type(number) is int and number >= 0, f"rank is {number!r}, expected a number from 0")
+    require(isinstance(axes, dict), f"axes is {axes!r}, expected name -> [coordinate, size]")
+    for axis, pair in axes.items():
+        pairs = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+        require(pairs and 0 <= pair[0] < pair[1] <= 1 << 20, f"axis {axis} is {pair!r}, expected [coordinate, size]")
+    total = p.get("ranks", math.prod([size for _, size in axes.values()]))
+    require(type(total) is int and total >= 1, f"ranks is {total!r}, expected how many there are")
+    assert isinstance(number, int) and isinstance(total, int)
+    return number, {axis: pair[0] for axis, pair in axes.items()}, total
 
 
 def _sizes(ranks: Sequence[Rank]) -> dict[str, int]:
@@ -91,7 +111,10 @@ def _complete(ranks: Sequence[Rank], sizes: Mapping[str, int]) -> None:
     _once(ranks, [place_of(r.at) for r in ranks])
     numbers, files = {r.number for r in ranks}, ", ".join(r.path.name for r in ranks[:8])
     missing = list(itertools.islice((str(i) for i in range(total) if i not in numbers), 8))
-    require(not missing, f"rank {', '.join(missing)} of {total} is missing; there is {files}")
+    require(
+        not missing,
+        f"rank {', '.join(missing)} of {total} is missing; there is {files}, and the folder of all ranks' files is wanted",
+    )
     last = ranks[-1]
     require(len(ranks) == total, f"{last.path.name} is of rank {last.number}; there are {total}, counted from 0")
     for axis, size in sizes.items():

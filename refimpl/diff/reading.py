@@ -15,6 +15,8 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
+from .marks import marks_of
+
 Pick = Mapping[int, slice | list[int]]
 """Axis -> which of its entries; axes that are whole are left out."""
 
@@ -27,6 +29,7 @@ def cut(a: Array, pick: Pick) -> Array:
 
 
 FILLED_UP = "tokens are flattened and padded"
+_TOKENS = ("S", "T", "S-k")
 LOOK, _FEW = 1 << 14, 1 << 9
 """Numbers that are looked at at a time."""
 
@@ -81,22 +84,28 @@ def _declared_parts(
 
 def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> Reading | None:
     """x by the letters that its producer gives: they are split where they stand for two of ours, and put in our order."""
-    theirs = dims.replace("N", "B S", 1).split() if "N" in dims.split() and "N" not in axes else dims.split()
+    theirs = unflattened(marks_of(dims).dims.split(), axes)
     if sorted(theirs) != sorted(axes) or len(set(axes)) != len(axes):
         return None
     size = dict(zip(axes, shape, strict=True))
     full = tuple([size[a] for a in theirs])
-    if not _coarser(x.shape, full):
+    if not coarser(x.shape, full):
         return None
     return Reading(x.reshape(full).transpose([theirs.index(a) for a in axes]))
 
 
+def unflattened(terms: list[str], axes: list[str]) -> list[str]:
+    """Declared axes with the sequences and tokens that N stands for among these axes."""
+    flat = next((axes[i : i + 2] for i, a in enumerate(axes[:-1]) if a == "B" and axes[i + 1] in _TOKENS), ["N"])
+    return [a for t in terms for a in (flat if t == "N" and "N" not in axes else [t])]
+
+
 def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    if _coarser(x.shape, shape):
+    if coarser(x.shape, shape):
         yield Reading(x.reshape(shape), _merged(x.shape, shape, axes))
     for order in permutations(range(len(shape))):
         turned = tuple([shape[i] for i in order])
-        if _coarser(x.shape, turned):
+        if coarser(x.shape, turned):
             named = " ".join([axes[i] for i in order])
             yield Reading(x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"')
     if len(shape) > 1 and "S" in axes[:2]:
@@ -114,7 +123,7 @@ def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading
     """The last position only."""
     s = axes.index("S")
     last = tuple([1 if i == s else n for i, n in enumerate(shape)])
-    if _coarser(x.shape, last):
+    if coarser(x.shape, last):
         yield Reading(x.reshape(last), "only the last position was recorded: compared there", {s: slice(-1, None)})
 
 
@@ -136,7 +145,7 @@ def _filled_up(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Re
     rows = x.size // int(np.prod(rest))
     flat = (*shape[:at], rows, *shape[at + 2 :])
     for order in permutations(range(len(flat))) if rows > tokens else ():
-        if _coarser(x.shape, tuple([flat[i] for i in order])):
+        if coarser(x.shape, tuple([flat[i] for i in order])):
             y = x.reshape([flat[i] for i in order]).transpose(np.argsort(order))
             y = y[(slice(None),) * at + (slice(0, tokens),)]
             yield Reading(y.reshape(shape), f"{FILLED_UP} to {rows}: cut to the first {tokens}")
@@ -156,7 +165,7 @@ def _first(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Readin
 def _chunks(x: Array, shape: tuple[int, ...]) -> Iterator[Reading]:
     """Positions in chunks, (B, n, c, ...) or stacked as (n, B, c, ...), the last of them filled up."""
     batch, length = shape[:2]
-    if x.ndim < 3 or not _coarser(x.shape[3:], shape[2:]):
+    if x.ndim < 3 or not coarser(x.shape[3:], shape[2:]):
         return
     for y in (x, x.swapaxes(0, 1)):
         n, c = y.shape[1:3]
@@ -169,7 +178,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([n for n in shape if n != 1])
 
 
-def _coarser(given: tuple[int, ...], full: tuple[int, ...]) -> bool:
+def coarser(given: tuple[int, ...], full: tuple[int, ...]) -> bool:
     """Whether `given` is `full` with neighbouring axes merged, axes of length 1 apart."""
     given, rest = _squeezed(given), list(_squeezed(full))
     for n in given:

@@ -83,6 +83,11 @@ class Run:
             found += update_of(found, config, t)
         return found, inputs
 
+    def calls(self, config: Config) -> list[Call]:
+        """The program with what only some recorders show: codes of FP8 products, log-sum-exps."""
+        program, taps = self.program(config)[0], self.trace.taps
+        return with_lse(with_codes(program, self.precision.plan, taps) if has_codes(taps) else program, taps)
+
     @cached_property
     def weights(self) -> StageWeights:
         """The case's weights, as the candidate holds them."""
@@ -109,9 +114,7 @@ class Run:
     def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
         """What was recorded, ready to be compared under a config, and the program along which."""
         check_layouts(self.trace.header.layouts)
-        plain, inputs = self.program(config)
-        program = with_codes(plain, self.precision.plan, self.trace.taps) if has_codes(self.trace.taps) else plain
-        program = with_lse(program, self.trace.taps)
+        program, inputs = self.calls(config), self.program(config)[1]
         admitted = self._admitted(program, config, inputs)
         ours = {c.tap for c in program} | set(admitted.renamed)
         comparison = Comparison(

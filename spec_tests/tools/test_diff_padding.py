@@ -183,3 +183,19 @@ def test_padding_that_is_seen_by_tokens_is_still_a_bug(padded):
     assert {f.stage for f in judgement.culprits} == {"mask"} and [d.id for d in judgement.causes] == ["A17g"], render(
         judgement
     )
+
+
+def test_positions_counted_through_padding_are_explained(padded):
+    """Catches positions that count the padding in front blamed on anything but the tables, or rotated q and k, or without the word
+    that scores stay. Oracle: the same scores, where a query and its key are tokens, of the run and of ours.
+    """
+    valid = VALID[0]
+    seen = valid[:, None] & valid & np.tri(24, dtype=bool)
+    scores = [np.asarray(ran(padded.path, id).taps["fwd/L1/mla.scores"])[0][:, seen] for id in (None, "X24")]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=2e-5)  # float32 of scores up to 30
+    tables = judged(padded, lambda t, a: a, "X24")
+    assert {f.tap for f in tables.culprits} == {"fwd/mla.rope_tables"}
+    without = judged(padded, lambda t, a: a, "X24", lambda t: not t.endswith("rope_tables"))
+    assert {f.stage for f in without.culprits} == {"mla.q_rope", "mla.k_rope"}
+    for judgement in (tables, without):
+        assert "scores stay where all of a sequence's are off alike (X24)" in render(judgement)

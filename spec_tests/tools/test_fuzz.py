@@ -47,6 +47,7 @@ VALUES += [
     {"fwd/L0/resid": 3},
     "B S D",
     "0:4",
+    "L0 is L1",
 ]
 WIDTH = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "U16": 2}
 DTYPES = [*WIDTH, "U8", "BOOL", "F8_E4M3", "I8"]

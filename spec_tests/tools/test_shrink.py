@@ -1,11 +1,14 @@
 """A real config made small: nothing that a port can get wrong is lost on the way."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
+from refimpl.autograd import SpecError
 from refimpl.cli import main
+from refimpl.cli.common import model_config
 from refimpl.diff import Case
 from refimpl.diff.judge import judge
 from refimpl.layers import PRESETS, Config
@@ -116,3 +119,71 @@ def test_info_takes_a_bare_config(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["total"] == 671_026_419_200
     config.write_text(json.dumps(REAL["deepseek-v3"] | {"topk_group": 99}))
     assert main(["info", str(config)]) == 3 and "while reading" in capsys.readouterr().err
+
+
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 128256,
+}
+OTHERS = {
+    "nothing": ({}, "no model_type, and none of kv_lora_rank"),
+    "a llama": (
+        LLAMA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "architectures is LlamaForCausalLM",
+    ),
+    "a llama's class": (LLAMA | {"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
+    "a llama's type": (LLAMA | {"model_type": "llama"}, "model_type is 'llama'"),
+    "a llama that tells nothing": (LLAMA, "no model_type, and none of kv_lora_rank"),
+    "V3.2": ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
+    "V3.2's class": ({"kv_lora_rank": 512, "architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM"),
+    "another class under V3's type": (
+        {"model_type": "deepseek_v3", "architectures": ["LlamaForCausalLM"]},
+        "LlamaForCausalLM",
+    ),
+    "no list": ({"architectures": "DeepseekV3ForCausalLM"}, "expected a list of names"),
+    "an odd type": ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3']"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("command", ["info", "case"])
+def test_another_family_is_refused(name, command, tmp_path, capsys):
+    """Catches a config of another model, or of none, read as DeepSeek-V3 because V3's sizes are the defaults of what it lacks."""
+    path, (config, says) = tmp_path / "config.json", OTHERS[name]
+    path.write_text(json.dumps(config))
+    ask = ["info", str(path)] if command == "info" else ["case", str(tmp_path / "a"), "--config", str(path), "--shrink"]
+    assert main(ask) == 3
+    err = capsys.readouterr().err
+    assert says in err and str(path) in err and not (tmp_path / "a").exists()
+    assert "expected a list" in err or "deepseek_v2, deepseek_v3, kimi_k2" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("deepseek-v3", {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
+        ("deepseek-v3.1", {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
+        ("deepseek-v2-lite", {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}),
+        ("like kimi-k2", {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}),
+        ("like moonlight", {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
+        ("like moonlight", {"architectures": ["DeepseekV3Model"]}),
+        ("like moonlight", {"model_type": "my_v3", "architectures": ["DeepseekV3ForCausalLM"]}),
+        ("like moonlight", {"model_type": "kimi_k2", "architectures": None}),
+        ("like moonlight", {}),
+    ],
+)
+def test_released_configs_are_taken_as_they_declare_themselves(name, said, tmp_path):
+    """Catches a family of which the specification speaks refused by its type or its class."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in REAL[name].items() if k != "model_type"} | said))
+    found = model_config(argparse.Namespace(config=path))
+    assert found.hidden_size == Config.from_dict(REAL[name]).hidden_size and shrink(found).hidden_size == 48
+
+
+def test_a_trace_of_another_family_is_bad_input():
+    """Catches a llama's config in a trace or in Python read as V3's."""
+    with pytest.raises(SpecError, match=r"model_type is 'llama'; expected a config\.json of the families"):
+        Config.from_dict(LLAMA | {"model_type": "llama"})

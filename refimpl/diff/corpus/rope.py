@@ -218,7 +218,7 @@ MUTANTS = (
     Mutant("X10", "positions begin at 1", _TABLES, _tables(places=lambda p: p + 1)),
     Mutant(
         "X24",
-        "positions are counted from 0, whatever they are",
+        "positions are counted from 0, whatever they are; scores stay where all of a sequence's are off alike",
         _TABLES,
         _tables(places=_counted),
         regime="positions that do not begin at 0",
