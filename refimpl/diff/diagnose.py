@@ -23,16 +23,20 @@ from refimpl.layers.stage import Call
 from .compare import Finding
 from .corpus import MUTANTS, Best, Mutant
 from .fp8_rules import RULES, alike
+from .fused import sine
 from .gauges import ROPE_TAPS, by_rank, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
 from .padding import filled
+from .program import owner
 from .reading import cut
 from .rivals import nearest
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 _REFUSED = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 """What a mutant raises that does not take its inputs."""
+NEAR = 0.05
+"""Sine of the angle by which weights may be turned where near ones change places."""
 NARROW = ("float16", "bfloat16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
 
@@ -124,7 +128,7 @@ def _nearest(
         if calls[tap].of.compare in ("set", "exact"):
             continue  # these are reproduced to the number, or not at all
         ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
-        x = by_rank(r.withdrawn[tap], ours[0]) if tap in r.withdrawn else _theirs(tap, r)
+        x = _placed(tap, _theirs(tap, r), ours[0], r)
         x = filled(calls[tap], x, ours[0], r.padding)
         seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
         for outputs, y in zip(given, ours, strict=True):
@@ -183,8 +187,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
     if ours.shape != x.shape:
         return False
-    if f.tap in r.withdrawn:  # in an order that nobody knows
-        x = by_rank(x, ours)
+    x = _placed(f.tap, x, ours, r)
     x = filled(calls[f.tap], x, ours, r.padding)
     if x.dtype.kind == "f" and (np.isnan(x) & np.isfinite(ours)).any():  # what overflows or is 0 in fewer bits
         with contextlib.suppress(*_REFUSED):
@@ -229,6 +232,14 @@ def _theirs(tap: str, r: Recorded) -> Array:
     return r.partial[tap][1] if tap in r.partial else r.taps[tap] if tap in r.taps else r.withdrawn[tap]
 
 
+def _placed(tap: str, x: Array, ours: Array, r: Recorded) -> Array:
+    """Weights in the order of ours where nobody knows theirs, or roundings alone may have changed it."""
+    if tap not in r.withdrawn and tap not in r.placed:
+        return x
+    other = by_rank(x, ours)
+    return other if tap in r.withdrawn or sine(other, x) < NEAR else x
+
+
 def _seen(tap: str, ours: Array, r: Recorded) -> Array:
     """What was recorded of a tap that is ours."""
     return cut(ours, r.partial[tap][0]) if tap in r.partial else ours
@@ -245,7 +256,7 @@ def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
 
 def _read(name: str, call: Call, r: Recorded) -> str:
     """The full name of what a mutant reads at a call."""
-    unit = call.tap.rpartition("/")[0]
+    unit = owner(call.tap)
     if name == "master":
         return MASTER + str(call.args[0]).removeprefix("grad/")
     return r.weight(unit, name.removeprefix("w:")) if name.startswith("w:") else f"{unit}/{name}"

@@ -25,7 +25,7 @@ from .gauges import ROPE_TAPS, swap_pairs
 from .grounds import Grounds
 from .lanes import Lane, Recorded
 from .names import unit_of
-from .program import last_use, names
+from .program import last_use, names, owner
 from .reading import Pick, read
 from .trace import Trace
 
@@ -75,7 +75,7 @@ def suspects(taps: Mapping[str, Array], program: list[Call], flawed: Iterable[st
     """Arrays that may be several taps: those of names that are no taps, and taps that are `flawed`; with the unit that the name
     tells.
     """
-    ours, units = {call.tap for call in program}, {_unit(call.tap) for call in program}
+    ours, units = {call.tap for call in program}, {owner(call.tap) for call in program}
     found = {}
     for name in [t for t in taps if t not in ours or t in set(flawed)]:
         x, unit = np.asarray(taps[name]), unit_of(name)
@@ -90,7 +90,7 @@ def reordered(g: Grounds | None, trace: Trace, blamed: Collection[str], sizes: S
     if not g or not odd:
         return {}
     r = replace(g.recorded, taps={t: x for t, x in g.recorded.taps.items() if t not in odd})
-    return fused_in({t: (np.asarray(trace.taps[t]), _unit(t)) for t in odd}, g.program, r, g.config, sizes)
+    return fused_in({t: (np.asarray(trace.taps[t]), owner(t)) for t in odd}, g.program, r, g.config, sizes)
 
 
 def taken_apart(trace: Trace, found: Mapping[str, Found]) -> tuple[Trace, dict[str, Pick], dict[str, list[str]]]:
@@ -134,9 +134,9 @@ def _units(
     program: list[Call], r: Recorded, wanted: set[str], c: Config, sizes: Sizes
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Unit by unit, what its stages give on the candidate's taps; units that nobody asks for are left out."""
-    meant = [call for call in program if call.own is None and ("" in wanted or _unit(call.tap) in wanted)]
+    meant = [call for call in program if call.own is None and ("" in wanted or owner(call.tap) in wanted)]
     outputs, calls = {call.tap for call in meant if _lead(call)}, {call.tap: call for call in program}
-    for unit, found in groupby(replayed(program, r, outputs), key=lambda one: _unit(one[0])):
+    for unit, found in groupby(replayed(program, r, outputs), key=lambda one: owner(one[0])):
         yield unit, [piece for tap, value in found for piece in _pieces(calls[tap], value, c, sizes)]
 
 
@@ -153,10 +153,6 @@ def replayed(program: list[Call], r: Recorded, outputs: Collection[str]) -> Iter
                 yield call.tap, value
             for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]
-
-
-def _unit(tap: str) -> str:
-    return tap.rpartition("/")[0]
 
 
 def _lead(call: Call) -> int:
@@ -231,11 +227,12 @@ def _angle(p: Piece, x: Array, ours: Array) -> float:
     """The sine of the angle between x and ours; rotated channels may lie in either order."""
     rotated = p.tap.rpartition("/")[2] in ROPE_TAPS and x.shape[-1] == p.whole
     return min(
-        _sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
+        sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
     )
 
 
-def _sine(x: Array, y: Array) -> float:
+def sine(x: Array, y: Array) -> float:
+    """Of the angle between two arrays; 1 beyond a right one, or where one is 0."""
     x, y = x.ravel(), y.ravel()
     size = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
     return float(np.sqrt(max(1 - (float(x @ y) / size) ** 2, 0))) if 0 < size < np.inf and x @ y > 0 else 1.0

@@ -19,7 +19,7 @@ from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Track
 from .lanes import Recorded
-from .program import last_use, names
+from .program import last_use, names, owner
 from .trace import Trace
 
 Opener = Callable[[], tuple[Case, Trace]]
@@ -46,11 +46,12 @@ class SpanFound:
     """
 
     findings: list[Finding]
-    accepted: dict[str, str]
+    accepted: dict[str, tuple[str, ...]]
     either: set[str]
     plain: dict[str, Finding]
     alike: dict[str, tuple[float, str]]
     changed: dict[str, Array]
+    supposable: bool
     withdrawn: dict[str, Array]
 
 
@@ -61,7 +62,7 @@ def compared(comparison: Comparison, program: list[Call], span: Span) -> SpanFou
     comparison.run(program, iter, *span)
     changed = {t: x for t, x in taps.items() if x is not before[t]}
     c = comparison
-    return SpanFound(c.findings, c.accepted, c.either, c.plain, c.alike, changed, c.recorded.withdrawn)
+    return SpanFound(c.findings, c.accepted, c.either, c.plain, c.alike, changed, c.supposable, c.recorded.withdrawn)
 
 
 def spread(
@@ -89,15 +90,11 @@ def where_to_cut(program: list[Call], r: Recorded) -> dict[int, frozenset[str]]:
     last, cuts = last_use(program), dict[int, frozenset[str]]()
     known = {c.tap for c in program if all(n in r.inputs for n in names(c.args))}
     for i, (before, call) in enumerate(pairwise(program), start=1):
-        if _unit(before) != _unit(call):
+        if owner(before.tap) != owner(call.tap):
             read = frozenset([c.tap for c in program[:i] if last[c.tap] >= i]) - known
             if read <= r.taps.keys():
                 cuts[i] = read
     return cuts
-
-
-def _unit(call: Call) -> str:
-    return call.tap.rpartition("/")[0]
 
 
 def spans_of(length: int, cuts: list[int], n: int) -> list[Span]:
@@ -116,6 +113,7 @@ def join(comparison: Comparison, parts: list[SpanFound]) -> None:
         comparison.accepted |= part.accepted
         comparison.either |= part.either
         comparison.plain |= part.plain
+        comparison.supposable |= part.supposable
         r.taps |= part.changed
         r.withdrawn |= part.withdrawn
         for name, found in part.alike.items():
