@@ -23,20 +23,18 @@ from refimpl.layers.stage import Call
 from .compare import Finding
 from .corpus import MUTANTS, Best, Mutant
 from .fp8_rules import RULES, alike
-from .fused import sine
-from .gauges import ROPE_TAPS, by_rank, swap_pairs
+from .gauges import ROPE_TAPS, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
 from .padding import filled
 from .program import owner
 from .reading import cut
 from .rivals import nearest
+from .supposed import as_ours
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 _REFUSED = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 """What a mutant raises that does not take its inputs."""
-NEAR = 0.05
-"""Sine of the angle by which weights may be turned where near ones change places."""
 NARROW = ("float16", "bfloat16")
 """Dtypes in which a part of a float32 run may have been computed, if nothing else explains it."""
 
@@ -128,7 +126,7 @@ def _nearest(
         if calls[tap].of.compare in ("set", "exact"):
             continue  # these are reproduced to the number, or not at all
         ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
-        x = _placed(tap, _theirs(tap, r), ours[0], r)
+        x = as_ours(tap, _theirs(tap, r), ours[0], r)
         x = filled(calls[tap], x, ours[0], r.padding)
         seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
         for outputs, y in zip(given, ours, strict=True):
@@ -187,7 +185,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
     if ours.shape != x.shape:
         return False
-    x = _placed(f.tap, x, ours, r)
+    x = as_ours(f.tap, x, ours, r)
     x = filled(calls[f.tap], x, ours, r.padding)
     if x.dtype.kind == "f" and (np.isnan(x) & np.isfinite(ours)).any():  # what overflows or is 0 in fewer bits
         with contextlib.suppress(*_REFUSED):
@@ -230,14 +228,6 @@ def rerun(region: Iterable[Call], r: Recorded, m: Mutant, plan: Plan = FLOAT64) 
 def _theirs(tap: str, r: Recorded) -> Array:
     """What the candidate gave of a tap."""
     return r.partial[tap][1] if tap in r.partial else r.taps[tap] if tap in r.taps else r.withdrawn[tap]
-
-
-def _placed(tap: str, x: Array, ours: Array, r: Recorded) -> Array:
-    """Weights in the order of ours where nobody knows theirs, or roundings alone may have changed it."""
-    if tap not in r.withdrawn and tap not in r.placed:
-        return x
-    other = by_rank(x, ours)
-    return other if tap in r.withdrawn or sine(other, x) < NEAR else x
 
 
 def _seen(tap: str, ours: Array, r: Recorded) -> Array:

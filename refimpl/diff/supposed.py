@@ -29,6 +29,8 @@ RANGE = 2.5
 """A wrong softmax scale is not further from the right one, either way; what else a tap may be multiplied by is."""
 CLEARLY = 0.5
 """Of the angle between the weights recorded and those that experts were given, no more than this is left in the right order."""
+NEAR = 0.05
+"""Sine of the angle by which weights may be turned where near ones change places."""
 _LINEAR = ("moe.act", "moe.down", "moe.routed", "moe.out")
 """Stages that are linear in the routing weights, but for what they add."""
 
@@ -68,6 +70,14 @@ def by_use(program: list[Call], r: Recorded, tap: str, x: Array, scale: float) -
     if scale != 1 and abs(_ratio(used, x) / scale - 1) < 2.0**-5 and sine(used, x) < ANGLE:
         what, x = [*what, LATER], x * x.dtype.type(scale)
     return (tuple(what), x) if what else None
+
+
+def as_ours(tap: str, x: Array, ours: Array, r: Recorded) -> Array:
+    """Weights in the order of ours where nobody knows theirs, or roundings alone may have changed it; else x as it is."""
+    if tap not in r.withdrawn and tap not in r.placed:
+        return x
+    other = by_rank(x, ours)
+    return other if tap in r.withdrawn or sine(other, x) < NEAR else x
 
 
 def _ratio(x: Array, y: Array) -> float:
