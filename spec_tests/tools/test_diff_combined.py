@@ -1,0 +1,216 @@
+"""One mistake in a trace that is innocently arranged otherwise: the arrangement is said, the mistake's stage blamed alone, named.
+
+Every arrangement is made by hand of what our own run recorded, a wrong run is a patched one: which stage was patched is known.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import pytest
+
+from refimpl.diff import Case, Trace, render
+from refimpl.diff.corpus import MUTANTS
+from refimpl.diff.judge import judge
+from refimpl.layers.stage import STAGES, Patch
+from refimpl.record import trace_case
+
+from .test_diff_partial import TINY, case
+
+ENGINE = (
+    *(
+        "attn_norm",
+        "mla.q",
+        "mla.c_kv",
+        "mla.q_rope",
+        "mla.k_rope",
+        "mla.ctx",
+        "attn_out",
+        "resid",
+        "resid_mid",
+        "ffn_norm",
+    ),
+    *("router.logits", "router.ids", "router.weights", "moe.routed", "moe.shared", "ffn_out", "final_norm", "logits"),
+)
+
+
+class OnActivation(Case):
+    """The case, run by a program that multiplies the activation by the routing weight, and does not say so."""
+
+    @property
+    def config(self):
+        config = super().config
+        return config.replace(dialect=dataclasses.replace(config.dialect, routing_weight_on="activation"))
+
+
+def each(change, *names):
+    """The same change of every tap with one of these names, made in float32."""
+
+    def arranged(taps):
+        meant = {t: a for t, a in taps.items() if t.rpartition("/")[2] in names}
+        return taps | {t: change(t, np.float32(a), taps).astype(a.dtype) for t, a in meant.items()}
+
+    return arranged
+
+
+def halves(tap, a, taps):
+    return np.concatenate([a[..., 0::2], a[..., 1::2]], axis=-1)
+
+
+def unmasked(tap, a, taps):
+    """What stands at a key that is not seen nobody reads."""
+    return np.where(np.isinf(a), np.random.default_rng(0).standard_normal(a.shape, np.float32), a)
+
+
+def ids_ascending(taps):
+    return taps | {t: np.sort(a, axis=-1) for t, a in taps.items() if t.endswith("router.ids")}
+
+
+def chain(*changes):
+    return lambda taps: functools.reduce(lambda t, change: change(t), changes, taps)
+
+
+SCALE = case().config.softmax_scale
+HALF = each(halves, "mla.q_rope", "mla.k_rope")
+SCALED = each(lambda t, a, taps: a * np.float32(SCALE), "mla.q_rope", "mla.q")
+ROOTED = each(lambda t, a, taps: a * np.float32(SCALE**0.5), "mla.q_rope", "mla.k_rope", "mla.q")
+BEFORE = each(unmasked, "mla.scores")
+LATER = each(lambda t, a, taps: a / np.float32(2.5), "router.weights")
+FLAT = each(
+    lambda t, a, taps: a.reshape(-1, *a.shape[2:]), "mla.q", "attn_norm", "mla.kv_b", "router.weights", "moe.routed"
+)
+"""Tokens one behind the other."""
+
+TURNED, INTO_Q, INTO_BOTH = "rotated channels in the other order", "multiplied into q", "into q and k"
+UNSEEN, MATCHED, AFTER, DIALECT = (
+    "before the mask",
+    "another order than the ids",
+    "after the experts",
+    "routing_weight_on",
+)
+ATTENTION = {
+    "half": (HALF, [TURNED]),
+    "scaled q": (SCALED, [INTO_Q]),
+    "scaled q and k": (ROOTED, [INTO_BOTH]),
+    "before the mask": (BEFORE, [UNSEEN]),
+    "half, scaled q": (chain(HALF, SCALED), [TURNED, INTO_Q]),
+    "half, before the mask": (chain(HALF, BEFORE), [TURNED, UNSEEN]),
+    "before the mask, flat": (chain(BEFORE, FLAT), [UNSEEN]),
+}
+ROUTER = {
+    "ids ascending": (ids_ascending, [MATCHED]),
+    "scaled later": (LATER, [AFTER]),
+    "ids ascending, scaled later": (chain(ids_ascending, LATER), [MATCHED, AFTER]),
+    "ids ascending, flat": (chain(ids_ascending, FLAT), [MATCHED]),
+    "on the activation": (dict, [DIALECT]),
+    "on the activation, ids ascending": (ids_ascending, [DIALECT, MATCHED]),
+}
+ARRANGED = ATTENTION | ROUTER
+DTYPES = ("float32", "bf16")
+ROUNDED_TWICE = {(how, "bf16") for how in ARRANGED if "scaled q" in how}
+"""A candidate's scores are made of the scaled queries that it rounded; ours were made before they are scaled and rounded here."""
+
+
+def stage(name):
+    return STAGES[name].fn
+
+
+def leaks():
+    """The bias in the weights, of one layer after the other."""
+    weights = case().weights()
+    biases = itertools.cycle([weights[n] for n in sorted(weights) if n.endswith("score_correction_bias")])
+    return lambda s, ids, **k: stage("router.weights")(s + next(biases), ids, **k)
+
+
+def of_corpus(*ids):
+    return {i: (MUTANTS[i].stage, lambda i=i: MUTANTS[i].under(case().config).fn, {i}) for i in ids}
+
+
+def sorted_weights(s, ids, **k):
+    return np.sort(stage("router.weights")(s, ids, **k), axis=-1)
+
+
+def without_nope(q, q_rope, kv, k_rope, mask, *, scale):
+    return q_rope.transpose(0, 2, 1, 3) @ k_rope.swapaxes(1, 2)[:, None] * scale + mask
+
+
+ATTENTION_BUGS = of_corpus("A04", "X13", "X14", "X15", "X17", "X22", "A01k", "A13c") | {
+    "only rotated channels": ("mla.scores", lambda: without_nope, set()),
+    "values first": ("mla.kv_b", lambda: lambda x, w, **k: np.roll(stage("mla.kv_b")(x, w, **k), 3, axis=-1), set()),
+    "a weaker softmax": ("mla.probs", lambda: lambda s: stage("mla.probs")(s * 0.8), set()),
+}
+ROUTER_BUGS = of_corpus("R03", "R07", "R09", "R10", "X01", "X04", "X31-moe.act", "X30-moe.act-1", "R16") | {
+    "R01": ("router.weights", leaks, {"R01"}),
+    "sorted weights": ("router.weights", lambda: sorted_weights, set()),
+}
+BUGS = ATTENTION_BUGS | ROUTER_BUGS
+NOT_SEEN = {
+    *(("R09", "scaled later"), ("R09", "ids ascending, scaled later")),  # right weights, scaled again by the experts
+    *(("X01", "on the activation"), ("X01", "on the activation, ids ascending")),  # there experts give weighted outputs
+}
+
+
+@functools.cache
+def recorded(bug, precision, on_activation):
+    """A run with a mistake in it, or none."""
+    of = (OnActivation if on_activation else Case).read(TINY)
+    patches = [Patch(BUGS[bug][0], BUGS[bug][1]())] if bug else []
+    with np.errstate(all="ignore"):
+        return trace_case(of, precision=precision, patches=patches)
+
+
+def arranged(bug, how, precision, names=None):
+    trace = recorded(bug, precision, "activation" in how)
+    taps = {t: np.array(a) for t, a in trace.taps.items() if names is None or t.rpartition("/")[2] in names}
+    return Trace(dataclasses.replace(trace.header, expected=[], dims={}), ARRANGED[how][0](taps))
+
+
+def said(judgement):
+    return [*judgement.gauges, *judgement.contested]
+
+
+@pytest.mark.parametrize(
+    ("how", "precision"), [(h, p) for h in ARRANGED for p in DTYPES if (h, p) not in ROUNDED_TWICE]
+)
+def test_arrangements_alone_and_two_at_once_conform(how, precision):
+    """Catches two gauges at once blamed where each alone is known: half and scaled, other slots and scaled later."""
+    judgement = judge(case(), arranged("", how, precision))
+    assert judgement.exit_code == 0 and judgement.verdict != "CONFORMS", render(judgement)
+    assert all(any(text in what for what in said(judgement)) for text in ARRANGED[how][1]), said(judgement)
+
+
+PAIRS = [
+    (b, h)
+    for bugs, hows in ((ATTENTION_BUGS, ATTENTION), (ROUTER_BUGS, ROUTER))
+    for b in bugs
+    for h in hows
+    if (b, h) not in NOT_SEEN
+]
+QUICK = {
+    *(("R07", "ids ascending"), ("R01", "ids ascending"), ("R10", "on the activation"), ("X17", "before the mask")),
+    *(("X14", "half"), ("X17", "half, scaled q"), ("R07", "ids ascending, scaled later")),
+}
+ALL = [(b, h, p) for (b, h), p in itertools.product(PAIRS, DTYPES) if (h, p) not in ROUNDED_TWICE]
+COMBINED = [
+    pytest.param(*one, marks=[] if one[:2] in QUICK and one[2] == "float32" else pytest.mark.slow) for one in ALL
+]
+
+
+@pytest.mark.parametrize(("bug", "how", "precision"), COMBINED)
+def test_a_mistake_in_another_arrangement_is_blamed_alone_and_named(bug, how, precision):
+    """Catches a right stage blamed because what it reads is wrong and arranged otherwise, and a name lost with it."""
+    judgement = judge(case(), arranged(bug, how, precision))
+    assert {f.stage for f in judgement.culprits} == {BUGS[bug][0]}, render(judgement)
+    assert BUGS[bug][2] <= {i for d in judgement.causes for i in d.ids}, render(judgement)
+    assert all(any(text in what for what in said(judgement)) for text in ARRANGED[how][1]), said(judgement)
+
+
+@pytest.mark.parametrize(("bug", "how", "precision"), ALL)
+@pytest.mark.slow
+def test_the_region_that_is_blamed_holds_the_mistake_with_an_engine_s_taps(bug, how, precision):
+    """Catches the same where the stages between were not recorded."""
+    judgement = judge(case(), arranged(bug, how, precision, ENGINE))
+    tap = STAGES[BUGS[bug][0]].tap
+    assert all(any(t.endswith(f"/{tap}") for t in f.region) for f in judgement.culprits), render(judgement)
+    assert judgement.exit_code == 1, render(judgement)
