@@ -144,6 +144,8 @@ class Comparison:
             better = self._compare(step, other, units, pick) if not self.without & {*what} else None
             if better and (better.ok or not sure):
                 self.accepted[tap] = what
+                if tap in self.recorded.partial:
+                    self.recorded.partial = {**self.recorded.partial, tap: (pick, other)}
                 if not pick:
                     self.recorded.taps[tap] = other
                     if (k := gauges.partner_of(tap)) in [f.tap for f in self.findings if not f.ok]:

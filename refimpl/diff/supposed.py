@@ -63,7 +63,7 @@ def by_use(program: list[Call], r: Recorded, tap: str, x: Array, scale: float) -
     if reader is None or ids is None or ids.shape != x.shape:
         return None
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
-    used = _fitted(_responses(program, r, region, tap, x), r.taps[reader.tap], reader, ids).reshape(x.shape)
+    used = fitted(_responses(program, r, region, tap, x), r.taps[reader.tap], reader, ids).reshape(x.shape)
     placed, what = by_rank(x, used), list[str]()
     if sine(placed, used) < CLEARLY * sine(x, used):
         what, x = [SLOTS], placed
@@ -116,7 +116,7 @@ def _responses(program: list[Call], r: Recorded, region: list[Call], tap: str, x
     return found
 
 
-def _fitted(responses: list[Array], y: Array, reader: Call, ids: Array) -> Array:
+def fitted(responses: list[Array], y: Array, reader: Call, ids: Array) -> Array:
     """The weights (N, K) with which the responses add up to y best, token by token."""
     nothing, *slots = (_by_token(a, reader, ids).astype(np.float64) for a in (*responses, y))
     *slots, y = (a - nothing for a in slots)

@@ -13,7 +13,8 @@ import pytest
 from refimpl.diff import Case, Trace, render
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.judge import judge
-from refimpl.layers.stage import STAGES, Patch
+from refimpl.diff.supposed import fitted
+from refimpl.layers.stage import STAGES, Call, Patch
 from refimpl.record import trace_case
 
 from .test_diff_partial import TINY, case
@@ -214,3 +215,56 @@ def test_the_region_that_is_blamed_holds_the_mistake_with_an_engine_s_taps(bug, 
     tap = STAGES[BUGS[bug][0]].tap
     assert all(any(t.endswith(f"/{tap}") for t in f.region) for f in judgement.culprits), render(judgement)
     assert judgement.exit_code == 1, render(judgement)
+
+
+def test_a_factor_that_shows_nowhere_else_is_no_gauge():
+    """Catches queries that are too small excused as scaled by a wrong softmax scale, where no score tells."""
+    trace = arranged("", "half", "float32", ("attn_norm", "mla.q", "mla.q_rope", "mla.k_rope"))
+    short = trace.taps | {t: a * np.float32(1.3 * SCALE) for t, a in trace.taps.items() if t.endswith("mla.q_rope")}
+    judgement = judge(case(), Trace(trace.header, {t: a for t, a in short.items() if "/L0/" in t}))
+    assert {f.stage for f in judgement.culprits} == {"mla.q_rope"}, render(judgement)
+
+
+def two_heads(trace):
+    """The trace with heads 1 and 2 alone, of which nothing is said."""
+    second, first = ("mla.q", "mla.q_rope", "mla.kv_b", "mla.ctx"), ("mla.scores", "mla.probs")
+    cut = each(lambda t, a, taps: a[:, :, 1:3], *second)(each(lambda t, a, taps: a[:, 1:3], *first)(trace.taps))
+    return Trace(trace.header, cut)
+
+
+@pytest.mark.parametrize("how", ["half", "before the mask", "half, scaled q"])
+def test_some_heads_in_another_arrangement_conform(how):
+    """Catches later stages run on the recorded heads as they were recorded, beside heads in our arrangement."""
+    judgement = judge(case(), two_heads(arranged("", how, "float32")))
+    assert judgement.verdict == "CONFORMS_IN_GAUGE", render(judgement)
+
+
+@pytest.mark.parametrize("how", ["half", "before the mask"])
+def test_heads_are_told_though_one_tap_of_them_is_wrong(how):
+    """Catches taps of two undeclared heads blamed for their shape, all of them, because the values of one are wrong. What comes of
+    the heads that were not recorded is wrong too, and told of a region that holds the mistake.
+    """
+    judgement = judge(case(), two_heads(arranged("values first", how, "float32")))
+    assert {f.stage for f in judgement.culprits} == {"mla.kv_b", "attn_out"}, render(judgement)
+    assert all(any(t.endswith("mla.kv_b") for t in f.region) for f in judgement.culprits)
+    assert any('"heads": [1, 2]' in note for note in judgement.notes), judgement.notes
+
+
+def test_the_weights_of_slots_are_told_by_what_experts_gave():
+    """Catches slots of several tokens mixed, a factor of the reader taken for the weights', rows taken for tokens."""
+    rng, tokens = np.random.default_rng(0), 5
+    ids, w = np.array([[[3, 1], [0, 2], [2, 3], [1, 0], [3, 0]]]), rng.random((1, tokens, 2)) + 0.1
+    down, shared = rng.standard_normal((2 * tokens, 6)), rng.standard_normal((1, tokens, 6))
+    place = sorted((int(ids[0, t, k]), t, k) for t in range(tokens) for k in range(2))
+    out, rows = shared.copy(), np.zeros((2 * tokens, 6))
+    for i, (_, t, k) in enumerate(place):
+        out[0, t] += 2.5 * w[0, t, k] * down[i]
+        rows[i] = w[0, t, k] * down[i]
+    calls = {s: Call(s, f"fwd/L1/{STAGES[s].tap}", (), {}) for s in ("moe.out", "moe.act")}
+    answers = [shared.copy() for _ in range(3)]
+    for i, (_, t, k) in enumerate(place):
+        answers[1 + k][0, t] += down[i]
+    np.testing.assert_allclose(fitted(answers, out, calls["moe.out"], ids), 2.5 * w[0], rtol=1e-9)
+    of_slot = np.array([k for _, _, k in place])[:, None]
+    answers = [rows * 0, *[down * (of_slot == k) for k in range(2)]]
+    np.testing.assert_allclose(fitted(answers, rows, calls["moe.act"], ids), w[0], rtol=1e-9)

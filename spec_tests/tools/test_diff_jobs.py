@@ -96,7 +96,7 @@ def test_what_follows_from_the_inputs_is_made_again(tmp_path):
 def test_an_unknown_name_is_nearest_to_one_tap_of_all_spans():
     """Catches the last span's word on an array that resembles a tap of an earlier one more."""
     whole = SimpleNamespace(
-        recorded=SimpleNamespace(taps={}, withdrawn={}),
+        recorded=SimpleNamespace(taps={}, withdrawn={}, partial={}),
         findings=[],
         accepted={},
         either=set(),
