@@ -171,9 +171,14 @@ def said(judgement):
     return [*judgement.gauges, *judgement.contested]
 
 
-@pytest.mark.parametrize(
-    ("how", "precision"), [(h, p) for h in ARRANGED for p in DTYPES if (h, p) not in ROUNDED_TWICE]
-)
+ALONE = [
+    pytest.param(h, p, marks=[pytest.mark.slow] if p != "float32" or h.startswith("on the") else [])
+    for h, p in itertools.product(ARRANGED, DTYPES)
+    if (h, p) not in ROUNDED_TWICE
+]
+
+
+@pytest.mark.parametrize(("how", "precision"), ALONE)
 def test_arrangements_alone_and_two_at_once_conform(how, precision):
     """Catches two gauges at once blamed where each alone is known: half and scaled, other slots and scaled later."""
     judgement = judge(case(), arranged("", how, precision))
