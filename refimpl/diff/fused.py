@@ -180,9 +180,19 @@ def _apart(x: Array, pieces: Sequence[Piece], c: Config) -> Found | None:
             full = (*rows, heads) if heads else rows
             for width in dict.fromkeys([x.shape[-1], x.size // int(np.prod(full)), x.shape[-1] // max(heads, 1)]):
                 reading = read(x, (*full, width), [*lead, *(["H"] if heads else []), "W"]) if width else None
-                if reading and (order := _order(reading.array, _seen_by(some, heads, len(lead), reading.pick))):
-                    return _found(reading.array, order, reading.pick, heads, len(lead))
+                seen = _seen_by(some, heads, len(lead), reading.pick) if reading else []
+                for y, step in _in_turn(reading.array) if reading and seen else ():
+                    order = _order(y, seen)
+                    if reading and order and (step == 1 or (len(order) == 2 and 2 * order[0][1] == width)):
+                        return _found(y, order, reading.pick, heads, len(lead), step)
     return None
+
+
+def _in_turn(x: Array) -> Iterator[tuple[Array, int]]:
+    """x as if its parts lay one behind the other, and as if the channels of two lay in turn; how far those of a part are apart."""
+    yield x, 1
+    if x.shape[-1] % 2 == 0:
+        yield swap_pairs(x, to_interleaved=False), 2
 
 
 def _seen_by(pieces: Sequence[Piece], heads: int, lead: int, pick: Pick) -> list[tuple[Piece, Array]]:
@@ -238,8 +248,8 @@ def sine(x: Array, y: Array) -> float:
     return float(np.sqrt(max(1 - (float(x @ y) / size) ** 2, 0))) if 0 < size < np.inf and x @ y > 0 else 1.0
 
 
-def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lead: int) -> Found | None:
-    """The parts of x, each in its tap's axes; None if heads that should share a part do not."""
+def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lead: int, step: int) -> Found | None:
+    """The parts of x, each in its tap's axes; None if heads that should share a part do not. step: 2 where two lay in turn."""
     parts, said, start = [], [], 0
     for p, end in order:
         part = x[..., start:end]
@@ -250,7 +260,7 @@ def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lea
         elif not heads and len(p.axes) > lead:
             part = part.reshape(*part.shape[:lead], -1, p.high - p.low)
         parts.append((p, part))
-        said.append(f"{p.name} = [..., {start}:{end}]")
+        said.append(f"{p.name} = [..., {f'{start}:{end}' if step == 1 else f'{len(said)}::2'}]")
         start = end
     what = f"taps side by side{', head by head' if heads else ''}" if len(parts) > 1 else "a part of a tap"
     return Found(parts, pick, f"{what}: record {', '.join(said)}")
