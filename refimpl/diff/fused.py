@@ -250,7 +250,7 @@ def sine(x: Array, y: Array) -> float:
 
 def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lead: int, step: int) -> Found | None:
     """The parts of x, each in its tap's axes; None if heads that should share a part do not. step: 2 where two lay in turn."""
-    parts, said, start = [], [], 0
+    parts, said, start = list[tuple[Piece, Array]](), list[str](), 0
     for p, end in order:
         part = x[..., start:end]
         if heads and len(p.axes) == lead:

@@ -194,7 +194,13 @@ PAIRS = [
     if (b, h) not in NOT_SEEN
 ]
 QUICK = {
-    *(("R07", "ids ascending"), ("R01", "ids ascending"), ("R10", "on the activation"), ("X17", "before the mask")),
+    *(
+        ("R07", "ids ascending"),
+        ("sorted weights", "ids ascending"),
+        ("R01", "ids ascending"),
+        ("R10", "on the activation"),
+        ("X17", "before the mask"),
+    ),
     *(("X14", "half"), ("X17", "half, scaled q"), ("R07", "ids ascending, scaled later")),
 }
 ALL = [(b, h, p) for (b, h), p in itertools.product(PAIRS, DTYPES) if (h, p) not in ROUNDED_TWICE]
@@ -208,7 +214,7 @@ def test_a_mistake_in_another_arrangement_is_blamed_alone_and_named(bug, how, pr
     """Catches a right stage blamed because what it reads is wrong and arranged otherwise, and a name lost with it."""
     judgement = judge(case(), arranged(bug, how, precision))
     assert {f.stage for f in judgement.culprits} == {BUGS[bug][0]}, render(judgement)
-    assert BUGS[bug][2] <= {i for d in judgement.causes for i in d.ids}, render(judgement)
+    assert BUGS[bug][2] == {i for d in judgement.causes for i in d.ids}, render(judgement)
     assert all(any(text in what for what in said(judgement)) for text in ARRANGED[how][1]), said(judgement)
 
 
@@ -228,6 +234,26 @@ def test_a_factor_that_shows_nowhere_else_is_no_gauge():
     short = trace.taps | {t: a * np.float32(1.3 * SCALE) for t, a in trace.taps.items() if t.endswith("mla.q_rope")}
     judgement = judge(case(), Trace(trace.header, {t: a for t, a in short.items() if "/L0/" in t}))
     assert {f.stage for f in judgement.culprits} == {"mla.q_rope"}, render(judgement)
+
+
+@pytest.mark.parametrize("names", [("mla.q_rope",), ("mla.q_rope", "mla.q")], ids=len)
+@pytest.mark.parametrize("turn", [dict, HALF], ids=["interleaved", "half"])
+def test_a_wrong_scale_in_the_queries_is_the_scores_mistake(turn, names):
+    """Catches queries blamed that hold the wrong softmax scale instead of the right one, in either order of channels."""
+    c = case().config
+    wrong = SCALE * np.sqrt((c.qk_nope_head_dim + c.qk_rope_head_dim) / c.qk_nope_head_dim)
+    scaled = each(lambda t, a, taps: a * np.float32(wrong), *names)
+    trace = arranged("X17", "half", "float32") if turn is HALF else recorded("X17", "float32", False)
+    judgement = judge(case(), Trace(dataclasses.replace(trace.header, dims={}), scaled(dict(trace.taps))))
+    assert {f.stage for f in judgement.culprits} == {"mla.scores"}, render(judgement)
+    assert [d.id for d in judgement.causes] == ["X17"] and any(INTO_Q in what for what in judgement.gauges)
+
+
+def test_queries_that_are_too_small_are_no_gauge_if_scores_are_right_on_them():
+    """Catches a mistake of the queries shifted to the scores, which are right on them, by a gauge that is supposed."""
+    small = Patch("mla.q_rope", lambda *a, **k: stage("mla.q_rope")(*a, **k) * np.float32(1.2 * SCALE))
+    judgement = judge(case(), trace_case(case(), patches=[small]))
+    assert {f.stage for f in judgement.culprits} == {"mla.q_rope"} and not judgement.gauges, render(judgement)
 
 
 def two_heads(trace):
