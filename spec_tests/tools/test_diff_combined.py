@@ -236,7 +236,9 @@ def test_a_factor_that_shows_nowhere_else_is_no_gauge():
     assert {f.stage for f in judgement.culprits} == {"mla.q_rope"}, render(judgement)
 
 
-@pytest.mark.parametrize("names", [("mla.q_rope",), ("mla.q_rope", "mla.q")], ids=len)
+@pytest.mark.parametrize(
+    "names", [("mla.q_rope",), pytest.param(("mla.q_rope", "mla.q"), marks=pytest.mark.slow)], ids=len
+)
 @pytest.mark.parametrize("turn", [dict, HALF], ids=["interleaved", "half"])
 def test_a_wrong_scale_in_the_queries_is_the_scores_mistake(turn, names):
     """Catches queries blamed that hold the wrong softmax scale instead of the right one, in either order of channels."""

@@ -25,12 +25,16 @@ HIDDEN = np.where(np.tri(3, 4, 1, dtype=bool), 0.0, -np.inf)  # three queries af
 OTHER = np.where(np.tri(3, 4, 1, dtype=bool) & (np.arange(4) != 1), 0.0, -np.inf)
 """A second sequence, in which the cached key's follower is padding."""
 BOTH = np.stack([HIDDEN, OTHER])[:, None]
+STRICT = np.broadcast_to(np.where(np.tri(3, 4, 0, dtype=bool), 0.0, -np.inf), (2, 1, 3, 4))
+"""A wrong one: a query does not see itself."""
 TRUTH, HEADS, ONE = "truth values", "same for every head", "one for all sequences"
 MASKS = {
     "ours": (BOTH, BOTH, []),
     "additive with a finite number": (np.maximum(BOTH, -1e4), np.maximum(BOTH, -1e4), []),
     "where a key is seen": (BOTH == 0, BOTH, [TRUTH]),
     "where a key is hidden": (BOTH != 0, BOTH, [TRUTH]),
+    "where a key is hidden, a query's own too": (STRICT != 0, STRICT, [TRUTH]),
+    "where a key is seen, but not a query's own": (STRICT == 0, STRICT, [TRUTH]),
     "ones and zeros": ((BOTH == 0).astype(np.int32), BOTH, [TRUTH]),
     "ones and zeros in float": ((BOTH == 0).astype(np.float32), BOTH, [TRUTH]),
     "hidden keys as ones in float": ((BOTH != 0).astype(np.float32), BOTH, [TRUTH]),
