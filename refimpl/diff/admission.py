@@ -20,7 +20,7 @@ from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
 from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
-from .program import integers
+from .program import integers, owner
 from .reading import FILLED_UP, Pick, Reading, read
 from .trace import Header, Trace
 from .wide import with_infinity
@@ -105,7 +105,7 @@ def _in_form(
 ) -> tuple[Array, list[str]]:
     """A tap as our form has it, with rows where padding is and none behind, and what was done to it."""
     x, formed = in_our_form(call.stage, np.asarray(taps[call.tap]), shape, c.num_attention_heads)
-    x, sent = without_fill(call, x, shape, taps.get(f"{_unit(call.tap)}/router.ids"), c.num_experts_per_tok)
+    x, sent = without_fill(call, x, shape, taps.get(f"{owner(call.tap)}/router.ids"), c.num_experts_per_tok)
     rows = padding.at(call) if padding else None
     x, placing = placed(x, shape, call.of.shape.split(), rows, limit, packed=packed)
     return x, [*formed, *sent, *placing]
@@ -117,7 +117,7 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
     """
     for call in program:
         if call.stage == "router.ids" and call.tap in found.flawed:
-            unit, slots = call.tap.rpartition("/")[0], np.asarray(recorded[call.tap]).shape[-1:]
+            unit, slots = owner(call.tap), np.asarray(recorded[call.tap]).shape[-1:]
             for other in [
                 c for c in program if c.tap in found.flawed and c.tap.startswith(f"{unit}/") and c is not call
             ]:
@@ -133,23 +133,19 @@ def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None
     may hold rows of no token.
     """
     ids = [t for what in (PACKED, FILLED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
-    fewer = {_unit(t) for t in ids}
-    more = {_unit(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
+    fewer = {owner(t) for t in ids}
+    more = {owner(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
     for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
-        if _unit(tap) in fewer:
+        if owner(tap) in fewer:
             if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
                 found.note(tap, "dispatched without padding: not compared")
-        elif _unit(tap) in more and tap in longer:
+        elif owner(tap) in more and tap in longer:
             del found.flawed[tap]
             found.note(tap, "dispatched with rows of no token: not compared")
 
 
 def _is_longer(x: Array, shape: tuple[int, ...]) -> bool:
     return x.ndim == len(shape) > 0 and x.shape[1:] == shape[1:] and len(x) > shape[0]
-
-
-def _unit(tap: str) -> str:
-    return tap.rpartition("/")[0]
 
 
 def parts(header: Header, c: Config, length: int) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from refimpl.layers.stage import Call
 from . import gauges
 from .admission import Admitted
 from .compare import Finding, Units, compare, settled_rows
+from .fused import sine
 from .lanes import Recorded
 from .names import by_value
 from .pages import Pages
@@ -23,6 +24,7 @@ from .precision import Precision
 from .program import regions
 from .reading import Pick, cut
 from .replay import Step, replay
+from .supposed import SUPPOSED, by_use, supposed
 from .tolerance import Distance, distance
 
 Track = Callable[[list[Call]], Iterable[Call]]
@@ -42,10 +44,11 @@ class Shown:
 class Comparison:
     """What the candidate gave, and what is found while the replay walks along.
 
-    findings, in model order; `accepted`, tap -> the gauge in which it fits, and `plain`, its finding without; `without`, gauges
-    that are not to be tried; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
-    `either`, rotated taps that fit in either order; `show`, a tap whose tolerance is to be explained, and `shown`, how it came
-    about; `pictures`, whether findings show where a tap is off; `pages`, those of the trace.
+    findings, in model order; `accepted`, tap -> the gauges in which it fits, and `plain`, its finding without; `without`, gauges
+    that are not to be tried; `supposable`, whether a tap that fits in none may be in one all the same; `unknown`, arrays under
+    names that are no taps, and `alike`, how near which tap of our own run is; `either`, rotated taps that fit in either order;
+    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`, whether findings show where a
+    tap is off; `pages`, those of the trace.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class Comparison:
     recorded: Recorded
     findings: list[Finding] = field(default_factory=list)
     without: frozenset[str] = frozenset()
+    supposable: bool = False
     show: str = ""
     shown: Shown | None = None
     pictures: bool = False
@@ -61,7 +65,7 @@ class Comparison:
     alike: dict[str, tuple[float, str]] = field(default_factory=dict)
     pages: Pages = field(default_factory=lambda: Pages(None))
     either: set[str] = field(default_factory=set)
-    accepted: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plain: dict[str, Finding] = field(default_factory=dict)
 
     def run(self, program: list[Call], track: Track, start: int = 0, stop: int | None = None) -> None:
@@ -77,7 +81,7 @@ class Comparison:
                 region = inside[call.tap]
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
-                self.findings.append(replace(self._find(next(walk), units), region=region))
+                self.findings.append(replace(self._find(next(walk), units, program), region=region))
                 self.pages.read(a.taps[call.tap].nbytes)
                 if call.tap in self.recorded.withdrawn:  # what follows spans it
                     inside = self._regions(program)
@@ -86,6 +90,7 @@ class Comparison:
 
     def finish(self) -> None:
         """Take back what was accepted of a tap and not of its partner, if there was something to compare of that."""
+        self.recorded.placed |= {t for t, what in self.accepted.items() if gauges.SLOTS in what}
         fit = [f.tap for f in self.findings if f.ok and not f.open and f.tap not in self.either]
         for tap in gauges.broken(self.accepted, fit):
             self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
@@ -94,7 +99,7 @@ class Comparison:
     def _regions(self, program: list[Call]) -> dict[str, tuple[str, ...]]:
         return regions(program, self.recorded.taps, self.admitted.picks)
 
-    def _find(self, step: Step, units: Units) -> Finding:
+    def _find(self, step: Step, units: Units, program: list[Call]) -> Finding:
         """The finding on a tap as it is, or in the first gauge in which it fits; then that is what later stages are run on."""
         call, tap = step.call, step.call.tap
         x, pick = self.admitted.taps[tap], self.admitted.picks.get(tap, {})
@@ -122,26 +127,60 @@ class Comparison:
             self.either |= {tap} if any(self._compare(step, t, units, pick).ok for t in turned) else set()
         if found.ok or call.of.compare in ("exact", "set"):
             return found
-        for what, other in gauges.alternatives(call, x, cut(step.exact, pick), self.config):
-            better = self._compare(step, other, units, pick) if what not in self.without else found
-            if better.ok:
-                self.accepted[tap], self.plain[tap] = what, found
-                if not pick:
-                    self.recorded.taps[tap] = other
-                    self._with_partner(tap, x, other)
-                return better
+        if better := self._in_gauge(step, x, units, program):
+            self.plain[tap] = found
+        if not (better and better.ok):
+            self._as_partner(tap, gauges.partner_of(tap))
+        if better:
+            return better
         if unordered and not pick:  # of weights that are not ours the largest need not belong to our first expert
             self.recorded.withdrawn[tap] = self.recorded.taps.pop(tap)
         return found
 
-    def _with_partner(self, tap: str, x: Array, other: Array) -> None:
-        """Read k's rotated channels in the order that q's are found in, if k is wrong in any."""
-        partner, taps = gauges.partner_of(tap), self.recorded.taps
-        if partner in taps and any(f.tap == partner and not f.ok for f in self.findings):
-            for way in (True, False):
-                if np.array_equal(gauges.swap_pairs(x.astype(other.dtype), to_interleaved=way), other):
-                    taps[partner] = gauges.swap_pairs(taps[partner], to_interleaved=way)
-                    return
+    def _in_gauge(self, step: Step, x: Array, units: Units, program: list[Call]) -> Finding | None:
+        """The finding on a tap in the first gauge in which it fits, or is supposed to be, which is what later stages are run on."""
+        tap, pick = step.call.tap, self.admitted.picks.get(step.call.tap, {})
+        for what, other, sure in self._arrangements(step, x, program):
+            better = self._compare(step, other, units, pick) if not self.without & {*what} else None
+            if better and (better.ok or not sure):
+                self.accepted[tap] = what
+                if tap in self.recorded.partial:
+                    self.recorded.partial = {**self.recorded.partial, tap: (pick, other)}
+                if not pick:
+                    self.recorded.taps[tap] = other
+                    if (k := gauges.partner_of(tap)) in [f.tap for f in self.findings if not f.ok]:
+                        self._as_partner(k, tap)
+                return better
+        return None
+
+    def _arrangements(self, step: Step, x: Array, program: list[Call]) -> Iterator[tuple[tuple[str, ...], Array, bool]]:
+        """What to declare, a tap that does not fit in another arrangement, and whether that counts only if it fits then."""
+        call, pick = step.call, self.admitted.picks.get(step.call.tap, {})
+        guess, exact = SUPPOSED not in self.without and not pick, cut(step.exact, pick)
+        if call.stage == "router.weights" and call.args[1] in self.recorded.taps:
+            self.supposable = True
+            scale = self.config.routed_scaling_factor
+            if used := by_use(program, self.recorded, call.tap, x, scale) if guess else None:
+                yield *used, False
+        for what, other in gauges.alternatives(call, x, exact, self.config):
+            yield what, other, True
+        partner = self.accepted.get(gauges.partner_of(call.tap), ())
+        for what, other in supposed(call, x, exact, self.config, partner):
+            self.supposable = True
+            if guess:
+                yield what, other, False
+
+    def _as_partner(self, tap: str, partner: str) -> None:
+        """Read one of a layer's rotated q and k, which is wrong in any gauge, in those in which the other was found."""
+        taps = self.recorded.taps
+        what = set(self.accepted.get(partner, ())) - set(self.accepted.get(tap, ())) if tap in taps else set[str]()
+        if gauges.TURNED in what:
+            x, other = self.admitted.taps[partner], taps[partner]
+            ways = (gauges.swap_pairs(x, to_interleaved=w) for w in (True, False))
+            to_interleaved = sine(next(ways), other) <= sine(next(ways), other)
+            taps[tap] = gauges.swap_pairs(taps[tap], to_interleaved=to_interleaved)
+        if gauges.ROOTED in what:
+            taps[tap] = taps[tap].astype(np.float32) / np.float32(self.config.softmax_scale**0.5)
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)
@@ -160,6 +199,7 @@ class Comparison:
     def gauges(self) -> dict[str, list[str]]:
         """What to declare -> the taps that fit so."""
         found: dict[str, list[str]] = {}
-        for tap, what in self.accepted.items():
-            found.setdefault(what, []).append(tap)
+        for tap, all_ in self.accepted.items():
+            for what in all_:
+                found.setdefault(what, []).append(tap)
         return found

@@ -23,12 +23,14 @@ from refimpl.layers.stage import Call
 from .compare import Finding
 from .corpus import MUTANTS, Best, Mutant
 from .fp8_rules import RULES, alike
-from .gauges import ROPE_TAPS, by_rank, swap_pairs
+from .gauges import ROPE_TAPS, swap_pairs
 from .lanes import Lane, Recorded
 from .optimizer import MASTER
 from .padding import filled
+from .program import owner
 from .reading import cut
 from .rivals import nearest
+from .supposed import as_ours
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors, strays
 
 _REFUSED = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
@@ -124,7 +126,7 @@ def _nearest(
         if calls[tap].of.compare in ("set", "exact"):
             continue  # these are reproduced to the number, or not at all
         ours = [rerun([calls[t] for t in blamed[tap].region], r, m) for m in makers]
-        x = by_rank(r.withdrawn[tap], ours[0]) if tap in r.withdrawn else _theirs(tap, r)
+        x = as_ours(tap, _theirs(tap, r), ours[0], r)
         x = filled(calls[tap], x, ours[0], r.padding)
         seen.append(min(_readings(blamed[tap], x), key=lambda y: distance(blamed[tap].stage, y, ours[0]).worst))
         for outputs, y in zip(given, ours, strict=True):
@@ -183,8 +185,7 @@ def _reproduces(m: Mutant, f: Finding, calls: dict[str, Call], r: Recorded) -> b
         return x.ndim == ours.ndim and x.shape[:-1] == ours.shape[:-1] and choice.allows(x, ours)
     if ours.shape != x.shape:
         return False
-    if f.tap in r.withdrawn:  # in an order that nobody knows
-        x = by_rank(x, ours)
+    x = as_ours(f.tap, x, ours, r)
     x = filled(calls[f.tap], x, ours, r.padding)
     if x.dtype.kind == "f" and (np.isnan(x) & np.isfinite(ours)).any():  # what overflows or is 0 in fewer bits
         with contextlib.suppress(*_REFUSED):
@@ -245,7 +246,7 @@ def bound(m: Mutant, call: Call, lane: Lane, r: Recorded) -> Callable[..., Any]:
 
 def _read(name: str, call: Call, r: Recorded) -> str:
     """The full name of what a mutant reads at a call."""
-    unit = call.tap.rpartition("/")[0]
+    unit = owner(call.tap)
     if name == "master":
         return MASTER + str(call.args[0]).removeprefix("grad/")
     return r.weight(unit, name.removeprefix("w:")) if name.startswith("w:") else f"{unit}/{name}"

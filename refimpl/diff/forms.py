@@ -34,12 +34,19 @@ def _additive(x: Array, shape: tuple[int, ...]) -> tuple[Array, list[str]]:
 
 
 def _truth(x: Array) -> Array | None:
-    """Where a query may see a key, if x holds nothing but two truth values; a query sees itself, which tells them apart."""
+    """Where a query may see a key, if x holds nothing but two truth values. A query sees more of the keys before it than of those
+    behind; if there is no difference, it sees itself.
+    """
     values = np.unique(x) if x.dtype.kind in "biu" or x.max(initial=0) == 1 else np.zeros(0)
     if values.tolist() != [0, 1]:
         return None
-    itself = np.diagonal(x[..., x.shape[-1] - x.shape[-2] :], axis1=-2, axis2=-1) != 0
-    told = bool(itself.mean() > 0.5) if itself.size else True
+    n, t = x.shape[-2:]
+    own = np.arange(t) - np.arange(n)[:, None] - (t - n)  # 0 where a query's own key is
+    before, itself, behind = ((x != 0)[..., where] for where in (own < 0, own == 0, own > 0))
+    if before.size and behind.size and before.mean() != behind.mean():
+        told = bool(before.mean() > behind.mean())
+    else:
+        told = bool(itself.mean() > 0.5) if itself.size else True
     return np.asarray((x != 0) == told)
 
 

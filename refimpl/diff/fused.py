@@ -25,7 +25,7 @@ from .gauges import ROPE_TAPS, swap_pairs
 from .grounds import Grounds
 from .lanes import Lane, Recorded
 from .names import unit_of
-from .program import last_use, names
+from .program import last_use, names, owner
 from .reading import Pick, read
 from .trace import Trace
 
@@ -75,7 +75,7 @@ def suspects(taps: Mapping[str, Array], program: list[Call], flawed: Iterable[st
     """Arrays that may be several taps: those of names that are no taps, and taps that are `flawed`; with the unit that the name
     tells.
     """
-    ours, units = {call.tap for call in program}, {_unit(call.tap) for call in program}
+    ours, units = {call.tap for call in program}, {owner(call.tap) for call in program}
     found = {}
     for name in [t for t in taps if t not in ours or t in set(flawed)]:
         x, unit = np.asarray(taps[name]), unit_of(name)
@@ -90,7 +90,7 @@ def reordered(g: Grounds | None, trace: Trace, blamed: Collection[str], sizes: S
     if not g or not odd:
         return {}
     r = replace(g.recorded, taps={t: x for t, x in g.recorded.taps.items() if t not in odd})
-    return fused_in({t: (np.asarray(trace.taps[t]), _unit(t)) for t in odd}, g.program, r, g.config, sizes)
+    return fused_in({t: (np.asarray(trace.taps[t]), owner(t)) for t in odd}, g.program, r, g.config, sizes)
 
 
 def taken_apart(trace: Trace, found: Mapping[str, Found]) -> tuple[Trace, dict[str, Pick], dict[str, list[str]]]:
@@ -134,9 +134,9 @@ def _units(
     program: list[Call], r: Recorded, wanted: set[str], c: Config, sizes: Sizes
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Unit by unit, what its stages give on the candidate's taps; units that nobody asks for are left out."""
-    meant = [call for call in program if call.own is None and ("" in wanted or _unit(call.tap) in wanted)]
+    meant = [call for call in program if call.own is None and ("" in wanted or owner(call.tap) in wanted)]
     outputs, calls = {call.tap for call in meant if _lead(call)}, {call.tap: call for call in program}
-    for unit, found in groupby(replayed(program, r, outputs), key=lambda one: _unit(one[0])):
+    for unit, found in groupby(replayed(program, r, outputs), key=lambda one: owner(one[0])):
         yield unit, [piece for tap, value in found for piece in _pieces(calls[tap], value, c, sizes)]
 
 
@@ -153,10 +153,6 @@ def replayed(program: list[Call], r: Recorded, outputs: Collection[str]) -> Iter
                 yield call.tap, value
             for tap in [t for t in lane.values if last[t] <= i]:
                 del lane.values[tap]
-
-
-def _unit(tap: str) -> str:
-    return tap.rpartition("/")[0]
 
 
 def _lead(call: Call) -> int:
@@ -184,9 +180,19 @@ def _apart(x: Array, pieces: Sequence[Piece], c: Config) -> Found | None:
             full = (*rows, heads) if heads else rows
             for width in dict.fromkeys([x.shape[-1], x.size // int(np.prod(full)), x.shape[-1] // max(heads, 1)]):
                 reading = read(x, (*full, width), [*lead, *(["H"] if heads else []), "W"]) if width else None
-                if reading and (order := _order(reading.array, _seen_by(some, heads, len(lead), reading.pick))):
-                    return _found(reading.array, order, reading.pick, heads, len(lead))
+                seen = _seen_by(some, heads, len(lead), reading.pick) if reading else []
+                for y, step in _in_turn(reading.array) if reading and seen else ():
+                    order = _order(y, seen)
+                    if reading and order and (step == 1 or (len(order) == 2 and 2 * order[0][1] == width)):
+                        return _found(y, order, reading.pick, heads, len(lead), step)
     return None
+
+
+def _in_turn(x: Array) -> Iterator[tuple[Array, int]]:
+    """x as if its parts lay one behind the other, and as if the channels of two lay in turn; how far those of a part are apart."""
+    yield x, 1
+    if x.shape[-1] % 2 == 0:
+        yield swap_pairs(x, to_interleaved=False), 2
 
 
 def _seen_by(pieces: Sequence[Piece], heads: int, lead: int, pick: Pick) -> list[tuple[Piece, Array]]:
@@ -231,19 +237,20 @@ def _angle(p: Piece, x: Array, ours: Array) -> float:
     """The sine of the angle between x and ours; rotated channels may lie in either order."""
     rotated = p.tap.rpartition("/")[2] in ROPE_TAPS and x.shape[-1] == p.whole
     return min(
-        _sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
+        sine(x, o) for o in [ours, *([swap_pairs(ours, to_interleaved=w) for w in (True, False)] if rotated else [])]
     )
 
 
-def _sine(x: Array, y: Array) -> float:
+def sine(x: Array, y: Array) -> float:
+    """Of the angle between two arrays; 1 beyond a right one, or where one is 0."""
     x, y = x.ravel(), y.ravel()
     size = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
     return float(np.sqrt(max(1 - (float(x @ y) / size) ** 2, 0))) if 0 < size < np.inf and x @ y > 0 else 1.0
 
 
-def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lead: int) -> Found | None:
-    """The parts of x, each in its tap's axes; None if heads that should share a part do not."""
-    parts, said, start = [], [], 0
+def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lead: int, step: int) -> Found | None:
+    """The parts of x, each in its tap's axes; None if heads that should share a part do not. step: 2 where two lay in turn."""
+    parts, said, start = list[tuple[Piece, Array]](), list[str](), 0
     for p, end in order:
         part = x[..., start:end]
         if heads and len(p.axes) == lead:
@@ -253,7 +260,7 @@ def _found(x: Array, order: list[tuple[Piece, int]], pick: Pick, heads: int, lea
         elif not heads and len(p.axes) > lead:
             part = part.reshape(*part.shape[:lead], -1, p.high - p.low)
         parts.append((p, part))
-        said.append(f"{p.name} = [..., {start}:{end}]")
+        said.append(f"{p.name} = [..., {f'{start}:{end}' if step == 1 else f'{len(said)}::2'}]")
         start = end
     what = f"taps side by side{', head by head' if heads else ''}" if len(parts) > 1 else "a part of a tap"
     return Found(parts, pick, f"{what}: record {', '.join(said)}")

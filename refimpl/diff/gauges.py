@@ -6,7 +6,7 @@ accepted is said with what to declare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import permutations
 
 import numpy as np
@@ -20,40 +20,71 @@ from .likelihoods import as_logits
 from .lse import LSE, in_other_units
 from .wide import MASKED
 
-Alternative = tuple[str, Array]
-"""What to declare, and the tap in our arrangement."""
+Alternative = tuple[tuple[str, ...], Array]
+"""What to declare, one gauge or two at once, and the tap in our arrangement."""
+SLOTS = "routing weights in another order than the ids: matched by value"
+TURNED = "rotated channels in the other order"
+SCALED_Q = "the softmax scale is multiplied into q"
+ROOTED = "the root of the softmax scale is multiplied into q and k"
+LATER = "the routed scaling factor is applied after the experts"
+UNMASKED = "scores are those before the mask"
+SCORES = ("mla.scores", "mla.scores_absorbed")
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
 
 
 def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alternative]:
-    """Other readings of a tap, in our arrangement."""
-    tap = call.tap.rpartition("/")[2]
+    """Other readings of a tap, in our arrangement: first in one way, then in two at once."""
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)  # what is undone must not round again
-    if call.stage == "router.weights":
-        yield "routing weights in another order than the ids: matched by value", by_rank(x, exact)
-        if c.routed_scaling_factor != 1:
-            yield "the routed scaling factor is applied after the experts", x * x.dtype.type(c.routed_scaling_factor)
-    if tap in ROPE_TAPS:
-        for to_interleaved in (True, False):
-            yield "rotated channels in the other order", swap_pairs(x, to_interleaved=to_interleaved)
-    if tap in ("mla.q_rope", "mla.q"):
-        yield "the softmax scale is multiplied into q", x / x.dtype.type(c.softmax_scale)
-    if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
-        yield "the root of the softmax scale is multiplied into q and k", x / x.dtype.type(c.softmax_scale**0.5)
-    if call.stage in ("mla.scores", "mla.scores_absorbed"):
-        hidden = np.isneginf(exact)
-        if hidden.any() and (x[hidden] > MASKED).all():  # of no key, not of one: a wrong mask hides the others
-            yield "scores are those before the mask", np.where(hidden, -np.inf, x).astype(x.dtype)
+    orders, factors = list(_orders(call, x, exact)), list(_factors(call, c))
+    for what, y in orders:
+        yield (what,), y
+    for what, factor in factors:
+        yield (what,), x * x.dtype.type(factor)
+    for what, y in orders:
+        for more, factor in factors:
+            yield (what, more), y * x.dtype.type(factor)
+    if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
+        yield (UNMASKED,), masked
     if call.stage == "logits":
-        yield from as_logits(x, exact)
+        yield from _each(as_logits(x, exact))
     if call.stage == LSE:
-        yield from in_other_units(x, c.softmax_scale)
+        yield from _each(in_other_units(x, c.softmax_scale))
     if call.stage == SCALE and x.shape[-1] > 1:
-        yield "activation scales group-major: token t of tile g at [g, t]", group_major(x)
+        yield ("activation scales group-major: token t of tile g at [g, t]",), group_major(x)
     for order in permutations(range(x.ndim)):
         turned = x.transpose(order) if order != tuple(range(x.ndim)) else None
         if turned is not None and turned.shape == x.shape:
-            yield f"axes in the order {' '.join(map(str, order))}", turned
+            yield (f"axes in the order {' '.join(map(str, order))}",), turned
+
+
+def _orders(call: Call, x: Array, exact: Array) -> Iterator[tuple[str, Array]]:
+    """Orders of the last axis."""
+    if call.stage == "router.weights":
+        yield SLOTS, by_rank(x, exact)
+    if call.tap.rpartition("/")[2] in ROPE_TAPS:
+        for to_interleaved in (True, False):
+            yield TURNED, swap_pairs(x, to_interleaved=to_interleaved)
+
+
+def _factors(call: Call, c: Config) -> Iterator[tuple[str, float]]:
+    """What a tap that was divided by something, or not multiplied by it, is to be multiplied by."""
+    tap = call.tap.rpartition("/")[2]
+    if call.stage == "router.weights" and c.routed_scaling_factor != 1:
+        yield LATER, c.routed_scaling_factor
+    if tap in ("mla.q_rope", "mla.q"):
+        yield SCALED_Q, 1 / c.softmax_scale
+    if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
+        yield ROOTED, 1 / c.softmax_scale**0.5
+
+
+def _each(found: Iterable[tuple[str, Array]]) -> Iterator[Alternative]:
+    return (((what,), y) for what, y in found)
+
+
+def unmasked(x: Array, exact: Array) -> Array | None:
+    """Scores before the mask as those behind it; None if they are none: of no key, not of one, as a wrong mask hides the others."""
+    hidden = np.isneginf(exact)
+    return np.where(hidden, -np.inf, x).astype(x.dtype) if hidden.any() and (x[hidden] > MASKED).all() else None
 
 
 def swap_pairs(x: Array, *, to_interleaved: bool) -> Array:
@@ -78,13 +109,12 @@ def partner_of(tap: str) -> str:
     return tap.removesuffix("mla.q_rope") + "mla.k_rope" if tap.endswith("/mla.q_rope") else ""
 
 
-def broken(accepted: dict[str, str], taps: Iterable[str]) -> set[str]:
+def broken(accepted: Mapping[str, tuple[str, ...]], taps: Collection[str]) -> set[str]:
     """Rotated taps whose order is not that of their partner: q in the other order and k not, or the other way. `accepted` is
     tap -> what was accepted of it.
     """
-    other = "rotated channels in the other order"
-    found = set()
+    turned, found = {t for t in accepted if TURNED in accepted[t]}, set[str]()
     for tap in taps:
-        if (partner := partner_of(tap)) in taps and (accepted.get(tap) == other) != (accepted.get(partner) == other):
-            found |= {t for t in (tap, partner) if accepted.get(t) == other}
+        if (partner := partner_of(tap)) in taps and (tap in turned) != (partner in turned):
+            found |= {tap, partner} & turned
     return found

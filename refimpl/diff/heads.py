@@ -6,6 +6,7 @@ drift nor a wrong factor turns; what they hold is then judged as if they had bee
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -45,9 +46,17 @@ def of_some_heads(
 def which_heads(some: Some, program: list[Call], r: Recorded) -> list[int] | None:
     """The heads that all these taps hold, each another one; None if they are no heads of ours."""
     angles = [_angles(*some[tap], ours, tap) for tap, ours in replayed(program, r, some)]
-    mean = np.mean(angles, axis=0)  # (heads recorded, heads)
-    found: list[int] = mean.argmin(axis=1).tolist()
-    near = bool((mean.min(axis=1) < ANGLE).all())
+    told = _nearest(np.mean(angles, axis=0))  # (heads recorded, heads)
+    if told is None:  # a tap that holds a mistake is near none
+        votes = Counter([tuple(one) for a in angles if (one := _nearest(a))]).most_common(2)
+        told = list(votes[0][0]) if votes and votes[0][1] > sum(n for _, n in votes[1:]) else None
+    return told
+
+
+def _nearest(angles: Array) -> list[int] | None:
+    """The head that every recorded one is, each another one; None if one is near none."""
+    found: list[int] = angles.argmin(axis=1).tolist()
+    near = bool((angles.min(axis=1) < ANGLE).all())
     return found if near and len(set(found)) == len(found) else None
 
 

@@ -38,6 +38,7 @@ from .precision import precision_of
 from .routing import OTHER_ROWS, as_lists, of_rows, rows_by_expert
 from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
+from .supposed import SUPPOSED
 from .trace import Trace
 
 Rounded = tuple[tuple[str, str], ...]
@@ -157,7 +158,7 @@ def _contested(run: Run, result: Judgement) -> Judgement:
         if not blamed & run.differing(before, config):
             continue
         other = _settled(run, config, iter)
-        if {f.tap for f in other.culprits} < {f.tap for f in result.culprits}:
+        if _explains(other, result) and len(other.culprits) < len(result.culprits):
             other.gates[:0] = result.gates[: len(result.gates) - len(other.gates)]
             other.contested = result.contested | {name: str(value)}
             result, dialect = other, config.dialect
@@ -172,12 +173,29 @@ def _others(dialect: Dialect) -> Iterable[tuple[str, object]]:
 
 
 def _settled(run: Run, config: Config, track: Track) -> Judgement:
-    """The judgement under a config with the gauges that explain something: one takes taps out of blame and puts none in."""
-    result, without = _under(run, config, track), frozenset[str]()
+    """The judgement under a config. Where taps fit in no gauge, in those that they are supposed to be in, if that takes taps out of
+    blame, puts none in, and leaves some: a mistake that shows nowhere is none of the gauge's.
+    """
+    result = _in_gauges(run, config, track, frozenset({SUPPOSED}))
+    if result.culprits and result.supposable:
+        other = _in_gauges(run, config, iter, frozenset())
+        if other.culprits and len(other.culprits) <= len(result.culprits) and _explains(other, result):
+            return other
+    return result
+
+
+def _explains(other: Judgement, result: Judgement) -> bool:
+    """Whether another judgement blames only what this one blames, or knows in a gauge alone, and not all of it."""
+    return _blamed(other) < _blamed(result).union(*result.gauges.values())
+
+
+def _in_gauges(run: Run, config: Config, track: Track, without: frozenset[str]) -> Judgement:
+    """The judgement with the gauges that explain something: one takes taps out of blame and puts none in."""
+    result = _under(run, config, track, without)
     if result.culprits:
         for gauge in list(result.gauges):
             other = _under(run, config, iter, without | {gauge})
-            if not {f.tap for f in result.culprits} < other.blamed:
+            if not _blamed(result) < other.blamed:
                 result, without = other, without | {gauge}
     return result
 
@@ -202,7 +220,7 @@ def _under(run: Run, config: Config, track: Track, without: frozenset[str] = fro
     gates = [coverage_gate(program, run.trace, blind, admitted.renamed), self_check_gate(header)]
     notes = dict(run.done) | admitted.notes | ({run.precision.note: []} if run.precision.note else {})
     found = Judgement(gates, comparison.findings, dict(header.layouts), comparison.gauges, notes, means)
-    found.withdrawn = frozenset(recorded.withdrawn)
+    found.withdrawn, found.supposable = frozenset(recorded.withdrawn), comparison.supposable
     found.diagnosis = partial(diagnose, program, recorded, comparison.findings, config)
     found.grounds = Grounds(config, run.program(config)[0], recorded, admitted, run.precision)
     return found

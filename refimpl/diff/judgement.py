@@ -22,7 +22,7 @@ EXIT = {"CONFORMS": 0, "CONFORMS_IN_GAUGE": 0, "CONTESTED": 0, "DIVERGES": 1, "I
 class Judgement:
     """Gates, findings in model order, what was recognised and not blamed (`gauges`: what to declare -> taps; `notes`: the same
     for readings; `unknown`: names that are no taps -> which tap they seem to be), the dialect that had to be assumed, taps that
-    nothing was replayed on, verdict.
+    nothing was replayed on, whether some may be in a gauge though they fit in none, verdict.
     """
 
     gates: list[Gate] = field(default_factory=list)
@@ -33,6 +33,7 @@ class Judgement:
     unknown: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
     withdrawn: frozenset[str] = frozenset()
+    supposable: bool = False
     diagnosis: Callable[[], list[Diagnosis]] = field(default=list, repr=False)
     grounds: Grounds | None = field(default=None, repr=False)
 

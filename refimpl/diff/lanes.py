@@ -28,9 +28,9 @@ Weights = Callable[[str, Plan], Array]
 class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
-    roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was
-    recorded, and of which entries. Of wide taps that were compared: those that are `sound`, and of their blocks, where the keys
-    end that are seen (`wide`).
+    roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was recorded, and
+    of which entries; weights whose slots were `placed` by value, so that either of two near ones may be the first. Of wide taps
+    that were compared: those that are `sound`, and of their blocks, where the keys end that are seen (`wide`).
     """
 
     taps: dict[str, Array]
@@ -43,6 +43,7 @@ class Recorded:
     layers: int = 0
     padding: Padding | None = None
     partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
+    placed: set[str] = field(default_factory=set)
     sound: dict[str, Array] = field(default_factory=dict)
     ends: dict[str, dict[Place, int]] = field(default_factory=dict)
 

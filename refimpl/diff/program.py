@@ -49,6 +49,11 @@ def integers(stage: Stage) -> bool:
     return stage.compare == "set" or (stage.compare == "exact" and stage.name != "mask")
 
 
+def owner(tap: str) -> str:
+    """The unit that a tap is of: `fwd/L3` of `fwd/L3/mla.q`."""
+    return tap.rpartition("/")[0]
+
+
 def names(args: Iterable[Any]) -> Iterator[str]:
     """The names among a call's arguments, those in tuples too."""
     for arg in args:

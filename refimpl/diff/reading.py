@@ -110,7 +110,7 @@ def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator
             yield Reading(x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"')
     if len(shape) > 1 and "S" in axes[:2]:
         yield from _last(x, shape, axes)
-    if len(shape) > 1 and axes[1] in ("S", "T"):
+    if {"S", "T"} & set(axes):
         yield from _padded(x, shape, axes)
     yield from _filled_up(x, shape, axes)
     if len(shape) > 1 and axes[1] in ("S", "T"):
@@ -128,7 +128,7 @@ def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading
 
 
 def _padded(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """More positions than there are, of every sequence."""
+    """More positions than there are, of every sequence, or more keys: whether these are seen shows in the others' probabilities."""
     if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
         longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
         if longer <= {"S", "T", "V"}:

@@ -15,7 +15,7 @@ from refimpl.layers.stage import Call
 from refimpl.model.phases import in_part
 
 from .padding import Padding, rows_at, rows_of
-from .program import names
+from .program import names, owner
 
 SLACK = 4.0
 """A choice counts as won if its margin is more than this many times what the twins move the scores by."""
@@ -38,7 +38,7 @@ class Unsettled:
         self.marks, self.padding = dict[str, Array](), padding
         self.rows = {c.tap for c in program if c.of.shape.startswith("M ")}
         self.sent = {
-            _unit(tap) for tap in self.rows if tap in recorded
+            owner(tap) for tap in self.rows if tap in recorded
         }  # units whose rows lie as the candidate's ids say
         self.loose = set[str]()  # computed taps in which padding may hold anything
         self.tokens = dict[str, Array]()  # unit -> the token of every dispatched row, where that is known
@@ -54,13 +54,13 @@ class Unsettled:
             self.loose.add(call.tap)
         if call.stage == "router.ids":
             self._sent(call, found, recorded.get(call.tap, exact.get(call.tap)), known=call.tap in recorded)
-        if found and args & self.rows and _unit(call.tap) in self.sent:
+        if found and args & self.rows and owner(call.tap) in self.sent:
             found.append(np.ones_like(found[0]))
         self._follow(call, found, exact[call.tap].shape, recorded)
 
     def _sent(self, call: Call, found: list[Array], ids: Array | None, *, known: bool) -> None:
         """Note which token every dispatched row belongs to; those of padding are in doubt if their ids may be any."""
-        unit, padding = _unit(call.tap), self.padding.at(call) if self.padding else None
+        unit, padding = owner(call.tap), self.padding.at(call) if self.padding else None
         if padding is not None:
             self.empty[unit] = padding
             if call.tap in self.loose and unit in self.sent:
@@ -104,15 +104,11 @@ class Unsettled:
 
     def of(self, call: Call, shape: Sequence[int]) -> Array | None:
         """What of a call's output says nothing, doubtful tokens (B, S) or rows (M,), and padding; None if all says something."""
-        unit, mark = _unit(call.tap), self.marks.get(call.tap)
+        unit, mark = owner(call.tap), self.marks.get(call.tap)
         tokens = self.tokens.get(unit) if call.tap in self.rows else None
         padding = rows_of(call, shape, self.padding) if tokens is None else self.empty.get(unit)
         found = mark if padding is None else padding if mark is None or mark.shape != padding.shape else mark | padding
         return found if found is None or tokens is None else found.ravel()[tokens]
-
-
-def _unit(tap: str) -> str:
-    return tap.rpartition("/")[0]
 
 
 def _spread(marks: Sequence[Array], keys: int) -> Array:

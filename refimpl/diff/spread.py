@@ -7,9 +7,9 @@ a worker first runs it up to its span. Whatever is found is put together in mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from refimpl.autograd.tensor import Array
@@ -19,7 +19,8 @@ from .case import Case
 from .compare import Finding
 from .comparison import Comparison, Track
 from .lanes import Recorded
-from .program import last_use, names
+from .program import last_use, names, owner
+from .reading import Pick
 from .trace import Trace
 
 Opener = Callable[[], tuple[Case, Trace]]
@@ -42,16 +43,18 @@ class Pool:
 @dataclass(frozen=True)
 class SpanFound:
     """What the comparison of a span gave: its findings, gauges and unknown names as in `Comparison`; taps that are to be read
-    otherwise from here on, and those withdrawn.
+    otherwise from here on, those withdrawn, and what was recorded of taps in part, as it is read.
     """
 
     findings: list[Finding]
-    accepted: dict[str, str]
+    accepted: dict[str, tuple[str, ...]]
     either: set[str]
     plain: dict[str, Finding]
     alike: dict[str, tuple[float, str]]
     changed: dict[str, Array]
+    supposable: bool
     withdrawn: dict[str, Array]
+    partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
 
 
 def compared(comparison: Comparison, program: list[Call], span: Span) -> SpanFound:
@@ -61,7 +64,17 @@ def compared(comparison: Comparison, program: list[Call], span: Span) -> SpanFou
     comparison.run(program, iter, *span)
     changed = {t: x for t, x in taps.items() if x is not before[t]}
     c = comparison
-    return SpanFound(c.findings, c.accepted, c.either, c.plain, c.alike, changed, c.recorded.withdrawn)
+    return SpanFound(
+        c.findings,
+        c.accepted,
+        c.either,
+        c.plain,
+        c.alike,
+        changed,
+        c.supposable,
+        c.recorded.withdrawn,
+        c.recorded.partial,
+    )
 
 
 def spread(
@@ -89,15 +102,11 @@ def where_to_cut(program: list[Call], r: Recorded) -> dict[int, frozenset[str]]:
     last, cuts = last_use(program), dict[int, frozenset[str]]()
     known = {c.tap for c in program if all(n in r.inputs for n in names(c.args))}
     for i, (before, call) in enumerate(pairwise(program), start=1):
-        if _unit(before) != _unit(call):
+        if owner(before.tap) != owner(call.tap):
             read = frozenset([c.tap for c in program[:i] if last[c.tap] >= i]) - known
             if read <= r.taps.keys():
                 cuts[i] = read
     return cuts
-
-
-def _unit(call: Call) -> str:
-    return call.tap.rpartition("/")[0]
 
 
 def spans_of(length: int, cuts: list[int], n: int) -> list[Span]:
@@ -116,7 +125,9 @@ def join(comparison: Comparison, parts: list[SpanFound]) -> None:
         comparison.accepted |= part.accepted
         comparison.either |= part.either
         comparison.plain |= part.plain
+        comparison.supposable |= part.supposable
         r.taps |= part.changed
+        r.partial = {**r.partial, **part.partial}
         r.withdrawn |= part.withdrawn
         for name, found in part.alike.items():
             comparison.alike[name] = min(comparison.alike.get(name, found), found)

@@ -103,23 +103,21 @@ def choice():
 def feed_forward():
     gate, up = random(B, S, C), random(B, S, C, 1)[..., 0]
     normal = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))  # the normal distribution's integral
-    tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate))
-    sigmoid = 1 / (1 + np.exp(-gate))
-    ids, weights = np.array([[[0], [1]]]), np.array([[[0.5], [2.0]]])
-    honest = random(2, C) / (1 + np.exp(-random(2, C))) * random(2, C, 1)[..., 0] * np.array([[0.5], [2.0]])
+    ids, weights = np.array([[[1], [0]]]), np.array([[[0.5], [2.0]]])
+    rows, by_expert = (random(2, C), random(2, C, 1)[..., 0]), np.array([[2.0], [0.5]])  # expert 0 is token 1's
+    others = (
+        lambda x: x * normal(x),
+        lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))) / 2,
+        lambda x: x * (x > 0),
+        lambda x: 1 / (1 + np.exp(-x)),
+        lambda x: x / (1 + np.exp(-1.702 * x)),
+    )
     for at in ("mlp.act", "shared.act", "moe.act"):
         rest = (None, None) if at == "moe.act" else ()
-        others = (
-            gate * normal(gate),
-            gate * (1 + tanh) / 2,
-            gate * (gate > 0),
-            sigmoid,
-            gate / (1 + np.exp(-1.702 * gate)),
-        )
         for i, f in enumerate(others):
-            yield f"X30-{at}-{i}", (gate, up, *rest), {}, f * up
+            yield f"X30-{at}-{i}", (gate, up, *rest), {}, f(gate) * up
             if rest:
-                yield f"X30-{at}-{i}", (random(2, C), random(2, C, 1)[..., 0], ids, weights), {}, honest
+                yield f"X30-{at}-{i}", (*rows, ids, weights), {}, f(rows[0]) * rows[1] * by_expert
         yield f"X31-{at}", (gate, up, *rest), {}, gate * up / (1 + np.exp(-up))
 
 

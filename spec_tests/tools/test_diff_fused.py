@@ -76,6 +76,11 @@ FUSED = {  # how -> taps that are gone, name of what is there instead, made from
         "layers.i.gate_up_proj",
         lambda g, n, d: cat(g("shared.gate"), g("shared.up")),
     ),
+    "gate and up in turn": (
+        "shared.gate shared.up",
+        "layers.i.gate_up_proj",
+        lambda g, n, d: np.stack([g("shared.gate"), g("shared.up")], axis=-1).reshape(*g("shared.up").shape[:-1], -1),
+    ),
     "up and gate of rows": ("moe.gate moe.up", "w13_i", lambda g, n, d: cat(g("moe.up"), g("moe.gate"))),
     "up and gate, tokens flattened": (
         "mlp.gate mlp.up",
@@ -140,6 +145,8 @@ def test_fused_arrays_are_taken_apart_and_conform(how, recorded):
     assert n and judgement.verdict == "CONFORMS", render(judgement)
     assert any("record " in note and "[..., " in note for note in judgement.notes), judgement.notes
     assert {f.tap for f in judgement.findings} == set(trace.taps)
+    if how == "gate and up in turn":
+        assert any("shared.gate = [..., 0::2], shared.up = [..., 1::2]" in note for note in judgement.notes)
     if how == "both latents":  # not by its two summands
         assert any("mla.q_a = [..., 0:24], mla.kv_a = [..., 24:52]" in note for note in judgement.notes)
 

@@ -96,9 +96,15 @@ def test_what_follows_from_the_inputs_is_made_again(tmp_path):
 def test_an_unknown_name_is_nearest_to_one_tap_of_all_spans():
     """Catches the last span's word on an array that resembles a tap of an earlier one more."""
     whole = SimpleNamespace(
-        recorded=SimpleNamespace(taps={}, withdrawn={}), findings=[], accepted={}, either=set(), plain={}, alike={}
+        recorded=SimpleNamespace(taps={}, withdrawn={}, partial={}),
+        findings=[],
+        accepted={},
+        either=set(),
+        plain={},
+        alike={},
+        supposable=False,
     )
-    found = [SpanFound([], {}, set(), {}, {"x": told}, {}, {}) for told in ((0.2, "a"), (0.1, "b"), (0.3, "c"))]
+    found = [SpanFound([], {}, set(), {}, {"x": told}, {}, False, {}) for told in ((0.2, "a"), (0.1, "b"), (0.3, "c"))]
     join(whole, found)
     assert whole.alike == {"x": (0.1, "b")}
 

@@ -153,6 +153,7 @@ ARRANGEMENTS = {
     "weights in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.weights" else a,
     "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
     "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
+    "keys padded to 128": lambda t, a: keys(a, t) if t in ("mask", "mla.scores", "mla.probs") else a,
     "flattened and padded": lambda t, a: fill(a.reshape(-1, *a.shape[2:]), 16) if rows(a) else a,
     "flattened, padded, heads first": lambda t, a: (
         np.swapaxes(fill(a.reshape(-1, *a.shape[2:]), 64), 0, 1) if rows(a) else a
@@ -220,6 +221,20 @@ def dispatched(a, ids, rng):
         out += [*a[at : at + n], *rng.normal(size=(int((ids[48:] == expert).sum()), *a.shape[1:])).astype(a.dtype)]
         at += n
     return np.stack(out)
+
+
+def keys(a, tap):
+    """With keys behind the last one that no query sees."""
+    more = a.dtype.type(0 if tap == "mla.probs" else -np.inf)
+    return np.pad(a, [(0, 0)] * 3 + [(0, 128 - a.shape[-1])], constant_values=more)
+
+
+def test_keys_of_padding_that_are_seen_are_blamed():
+    """Catches padding of keys cut off with what it took from the others: a softmax over 128 keys where 24 are."""
+    ours = trace_case(case())
+    wrong = {t: keys(a * a.dtype.type(0.9), "mla.probs") for t, a in ours.taps.items() if t.endswith("mla.probs")}
+    header = dataclasses.replace(ours.header, dims={})
+    assert {f.stage for f in judge(case(), Trace(header, {**ours.taps, **wrong})).culprits} == {"mla.probs", "mla.ctx"}
 
 
 def padded(a):

@@ -25,12 +25,16 @@ HIDDEN = np.where(np.tri(3, 4, 1, dtype=bool), 0.0, -np.inf)  # three queries af
 OTHER = np.where(np.tri(3, 4, 1, dtype=bool) & (np.arange(4) != 1), 0.0, -np.inf)
 """A second sequence, in which the cached key's follower is padding."""
 BOTH = np.stack([HIDDEN, OTHER])[:, None]
+STRICT = np.broadcast_to(np.where(np.tri(3, 4, 0, dtype=bool), 0.0, -np.inf), (2, 1, 3, 4))
+"""A wrong one: a query does not see itself."""
 TRUTH, HEADS, ONE = "truth values", "same for every head", "one for all sequences"
 MASKS = {
     "ours": (BOTH, BOTH, []),
     "additive with a finite number": (np.maximum(BOTH, -1e4), np.maximum(BOTH, -1e4), []),
     "where a key is seen": (BOTH == 0, BOTH, [TRUTH]),
     "where a key is hidden": (BOTH != 0, BOTH, [TRUTH]),
+    "where a key is hidden, a query's own too": (STRICT != 0, STRICT, [TRUTH]),
+    "where a key is seen, but not a query's own": (STRICT == 0, STRICT, [TRUTH]),
     "ones and zeros": ((BOTH == 0).astype(np.int32), BOTH, [TRUTH]),
     "ones and zeros in float": ((BOTH == 0).astype(np.float32), BOTH, [TRUTH]),
     "hidden keys as ones in float": ((BOTH != 0).astype(np.float32), BOTH, [TRUTH]),
@@ -112,7 +116,7 @@ PAIRED = np.random.default_rng(0).standard_normal((3, 3, 2, 4))
 
 def given(stage, x, exact=None, unit="fwd/L1"):
     call = Call(stage, f"{unit}/{STAGES[stage].tap if stage in STAGES else stage}", (), {})
-    return [(text, np.asarray(a)) for text, a in alternatives(call, x, x if exact is None else exact, TINY)]
+    return [(" + ".join(what), np.asarray(a)) for what, a in alternatives(call, x, x if exact is None else exact, TINY)]
 
 
 def by_value(*args):
@@ -126,8 +130,8 @@ def test_arrangements_that_a_tap_may_have():
     x = PAIRED
     texts = dict(given("mla.q_rope", x))
     half, own, root = "rotated channels in the other order", "multiplied into q", "root of the softmax scale"
-    both = [a for text, a in given("mla.q_rope", x) if text == half]
-    assert len(both) == 2 and np.array_equal(swap_pairs(both[0].astype(float), to_interleaved=False), x)
+    ways = [a for text, a in given("mla.q_rope", x) if text == half]
+    assert len(ways) == 2 and np.array_equal(swap_pairs(ways[0].astype(float), to_interleaved=False), x)
     np.testing.assert_allclose(next(a for t, a in texts.items() if t.endswith(own)), x / SCALE_OF, rtol=1e-12)
     np.testing.assert_allclose(next(a for t, a in texts.items() if root in t), x / math.sqrt(SCALE_OF), rtol=1e-12)
     np.testing.assert_array_equal(texts["axes in the order 1 0 2 3"], x.swapaxes(0, 1))
@@ -141,8 +145,12 @@ def test_arrangements_that_a_tap_may_have():
     assert [t for t, _ in given("mla.k_rope", PAIRED[:, 0, 0])] == [
         half,
         half,
-        f"the {root} is multiplied into q and k",
+        both := f"the {root} is multiplied into q and k",
+        f"{half} + {both}",
+        f"{half} + {both}",
     ]
+    two = [a for t, a in given("mla.q_rope", x) if t.startswith(half) and t.endswith(own)]
+    np.testing.assert_allclose(swap_pairs(two[1].astype(float), to_interleaved=True), x / SCALE_OF, rtol=1e-12)
     assert [t for t, _ in given("mla.q", np.ones((5, 3, 2, 4)))] == [
         "the softmax scale is multiplied into q",
         f"the {root} is multiplied into q and k",
@@ -153,7 +161,8 @@ def test_arrangements_that_a_tap_may_have():
 def test_arrangements_of_weights_scores_and_scales():
     """Catches scores before their mask taken for any wrong mask, weights whose order is free judged by it, scales not turned."""
     w, ours = np.array([[[1.0, 2.0, 4.0]]]), np.array([[[4.0, 1.0, 2.0]]])
-    (order, a), (factor, b) = given("router.weights", w, ours)[:2]
+    (order, a), (factor, b), (two, d) = given("router.weights", w, ours)[:3]
+    assert two == f"{order} + {factor}" and np.array_equal(d, ours * TINY.routed_scaling_factor)
     assert "another order than the ids" in order and np.array_equal(a, ours)
     assert "applied after the experts" in factor and np.array_equal(b, w * TINY.routed_scaling_factor)
     scores, seen = np.arange(6.0).reshape(1, 1, 2, 3), np.array([[[[True, False, False], [True, True, False]]]])
@@ -174,8 +183,9 @@ def test_an_order_of_channels_holds_for_queries_and_keys():
     """Catches q in the other order and k not called a gauge."""
     other = "rotated channels in the other order"
     q, k = "fwd/L1/mla.q_rope", "fwd/L1/mla.k_rope"
-    assert broken({q: other, k: other}, [q, k]) == set() == broken({}, [q, k]) == broken({q: other}, [q])
-    assert broken({q: other}, [q, k]) == {q} and broken({k: other}, [q, k]) == {k}
+    both = (other, "the softmax scale is multiplied into q")
+    assert broken({q: both, k: (other,)}, [q, k]) == set() == broken({}, [q, k]) == broken({q: both}, [q])
+    assert broken({q: both}, [q, k]) == {q} and broken({k: (other,)}, [q, k]) == {k}
 
 
 # ---- Holes
