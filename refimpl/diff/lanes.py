@@ -29,8 +29,8 @@ class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
     roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was
-    recorded, and of which entries. Of wide taps that were compared: those that are `sound`, and of their blocks, where the keys
-    end that are seen (`wide`).
+    recorded, and of which entries; what is `odd`, chosen by another number of experts or groups than there should be. Of wide taps
+    that were compared: those that are `sound`, and of their blocks, where the keys end that are seen (`wide`).
     """
 
     taps: dict[str, Array]
@@ -43,6 +43,7 @@ class Recorded:
     layers: int = 0
     padding: Padding | None = None
     partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
+    odd: Mapping[str, Array] = field(default_factory=dict)
     sound: dict[str, Array] = field(default_factory=dict)
     ends: dict[str, dict[Place, int]] = field(default_factory=dict)
 

@@ -42,6 +42,9 @@ from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
 
+CHOSEN = ("router.ids", "router.groups")
+"""Taps of which a wrong number is told."""
+
 
 @dataclass
 class Run:
@@ -199,6 +202,7 @@ class Run:
             parts,
             layers=layers,
             partial=some,
+            odd={t: np.asarray(self.trace.taps[t]) for t in a.flawed if t.endswith(CHOSEN) and t in self.trace.taps},
             padding=padding_of(self.case.valid, self.sizes),
         )
 

@@ -1,0 +1,122 @@
+"""Something else read in an argument's place: another tap of the layer, another stage's weights, another expert's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT64
+from refimpl.layers.stage import STAGES, Call
+
+from ..corpus import Mutant
+from .evidence import Evidence, guess, near, short, weights_of
+from .sums import stream_before
+from .words import order_in_words
+
+_EXPERTS = ("moe.gate", "moe.up", "moe.down")
+SAMPLE = 16
+"""Channels of an expert's output that are compared."""
+
+
+def taps(ev: Evidence) -> Iterator[Mutant]:
+    """Another recorded tap of the same shape, of this layer or the stream at one of the ends of layers, where a tap is read."""
+    call = ev.call
+    for i, name in enumerate(call.args):
+        if name in ev.calls:
+            shape = ev.args[i].shape
+            for t in _alike(ev, str(name)):
+                z = np.asarray(ev.recorded.taps[t], np.float64)
+                if z.shape == shape:
+                    title = f"{call.of.tap} reads {_called(ev, t)} instead of {short(name)}"
+                    yield guess(title, call.stage, _with(call.stage, [i], [z]))
+
+
+def _alike(ev: Evidence, name: str) -> Iterator[str]:
+    """Recorded taps that may stand for another."""
+    unit, tap = ev.call.tap.rpartition("/")[0], ev.call.tap
+    own = [t for t in ev.recorded.taps if t.rpartition("/")[0] == unit]
+    stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed"))]
+    order = [t for t in dict.fromkeys([stream_before(ev, unit), *own, *stream]) if t in ev.recorded.taps]
+    place = {t: i for i, t in enumerate(ev.calls)}
+    yield from (t for t in order if t not in (name, tap) and place[t] < place[tap] and ev.recorded.taps[t].dtype.kind == "f")
+
+
+def _called(ev: Evidence, tap: str) -> str:
+    unit = ev.call.tap.rpartition("/")[0]
+    if tap == stream_before(ev, unit):
+        return "the stream before attention"
+    return short(tap) if tap.rpartition("/")[0] == unit else tap.partition("/")[2]
+
+
+def _with(name: str, at: Sequence[int], values: Sequence[Any]) -> Callable[..., Any]:
+    """The stage with other arguments in these places."""
+    given = dict(zip(at, values, strict=True))
+    return lambda *args, **static: STAGES[name].fn(*[given.get(i, a) for i, a in enumerate(args)], **static)
+
+
+def weights(ev: Evidence) -> Iterator[Mutant]:
+    """The weights of another stage of the layer, of the same stage one layer on or back, of the other end of the model."""
+    call = ev.call
+    at = [i for i, n in enumerate(call.args) if isinstance(n, str) and n.startswith("w/")]
+    if not at:
+        return
+    for other in _sources(ev, call):
+        values = [ev.recorded.weights(n.removeprefix("w/"), FLOAT64) for n in weights_of(other)]
+        if len(values) == len(at) and all(np.shape(v) == np.shape(ev.args[i]) for v, i in zip(values, at, strict=True)):
+            yield from _guesses(ev, call, other, at, values)
+
+
+def _guesses(ev: Evidence, call: Call, other: Call, at: list[int], values: list[Any]) -> Iterator[Mutant]:
+    same_unit = call.tap.rpartition("/")[0] == other.tap.rpartition("/")[0]
+    if same_unit and other.stage != call.stage:
+        mine = [ev.args[i] for i in at]
+        there = [i for i, n in enumerate(other.args) if isinstance(n, str) and n.startswith("w/")]
+        first, second = sorted((call.of.tap, other.of.tap))
+        also = {other.stage: _with(other.stage, there, mine)}
+        yield guess(f"the weights of {first} and {second} are exchanged", call.stage, _with(call.stage, at, values), also)
+    whose = other.of.tap if other.stage != call.stage else f"{other.tap.split('/')[1]}'s"
+    yield guess(f"{call.of.tap} has the weight of {whose}", call.stage, _with(call.stage, at, values))
+
+
+def _sources(ev: Evidence, call: Call) -> Iterator[Call]:
+    unit, end = call.tap.rpartition("/")[0], {"embed": "logits", "logits": "embed"}.get(call.stage, "")
+    phase, _, layer = unit.partition("/")
+    for other in ev.calls.values():
+        if other.own is not None or other is call or not weights_of(other):
+            continue
+        there = other.tap.rpartition("/")[0]
+        beside = layer[:1] == "L" and there in [f"{phase}/L{int(layer[1:]) + by}" for by in (1, -1)]
+        if (there == unit and layer) or (other.stage == call.stage and beside) or (there == unit and other.stage == end):
+            yield other
+
+
+def experts(ev: Evidence) -> Iterator[Mutant]:
+    """Experts with each other's matrices: whose an expert's first row was multiplied by."""
+    if ev.call.stage not in _EXPERTS or not ev.whole:
+        return
+    rows, ids, ws = ev.args[0], ev.args[1], ev.args[2:]
+    used, first = np.unique(np.sort(ids, axis=None), return_index=True)
+    few = np.stack([np.asarray(w[:SAMPLE], np.float64) for w in ws])  # (E, few, D)
+    given = np.einsum("efd,md->mef", few, rows[first], optimize=True)
+    x = ev.x[first, : few.shape[1]]
+    far = np.linalg.norm(given - x[:, None], axis=-1)
+    order = np.arange(len(ws))
+    for at, e in enumerate(used):
+        best = int(far[at].argmin())
+        order[e] = e if near(x[at], given[at, e], ev.limit) else best if x[at].any() else -1
+        if order[e] >= 0 and not near(x[at], given[at, order[e]], ev.limit):
+            return
+    if (order != np.arange(len(order))).any():
+        fns = {name: _from(name, order) for name in _EXPERTS}
+        title = f"the matrices of {order_in_words(order, 'experts')}"
+        yield guess(title, ev.call.stage, fns.pop(ev.call.stage), fns)
+
+
+def _from(name: str, order: Array) -> Callable[..., Any]:
+    def fn(rows: Any, ids: Any, *ws: Any) -> Any:
+        return STAGES[name].fn(rows, ids, *[ws[i] if i >= 0 else ws[0] * 0 for i in order])
+
+    return fn

@@ -1,0 +1,154 @@
+"""Arguments, and outputs of inner stages, read in another arrangement: axes merged in the wrong order, halves exchanged, a matrix
+transposed, weights sorted. There are few, so each is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.stage import STAGES, Call
+
+from ..corpus import Mutant
+from .evidence import Evidence, guess, short, weights_of
+from .moved import EDGES, late, late_in_words
+
+Change = Callable[[Array], Array]
+REGION = 10
+"""Stages computed for a tap up to which each of them is suspected."""
+
+
+def arguments(ev: Evidence) -> Iterator[Mutant]:
+    """One argument in another arrangement, its kinds of weight all at once."""
+    for call in suspects(ev):
+        for i, name in enumerate(call.args):
+            if isinstance(name, str) and not name.startswith("w/"):
+                for said, change in changes(ev.axes_of(name), ev):
+                    title = f"{call.of.tap} reads {short(name)}, {said}"
+                    yield guess(title, call.stage, _reading(call, [i], change))
+        at = [i for i, name in enumerate(call.args) if isinstance(name, str) and name.startswith("w/")]
+        for said, change in MATRIX if at else ():
+            yield guess(f"{call.of.tap}'s weight {said}", call.stage, _reading(call, at, change))
+
+
+def tokens(ev: Evidence) -> Iterator[Mutant]:
+    """One argument with every token's entry that of another token."""
+    for call in suspects(ev):
+        for i, name in enumerate(call.args):
+            axes = ev.axes_of(name) if isinstance(name, str) else []
+            axis = next((a for a, letter in enumerate(axes) if letter in ("S", "T", "S-k")), None)
+            for by in (1, -1) if axis is not None and axes[-1] != "T" else ():
+                for edge in EDGES:
+                    change = lambda x, axis=axis, by=by, edge=edge: late(x, axis, by, edge)  # noqa: E731
+                    title = f"{call.of.tap} reads {short(name)} {late_in_words(by, edge)}"
+                    yield guess(title, call.stage, _reading(call, [i], change))
+
+
+def outputs(ev: Evidence) -> Iterator[Mutant]:
+    """What a stage gives, in another arrangement."""
+    for call in suspects(ev):
+        for said, change in changes(call.of.shape.split(), ev):
+            yield guess(f"{call.of.tap} is {said}", call.stage, _giving(call.stage, change))
+
+
+def again(ev: Evidence) -> Iterator[Mutant]:
+    """A stage that is applied twice, or not at all."""
+    for call in suspects(ev):
+        yield guess(f"{call.of.tap} is applied twice", call.stage, _twice(call.stage))
+        for i, name in enumerate(call.args):
+            if isinstance(name, str) and not name.startswith("w/"):
+                yield guess(f"{call.of.tap} is {short(name)} as it is", call.stage, lambda *args, i=i, **_: args[i] * 1)
+
+
+def suspects(ev: Evidence) -> list[Call]:
+    """The stages computed for a tap, if they are few, its own first; else its own."""
+    calls = {c.stage: c for c in reversed(ev.region)}
+    return list(calls.values()) if len(calls) <= REGION else [ev.call]
+
+
+def _reading(call: Call, at: Sequence[int], change: Change) -> Callable[..., Any]:
+    def fn(*args: Any, **static: Any) -> Any:
+        return STAGES[call.stage].fn(*[change(a) if i in at else a for i, a in enumerate(args)], **static)
+
+    return fn
+
+
+def _giving(name: str, change: Change) -> Callable[..., Any]:
+    return lambda *args, **static: change(STAGES[name].fn(*args, **static))
+
+
+def _twice(name: str) -> Callable[..., Any]:
+    def fn(x: Any, *args: Any, **static: Any) -> Any:
+        y = STAGES[name].fn(x, *args, **static)
+        if y.shape != x.shape:
+            raise ValueError("what it gives it does not take")
+        return STAGES[name].fn(y, *args, **static)
+
+    return fn
+
+
+def _halves(x: Array) -> Array:
+    return np.roll(x, x.shape[-1] // 2, axis=-1)
+
+
+def _paired(x: Array) -> Array:
+    return np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+
+
+def _split(x: Array) -> Array:
+    return np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
+MATRIX: tuple[tuple[str, Change], ...] = (
+    ("is read transposed", lambda w: np.ascontiguousarray(w.T).reshape(w.shape)),
+    ("has the halves of its rows exchanged", lambda w: np.roll(w, w.shape[0] // 2, axis=0)),
+    ("has the halves of its columns exchanged", _halves),
+    ("has its rows in reverse order", lambda w: w[::-1]),
+    ("has its columns in reverse order", lambda w: w[..., ::-1]),
+    ("has its rows one late", lambda w: np.roll(w, 1, axis=0)),
+    ("has its rows one early", lambda w: np.roll(w, -1, axis=0)),
+    ("is negated", lambda w: -w),
+    ("is 0", lambda w: w * 0),
+    ("is 1", lambda w: w * 0 + 1),
+)
+
+
+def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
+    """Arrangements of an array with these axes."""
+    if list(axes[-2:-1]) == ["H"]:
+        yield "head by head where channel by channel is meant (H and channels exchanged)", _exchanged(-2, -1)
+        yield "its heads in reverse order", lambda x: x[..., ::-1, :]
+        yield "its heads one late", lambda x: np.roll(x, 1, axis=-2)
+        yield "its heads one early", lambda x: np.roll(x, -1, axis=-2)
+        yield "the same of all heads, the first's", lambda x: x[..., :1, :] + 0 * x
+    if list(axes[1:3]) == ["S", "H"]:
+        yield "heads and tokens exchanged", _exchanged(1, 2)
+    if axes[-1:] == ["K"]:
+        yield "the largest first", lambda x: -np.sort(-x, axis=-1)
+        yield "the smallest first", lambda x: np.sort(x, axis=-1)
+        yield "its slots in reverse order", lambda x: x[..., ::-1]
+    elif axes and axes[-1] not in ("S", "T"):
+        for n in _cuts(axes[-1], ev):
+            yield f"its channels from {n} on first", lambda x, n=n: np.roll(x, -n, axis=-1)
+        yield "its halves exchanged", _halves
+        yield "its halves in pairs", _paired
+        yield "its pairs in halves", _split
+        yield "its channels in reverse order", lambda x: x[..., ::-1]
+
+
+def _cuts(axis: str, ev: Evidence) -> list[int]:
+    """Where a concatenation has its seam, and where it would have it the other way round."""
+    c = ev.config
+    sizes = {"Dn": c.qk_nope_head_dim, "Dr": c.qk_rope_head_dim, "Dv": c.v_head_dim, "C": c.kv_lora_rank}
+    return sorted({sizes[part] for part in axis.split("+") if part in sizes}) if "+" in axis else []
+
+
+def _exchanged(a: int, b: int) -> Change:
+    """Two axes laid out the other way round and read as if they were not."""
+    return lambda x: np.ascontiguousarray(np.swapaxes(x, a, b)).reshape(x.shape)
+
+
+__all__ = ["again", "arguments", "outputs", "suspects", "tokens", "weights_of"]

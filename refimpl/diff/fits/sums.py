@@ -1,0 +1,151 @@
+"""Numbers that parts of an output are multiplied by: a branch at 0.22, a factor forgotten, a slot that does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.autograd.tensor import Array
+from refimpl.layers.stage import STAGES
+
+from ..corpus import Mutant
+from .evidence import Evidence, guess, near, short
+from .words import DIGITS, likely
+
+_SUMS = ("resid", "resid_mid", "moe.out")
+_SCORES = ("mla.scores", "mla.scores_absorbed")
+Weighing = Callable[[list[Any], Array], list[Any]]
+"""The arguments of a stage that is a sum, with its parts multiplied by numbers."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names of what a stage adds up, and how to weigh them."""
+
+    names: list[str]
+    weigh: Weighing
+
+
+def parts_of(ev: Evidence) -> Parts | None:
+    """What the stage adds up, None if it is no sum."""
+    args, name = ev.args, ev.call.stage
+    if name in _SUMS and all(isinstance(a, np.ndarray) for a in args):
+        return Parts([short(n) for n in ev.call.args], lambda args, c: [a * k for a, k in zip(args, c, strict=True)])
+    if name in _SCORES:
+        return Parts(["the products of latents" if "absorbed" in name else "those of nope channels", "the rotated ones"], _scores)
+    if name == "moe.routed" and args[2] is not None:
+        return Parts([f"slot {k}" for k in range(args[2].shape[-1])], lambda a, c: [a[0], a[1], a[2] * c])
+    return None
+
+
+def _scores(args: list[Any], c: Array) -> list[Any]:
+    return [args[0] * c[0], args[1] * c[1], *args[2:]]
+
+
+def factor(ev: Evidence) -> Iterator[Mutant]:
+    """The output times a number."""
+    if not ev.whole or ev.call.of.compare in ("exact", "set"):
+        return
+    (k,) = _solved([ev.e], ev.x)
+    if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit):
+        return
+    name = ev.call.stage
+    for value, said in likely(k, ev.config):
+        if name in _SCORES:
+            yield guess(f"the softmax scale is {said} times what it should be", name, _setting(name, "scale", value))
+        else:
+            yield guess(f"{ev.call.of.tap} is {said} times what it should be", name, _times(name, value))
+
+
+def _setting(name: str, key: str, by: float) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(*args, **static | {key: static[key] * by})
+
+
+def _times(name: str, by: float) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(*args, **static) * by
+
+
+def weighed(ev: Evidence) -> Iterator[Mutant]:
+    """The parts of a sum, each times a number."""
+    parts, name = (parts_of(ev) if ev.whole else None), ev.call.stage
+    if parts is None or len(parts.names) < 2:
+        return
+    n = len(parts.names)
+    with np.errstate(all="ignore"):
+        each = [STAGES[name].fn(*parts.weigh(ev.args, one), **ev.call.static) for one in np.eye(n)]
+        numbers = _solved(each, ev.x)
+    for c in _few_digits(numbers):
+        yield guess(f"{ev.call.of.tap} {_sum_in_words(parts.names, c)}", name, _weighed(name, parts.weigh, c))
+
+
+def _weighed(name: str, weigh: Weighing, c: Array) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(*weigh(list(args), c), **static)
+
+
+def with_others(ev: Evidence) -> Iterator[Mutant]:
+    """A sum of two with another tap of the same layer, or of the stream before it, in the place of one or beside both."""
+    if ev.call.stage not in _SUMS or not ev.whole or not all(isinstance(a, np.ndarray) for a in ev.args):
+        return
+    own = [short(n) for n in ev.call.args]
+    for called, z in others(ev):
+        c = _solved([*ev.args, z], ev.x)
+        if np.abs(c[-1]) > 1e-3 and near(ev.x, sum(k * a for k, a in zip(c, [*ev.args, z], strict=True)), ev.limit):
+            for k in _few_digits(c):
+                words = _sum_in_words([*own, called], k, every=True)
+                yield guess(f"{ev.call.of.tap} {words}", ev.call.stage, _with(z, k))
+
+
+def _with(z: Array, c: Array) -> Callable[..., Any]:
+    return lambda x, y: c[0] * x + c[1] * y + c[2] * z
+
+
+def others(ev: Evidence) -> Iterator[tuple[str, Array]]:
+    """Recorded taps of the shape of the output, of the same layer or the stream before it, that are no arguments of the call."""
+    unit, tap = ev.call.tap.rpartition("/")[0], ev.call.tap
+    before = stream_before(ev, unit)
+    mine = [t for t in ev.recorded.taps if t.rpartition("/")[0] == unit and t != tap and t not in ev.call.args]
+    for t in [*([before] if before and before not in ev.call.args else []), *mine]:
+        z = ev.recorded.taps.get(t)
+        if z is not None and z.shape == ev.e.shape and z.dtype.kind not in "iub":
+            yield ("the stream before attention" if t == before else short(t)), np.asarray(z, np.float64)
+
+
+def stream_before(ev: Evidence, unit: str) -> str:
+    """The tap that a layer reads, "" if there is none."""
+    norm = ev.calls.get(f"{unit}/attn_norm")
+    return str(norm.args[0]) if norm is not None else ""
+
+
+def _solved(parts: list[Array], x: Array) -> Array:
+    """Least squares: the numbers c with sum c_i part_i = x, rows alike."""
+    finite = np.isfinite(x) & np.all([np.isfinite(p) for p in parts], axis=0)
+    a = np.stack([p[finite] for p in parts], axis=-1)
+    gram = a.T @ a
+    scale = np.sqrt(np.maximum(np.diag(gram), np.finfo(float).tiny))
+    found: Array = np.linalg.lstsq(gram / scale / scale[:, None], (a.T @ x[finite]) / scale, rcond=1e-12)[0] / scale
+    return found
+
+
+def _few_digits(c: Array) -> Iterator[Array]:
+    """The numbers with few digits, then with more; what is nearly none is none."""
+    c = np.where(np.abs(c) < 1e-3, 0, c)
+    c = np.where(np.abs(c - 1) < 1e-3, 1, c)
+    seen = set[tuple[float, ...]]()
+    for digits in DIGITS:
+        value = tuple([float(f"{v:.{digits - 1}e}") for v in c])
+        if value not in seen and value != (1.0,) * len(c):
+            seen.add(value)
+            yield np.array(value)
+
+
+def _sum_in_words(names: list[str], c: Array, *, every: bool = False) -> str:
+    """`is resid_mid + 0.5 x ffn_out`; of many parts, those only that do not count once."""
+    if names[0].startswith("slot"):
+        odd = [(name, k) for name, k in zip(names, c, strict=True) if k != 1]
+        said = [f"{name} of {len(names)} {'does not count' if k == 0 else f'counts {k:g} times'}" for name, k in odd]
+        return f"adds up other slots: {', '.join(said)}"
+    terms = [name if k == 1 else f"{k:g} x {name}" for name, k in zip(names, c, strict=True) if k or not every]
+    return f"is {' + '.join(terms)}"
