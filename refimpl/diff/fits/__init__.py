@@ -18,13 +18,14 @@ from ..corpus import Mutant
 from ..fp8_rules import RULES
 from ..hypothesis import REFUSED, reproduces
 from ..lanes import Recorded
-from . import added, exchanged, moved, rearranged, rotary, settings, sums
+from . import added, exchanged, masks, moved, rearranged, rotary, settings, sums
 from .evidence import Evidence, Fit
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
-    (moved.shifted, settings.counts, settings.eps, rearranged.again, exchanged.weights, exchanged.taps),
-    (rearranged.arguments, rearranged.outputs, moved.permuted, exchanged.experts, added.bias, rotary.positions),
-    (sums.factor, sums.weighed, sums.with_others, rotary.frequencies, rearranged.tokens),
+    (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.taps, masks.window),
+    (moved.permuted, exchanged.experts, added.bias, rotary.positions, rotary.frequencies, sums.factor),
+    (rearranged.arguments, rearranged.outputs, rearranged.again),
+    (sums.weighed, sums.with_others, sums.capped, rearranged.tokens),
 )
 """Those that leave least open first; what one of a row finds, no later row is asked for."""
 CLEAR = 4.0
@@ -35,14 +36,22 @@ GIVEN_UP = 2
 
 def fitted(blamed: list[Finding], calls: Mapping[str, Call], r: Recorded, c: Config) -> Iterator[tuple[Finding, Mutant]]:
     """Blamed taps, each with what explains it."""
-    failed = Counter[tuple[str, ...]]()
-    for f in blamed:
+    usable = [f for f in blamed if _clear(f) and f.stage not in RULES and not any(calls[t].own for t in f.region)]
+    failed, known, tried = Counter[tuple[str, ...]](), list[Mutant](), set[tuple[str, int]]()
+    both = frozenset([f.tap for f in blamed])
+    for f in usable:
         stages = tuple([calls[t].stage for t in f.region])
-        if not _clear(f) or failed[stages] == GIVEN_UP or any(calls[t].own for t in f.region) or f.stage in RULES:
-            continue
-        found = list(_of(Evidence(f, calls, r, c)))
-        failed[stages] += not found
+        tried |= {(f.tap, id(m)) for m in known}
+        found = [m for m in known if any(map(m.at, stages)) and reproduces(m, f, calls, r)]
+        if not found and failed[stages] < GIVEN_UP:
+            found = list(_of(Evidence(f, calls, r, c, both)))
+            failed[stages] += not found
+            tried |= {(f.tap, id(m)) for m in found}
+            known += found
         yield from ((f, m) for m in found)
+    for f in usable:  # what was found at a later tap
+        left = [m for m in known if (f.tap, id(m)) not in tried and any(m.at(calls[t].stage) for t in f.region)]
+        yield from ((f, m) for m in left if reproduces(m, f, calls, r))
 
 
 def _clear(f: Finding) -> bool:

@@ -13,7 +13,7 @@ from refimpl.layers.stage import STAGES
 from ..corpus import Mutant
 from .evidence import Evidence, guess, near
 from .moved import origin
-from .words import likely, listed, order_in_words
+from .words import order_in_words
 
 
 def bias(ev: Evidence) -> Iterator[Mutant]:
@@ -38,12 +38,9 @@ def _of_bias(b: Array, extra: Array) -> Iterator[Mutant]:
             yield guess(f"the selection bias counts {v:g} times", "router.choice", lambda s, b, v=v: s + v * b)
     order = origin((b + extra)[:, None], b[:, None], 0, 1e-3)
     if order is not None:
-        said = order_in_words(order, "experts")
-        yield guess(f"selection biases: {said}", "router.choice", lambda s, b: s + b[order])
+        said = f"the selection biases of {order_in_words(order, 'experts')}"
+        yield guess(said, "router.choice", lambda s, b: s + b[order])
 
 
 def _plus(name: str, extra: Array) -> Callable[..., Any]:
     return lambda *args, **static: STAGES[name].fn(*args, **static) + extra
-
-
-__all__ = ["bias", "likely", "listed"]

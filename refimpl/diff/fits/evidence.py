@@ -27,12 +27,13 @@ SLACK = 4.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """The finding, all calls by tap, what was recorded, the config."""
+    """The finding, all calls by tap, what was recorded, the config, all taps that are blamed."""
 
     finding: Finding
     calls: Mapping[str, Call]
     recorded: Recorded
     config: Config
+    blamed: frozenset[str] = frozenset()
 
     @property
     def call(self) -> Call:
@@ -105,12 +106,9 @@ def near(x: Array, y: Array, limit: float) -> bool:
 
 
 def short(name: Any) -> str:
-    """A tap or weight without its phase and layer: `resid_mid`, `up_proj.weight`."""
-    if not isinstance(name, str):
-        return str(name)
-    if name.startswith("w/"):
-        return ".".join(name.removesuffix(".weight").split(".")[-1:])
-    return name.rpartition("/")[2]
+    """A tap without its phase and layer; what a layer reads is the stream, whichever tap it comes from."""
+    last = str(name).rpartition("/")[2]
+    return "the stream" if last in ("embed", "resid") else last
 
 
 def weights_of(call: Call) -> list[str]:

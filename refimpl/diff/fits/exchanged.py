@@ -17,6 +17,8 @@ from .sums import stream_before
 from .words import order_in_words
 
 _EXPERTS = ("moe.gate", "moe.up", "moe.down")
+ENDS = {"embed": "logits", "logits": "embed"}
+"""Stages whose weights may be tied."""
 SAMPLE = 16
 """Channels of an expert's output that are compared."""
 
@@ -76,13 +78,16 @@ def _guesses(ev: Evidence, call: Call, other: Call, at: list[int], values: list[
         there = [i for i, n in enumerate(other.args) if isinstance(n, str) and n.startswith("w/")]
         first, second = sorted((call.of.tap, other.of.tap))
         also = {other.stage: _with(other.stage, there, mine)}
-        yield guess(f"the weights of {first} and {second} are exchanged", call.stage, _with(call.stage, at, values), also)
-    whose = other.of.tap if other.stage != call.stage else f"{other.tap.split('/')[1]}'s"
+        if other.tap in ev.blamed:
+            yield guess(f"the weights of {first} and {second} are exchanged", call.stage, _with(call.stage, at, values), also)
+    whose = f"{other.of.tap} (tied)" if other.stage in ENDS else other.of.tap
+    if other.stage == call.stage:
+        whose = f"the layer {'before' if list(ev.calls).index(other.tap) < list(ev.calls).index(call.tap) else 'behind'}"
     yield guess(f"{call.of.tap} has the weight of {whose}", call.stage, _with(call.stage, at, values))
 
 
 def _sources(ev: Evidence, call: Call) -> Iterator[Call]:
-    unit, end = call.tap.rpartition("/")[0], {"embed": "logits", "logits": "embed"}.get(call.stage, "")
+    unit, end = call.tap.rpartition("/")[0], ENDS.get(call.stage, "")
     phase, _, layer = unit.partition("/")
     for other in ev.calls.values():
         if other.own is not None or other is call or not weights_of(other):

@@ -14,7 +14,7 @@ from ..corpus import Mutant
 from .evidence import Evidence, guess, near
 from .words import order_in_words
 
-WHAT = {"S": "tokens", "T": "tokens", "H": "heads", "E": "experts", "G": "groups"}
+WHAT = {"S": "tokens", "T": "tokens", "H": "heads", "E": "experts", "G": "groups", "K": "slots"}
 LARGEST = 1 << 22
 """Pairs of entries up to which all are compared."""
 STEPS = (1, -1, 2, -2)
@@ -70,15 +70,14 @@ def permuted(ev: Evidence) -> Iterator[Mutant]:
     for axis, what in places if ev.letters[-1] != "T" else []:
         order = origin(ev.x, ev.e, axis, ev.limit)
         if order is not None:
-            where = f"{ev.call.of.tap}'s {order_in_words(order, what)}"
-            yield guess(where, name, _ordered(name, order, axis))
+            yield guess(f"{ev.call.of.tap}: {order_in_words(order, what)}", name, _ordered(name, order, axis))
     if ev.letters[-2:-1] == ["H"]:
         flat = (*ev.e.shape[:-2], -1)
         order = origin(ev.x.reshape(flat), ev.e.reshape(flat), -1, ev.limit)
         if order is not None:
             split = ev.config.qk_nope_head_dim if "+" in ev.letters[-1] else 0
             words = _all_parts(order, ev.e.shape[-2:], split) or order_in_words(order, "rows of all heads")
-            yield guess(f"{ev.call.of.tap}'s {words}", name, _ordered(name, order, -1, flat=True))
+            yield guess(f"{ev.call.of.tap}: {words}", name, _ordered(name, order, -1, flat=True))
 
 
 def _all_parts(order: Array, shape: tuple[int, ...], split: int) -> str:

@@ -13,7 +13,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
-from .evidence import Evidence, guess, short, weights_of
+from .evidence import Evidence, guess, short
 from .moved import EDGES, late, late_in_words
 
 Change = Callable[[Array], Array]
@@ -27,7 +27,7 @@ def arguments(ev: Evidence) -> Iterator[Mutant]:
         for i, name in enumerate(call.args):
             if isinstance(name, str) and not name.startswith("w/"):
                 for said, change in changes(ev.axes_of(name), ev):
-                    title = f"{call.of.tap} reads {short(name)}, {said}"
+                    title = f"{call.of.tap} reads {short(name)} with {said}"
                     yield guess(title, call.stage, _reading(call, [i], change))
         at = [i for i, name in enumerate(call.args) if isinstance(name, str) and name.startswith("w/")]
         for said, change in MATRIX if at else ():
@@ -48,10 +48,10 @@ def tokens(ev: Evidence) -> Iterator[Mutant]:
 
 
 def outputs(ev: Evidence) -> Iterator[Mutant]:
-    """What a stage gives, in another arrangement."""
-    for call in suspects(ev):
+    """What a stage gives that was not recorded, in another arrangement."""
+    for call in suspects(ev)[1:]:
         for said, change in changes(call.of.shape.split(), ev):
-            yield guess(f"{call.of.tap} is {said}", call.stage, _giving(call.stage, change))
+            yield guess(f"{call.of.tap} is given with {said}", call.stage, _giving(call.stage, change))
 
 
 def again(ev: Evidence) -> Iterator[Mutant]:
@@ -118,25 +118,31 @@ MATRIX: tuple[tuple[str, Change], ...] = (
 
 def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
     """Arrangements of an array with these axes."""
+    if "H" in axes:
+        yield from _heads(axes.index("H"))
     if list(axes[-2:-1]) == ["H"]:
-        yield "head by head where channel by channel is meant (H and channels exchanged)", _exchanged(-2, -1)
-        yield "its heads in reverse order", lambda x: x[..., ::-1, :]
-        yield "its heads one late", lambda x: np.roll(x, 1, axis=-2)
-        yield "its heads one early", lambda x: np.roll(x, -1, axis=-2)
-        yield "the same of all heads, the first's", lambda x: x[..., :1, :] + 0 * x
+        yield "heads and channels laid out the other way round", _exchanged(-2, -1)
     if list(axes[1:3]) == ["S", "H"]:
-        yield "heads and tokens exchanged", _exchanged(1, 2)
+        yield "heads and tokens laid out the other way round", _exchanged(1, 2)
     if axes[-1:] == ["K"]:
-        yield "the largest first", lambda x: -np.sort(-x, axis=-1)
-        yield "the smallest first", lambda x: np.sort(x, axis=-1)
+        yield "the largest slot first", lambda x: -np.sort(-x, axis=-1)
+        yield "the smallest slot first", lambda x: np.sort(x, axis=-1)
         yield "its slots in reverse order", lambda x: x[..., ::-1]
     elif axes and axes[-1] not in ("S", "T"):
         for n in _cuts(axes[-1], ev):
-            yield f"its channels from {n} on first", lambda x, n=n: np.roll(x, -n, axis=-1)
+            yield f"its first {n} channels behind the others", lambda x, n=n: np.roll(x, -n, axis=-1)
         yield "its halves exchanged", _halves
         yield "its halves in pairs", _paired
         yield "its pairs in halves", _split
         yield "its channels in reverse order", lambda x: x[..., ::-1]
+
+
+def _heads(axis: int) -> Iterator[tuple[str, Change]]:
+    """Arrangements of heads."""
+    yield "its heads in reverse order", lambda x: np.flip(x, axis)
+    yield "its heads one late", lambda x: np.roll(x, 1, axis)
+    yield "its heads one early", lambda x: np.roll(x, -1, axis)
+    yield "the first head's numbers in all heads", lambda x: np.take(x, [0], axis) + 0 * x
 
 
 def _cuts(axis: str, ev: Evidence) -> list[int]:
@@ -149,6 +155,3 @@ def _cuts(axis: str, ev: Evidence) -> list[int]:
 def _exchanged(a: int, b: int) -> Change:
     """Two axes laid out the other way round and read as if they were not."""
     return lambda x: np.ascontiguousarray(np.swapaxes(x, a, b)).reshape(x.shape)
-
-
-__all__ = ["again", "arguments", "outputs", "suspects", "tokens", "weights_of"]

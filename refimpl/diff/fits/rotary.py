@@ -6,6 +6,7 @@ it grows by f, which no choice of the first position changes; by how much all an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -18,6 +19,7 @@ from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
 from .evidence import Evidence, guess
+from .sums import least
 from .words import rounded
 
 _TABLES = "mla.rope_tables"
@@ -101,9 +103,12 @@ def frequencies(ev: Evidence) -> Iterator[Mutant]:
     for v in rounded(stretch) if np.linalg.norm(step - stretch * right) < 1e-2 * np.linalg.norm(step) else ():
         if v != 1:
             yield guess(f"positions are multiplied by {v:g}", _TABLES, _at_positions(lambda p, v=v: p * v))
+    guesses = list[tuple[int, str, Callable[..., Any]]]()
     for key, meant, freq_of, made in _choices(call):
-        for v in rounded(_best(step, freq_of, meant)):
-            yield guess(f"RoPE's {key} is {v:g}", _TABLES, made(v))
+        values = enumerate(rounded(_best(step, freq_of, meant)))
+        guesses += [(0 if math.log2(v).is_integer() else i, f"RoPE's {key} is {v:g}", made(v)) for i, v in values]
+    for _, said, fn in sorted(guesses, key=lambda one: one[0]):  # numbers that people write down first
+        yield guess(said, _TABLES, fn)
 
 
 def _tables_of(ev: Evidence) -> Call | None:
@@ -150,8 +155,4 @@ def _best(step: Array, freq_of: Callable[[float], Array], meant: float) -> float
 
     grid = np.linspace(-3, 3, STEPS + 1)
     best = min(grid, key=far)
-    low, high = best - 6 / STEPS, best + 6 / STEPS
-    for _ in range(60):  # the golden section
-        a, b = high - 0.618 * (high - low), low + 0.618 * (high - low)
-        low, high = (low, b) if far(a) < far(b) else (a, high)
-    return float(meant * 10.0 ** ((low + high) / 2))
+    return float(meant * 10.0 ** least(far, best - 6 / STEPS, best + 6 / STEPS))

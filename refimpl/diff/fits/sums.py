@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
 from .evidence import Evidence, guess, near, short
-from .words import DIGITS, likely
+from .words import DIGITS, likely, rounded
 
 _SUMS = ("resid", "resid_mid", "moe.out")
 _SCORES = ("mla.scores", "mla.scores_absorbed")
@@ -35,7 +36,7 @@ def parts_of(ev: Evidence) -> Parts | None:
     if name in _SUMS and all(isinstance(a, np.ndarray) for a in args):
         return Parts([short(n) for n in ev.call.args], lambda args, c: [a * k for a, k in zip(args, c, strict=True)])
     if name in _SCORES:
-        return Parts(["the products of latents" if "absorbed" in name else "those of nope channels", "the rotated ones"], _scores)
+        return Parts(["q k of latents" if "absorbed" in name else "q k of nope channels", "q k of rotated ones"], _scores)
     if name == "moe.routed" and args[2] is not None:
         return Parts([f"slot {k}" for k in range(args[2].shape[-1])], lambda a, c: [a[0], a[1], a[2] * c])
     return None
@@ -78,7 +79,8 @@ def weighed(ev: Evidence) -> Iterator[Mutant]:
         each = [STAGES[name].fn(*parts.weigh(ev.args, one), **ev.call.static) for one in np.eye(n)]
         numbers = _solved(each, ev.x)
     for c in _few_digits(numbers):
-        yield guess(f"{ev.call.of.tap} {_sum_in_words(parts.names, c)}", name, _weighed(name, parts.weigh, c))
+        if len(set(c.tolist())) > 1:
+            yield guess(f"{ev.call.of.tap} {_sum_in_words(parts.names, c)}", name, _weighed(name, parts.weigh, c))
 
 
 def _weighed(name: str, weigh: Weighing, c: Array) -> Callable[..., Any]:
@@ -90,12 +92,12 @@ def with_others(ev: Evidence) -> Iterator[Mutant]:
     if ev.call.stage not in _SUMS or not ev.whole or not all(isinstance(a, np.ndarray) for a in ev.args):
         return
     own = [short(n) for n in ev.call.args]
+    one = f"{ev.call.of.tap} is"
     for called, z in others(ev):
         c = _solved([*ev.args, z], ev.x)
         if np.abs(c[-1]) > 1e-3 and near(ev.x, sum(k * a for k, a in zip(c, [*ev.args, z], strict=True)), ev.limit):
             for k in _few_digits(c):
-                words = _sum_in_words([*own, called], k, every=True)
-                yield guess(f"{ev.call.of.tap} {words}", ev.call.stage, _with(z, k))
+                yield guess(f"{one} {_terms([*own, called], k)}", ev.call.stage, _with(z, k))
 
 
 def _with(z: Array, c: Array) -> Callable[..., Any]:
@@ -136,16 +138,53 @@ def _few_digits(c: Array) -> Iterator[Array]:
     seen = set[tuple[float, ...]]()
     for digits in DIGITS:
         value = tuple([float(f"{v:.{digits - 1}e}") for v in c])
-        if value not in seen and value != (1.0,) * len(c):
+        if value not in seen:
             seen.add(value)
             yield np.array(value)
 
 
-def _sum_in_words(names: list[str], c: Array, *, every: bool = False) -> str:
-    """`is resid_mid + 0.5 x ffn_out`; of many parts, those only that do not count once."""
-    if names[0].startswith("slot"):
-        odd = [(name, k) for name, k in zip(names, c, strict=True) if k != 1]
-        said = [f"{name} of {len(names)} {'does not count' if k == 0 else f'counts {k:g} times'}" for name, k in odd]
-        return f"adds up other slots: {', '.join(said)}"
-    terms = [name if k == 1 else f"{k:g} x {name}" for name, k in zip(names, c, strict=True) if k or not every]
-    return f"is {' + '.join(terms)}"
+def _sum_in_words(names: list[str], c: Array) -> str:
+    """`is resid_mid + 0.5 x ffn_out`; of slots, those only that do not count once."""
+    if not names[0].startswith("slot"):
+        return f"is {_terms(names, c)}"
+    odd = [(name, k) for name, k in zip(names, c, strict=True) if k != 1]
+    said = [f"{name} of {len(names)} {'does not count' if k == 0 else f'counts {k:g} times'}" for name, k in odd]
+    return f"adds up otherwise: {', '.join(said)}"
+
+
+def _terms(names: list[str], c: Array) -> str:
+    """`a + 0.5 x b`."""
+    terms = [name if k == 1 else f"{k:g} x {name}" for name, k in zip(names, c, strict=True) if k]
+    return " + ".join(terms) or "0"
+
+
+def capped(ev: Evidence) -> Iterator[Mutant]:
+    """The output squeezed between -c and c: c tanh(y / c)."""
+    if not ev.whole or ev.call.stage not in ("logits", *_SCORES):
+        return
+    finite = np.isfinite(ev.x) & np.isfinite(ev.e)
+    x, e, name = ev.x[finite], ev.e[finite], ev.call.stage
+    low, high = math.log(np.abs(x).max() * 1.0000001), math.log(1e3 * np.abs(e).max())
+
+    def far(exponent: float) -> float:
+        c = math.exp(exponent)
+        return float(np.linalg.norm(c * np.tanh(e / c) - x))
+
+    for v in rounded(math.exp(least(far, low, high))):
+        yield guess(f"{ev.call.of.tap} is capped at {v:g}", name, _capped(name, v))
+
+
+def _capped(name: str, c: float) -> Callable[..., Any]:
+    def fn(*args: Any, **static: Any) -> Array:
+        y = STAGES[name].fn(*args, **static)
+        return np.where(np.isneginf(y), y, c * np.tanh(y / c))
+
+    return fn
+
+
+def least(far: Callable[[float], float], low: float, high: float) -> float:
+    """Where between two numbers a function that has one minimum is smallest: the golden section."""
+    for _ in range(60):
+        a, b = high - 0.618 * (high - low), low + 0.618 * (high - low)
+        low, high = (low, b) if far(a) < far(b) else (a, high)
+    return (low + high) / 2

@@ -21,37 +21,34 @@ def order_in_words(order: Array, what: str) -> str:
     n = len(order)
     moved = np.flatnonzero(order != np.arange(n))
     if (order[moved] < 0).all():
-        return f"{what} {listed(moved)} {'is' if len(moved) == 1 else 'are'} 0"
+        return f"{what if len(moved) > 1 else what[:-1]} {listed(moved)} {'are' if len(moved) > 1 else 'is'} 0"
+    if len(moved) == 2 and (order[moved] == moved[::-1]).all():
+        return f"{what} {moved[0]} and {moved[1]} are exchanged"
     low, high = int(moved[0]), int(moved[-1]) + 1
-    part = order[low:high] - low
-    inside = (low, high) != (0, n) and set(part.tolist()) == set(range(high - low)) and len(part) > 2
-    if inside:
-        return f"of {what} {low}-{high - 1}: {_words(part, what, low)}"
-    return _words(order, what, 0)
+    for first, end in ((0, n), (low, high), (low - 1, high), (low, high + 1), (low - 1, high + 1)):
+        if 0 <= first and end <= n and (said := _pattern(order[first:end] - first, what, first)):
+            return said if (first, end) == (0, n) else f"of {what} {first}-{end - 1}, {said}"
+    return f"{what} are {'in the order' if len(set(order.tolist())) == n else 'taken from'} {listed(order)}"
 
 
-def _words(order: Array, what: str, first: int) -> str:
-    """The same of all that moved, which begins at `first`."""
-    n, at = len(order), np.arange(len(order))
-    moved, step = np.flatnonzero(order != at), int(order[0])
-    if len(moved) == 2 and order[moved[0]] == moved[1] and order[moved[1]] == moved[0]:
-        return f"{what} {moved[0] + first} and {moved[1] + first} are exchanged"
+def _pattern(order: Array, what: str, first: int) -> str:
+    """What an order of some, which begin at `first`, is; "" if it is none of a few."""
+    n, at, step = len(order), np.arange(len(order)), int(order[0])
     if (order == at[::-1]).all():
         return f"{what} are in reverse order"
     if (order == (at + step) % n).all():
-        near = min(step, n - step)
-        if near == 1 and n > 2:
+        if min(step, n - step) == 1 and n > 2:
             return f"{what} are those of their neighbour {'behind' if step == 1 else 'before'} (around the end)"
         return f"{what} {first + step}-{first + n - 1} stand before {what} {first}-{first + step - 1}"
     for rows in [a for a in range(2, n // 2 + 1) if n % a == 0]:
         if (order == at.reshape(rows, -1).T.ravel()).all():
             return _transposed(what, rows, n // rows)
-    return f"{what} are {'in the order' if len(set(order.tolist())) == n else 'taken from'} {listed(order + first)}"
+    return ""
 
 
 def _transposed(what: str, rows: int, columns: int) -> str:
     if rows == 2:
-        return f"{what} are in pairs, one of each half, where they should be in halves"
+        return f"{what} of two halves stand in pairs"
     if columns == 2:
         return f"even {what} stand before odd ones"
     return f"{what} are transposed, {columns} x {rows} where {rows} x {columns} is meant"
