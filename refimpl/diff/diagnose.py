@@ -17,12 +17,13 @@ from refimpl.layers.stage import Call
 
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
-from .fits import fitted
+from .fits import Seen, fitted
 from .gauges import by_rank
 from .hypothesis import readings, reproduces, rerun, theirs, with_mistake
 from .lanes import Recorded
 from .narrow import narrower
 from .padding import filled
+from .program import regions
 from .rivals import nearest
 from .tolerance import distance
 
@@ -32,8 +33,8 @@ Tried = list[tuple[Mutant, "Diagnosis"]]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One cause: `id` of the corpus ("" for a dtype, and for what was fitted), what it is in a sentence, threads, the taps it explains, the `regime` in
-    which it shows; `rivals`, further mistakes that explain the taps as well, and whether they are the `same` numbers on this case.
+    """One cause: `id` of the corpus ("" for a dtype, and for what was fitted), what it is in a sentence, threads, the taps it
+    explains, the `regime` in which it shows; `rivals`, further mistakes that explain the taps as well, and whether they are the `same` numbers on this case.
     """
 
     id: str
@@ -67,15 +68,24 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
     blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in held]
     calls = {call.tap: call for call in program}
     mutants = [m.under(c) for m in MUTANTS.values() if m.applies(c)]
-    found = _best([(m, d) for m in mutants if (d := _tried(m, blamed, calls, r))], blamed, calls, r)
-    rest = _unnamed(blamed, found) + [f for f in findings if f.tap in r.odd]
-    tried = [(m, Diagnosis(m.id, m.title, m.threads, (f.tap,))) for f, m in fitted(rest, calls, r, c)]
-    found += _best(tried, rest, calls, r)
-    rest = [f for f in _unnamed(rest, found) if f.tap in held]
+    tried = [(m, d) for m in mutants if (d := _tried(m, blamed, calls, r))]
+    found = _best(tried, blamed, calls, r)
+    if rest := _unnamed(blamed := blamed + _odd(program, r, findings), found):
+        usable = [f for f in findings if f.ok and f.region and f.tap in held] + blamed
+        fits = fitted(rest, Seen(usable, blamed, calls, r, c))
+        tried += [(m, Diagnosis(m.id, m.title, m.threads, (f.tap,))) for f, m in fits]
+        found = _best(tried, blamed, calls, r)
+    rest = [f for f in _unnamed(blamed, found) if f.tap in held]
     if dtype := narrower(rest, calls, r):
         title = f"these taps conform if they are computed in {dtype}: declare it if that is meant"
         found.append(Diagnosis("", title, (), tuple([f.tap for f in rest])))
     return sorted(found, key=lambda d: -len(d.taps))
+
+
+def _odd(program: list[Call], r: Recorded, findings: list[Finding]) -> list[Finding]:
+    """Findings on what has another shape than it should have, as on any other tap."""
+    inside = regions(program, r.taps, r.odd)
+    return [replace(f, region=inside[f.tap]) for f in findings if f.tap in r.odd]
 
 
 def _unnamed(blamed: list[Finding], found: list[Diagnosis]) -> list[Finding]:
@@ -137,6 +147,8 @@ def _nearest(
         for outputs, y in zip(given, ours, strict=True):
             outputs.append(y)
     left, same = nearest(seen, given)
+    if same and not any(rivals[i].id for i in left):  # what was fitted, in other words
+        left = left[:1]
     first, *others = [rivals[i] for i in left]
     threads = tuple(dict.fromkeys([t for i in left for t in rivals[i].threads]))
     return replace(first, threads=threads, rivals=tuple(others), same=bool(others) and same)

@@ -19,6 +19,8 @@ from .words import order_in_words
 def bias(ev: Evidence) -> Iterator[Mutant]:
     """What is chosen by is s + c b, or s plus the biases of other experts; or an output has a vector too much."""
     if not ev.whole or ev.letters[-1:] != ["E"]:
+        if any(c.stage == "router.choice" for c in ev.region):
+            yield guess("the selection bias counts 2 times", "router.choice", lambda s, b: s + 2 * b)
         return
     extra = (ev.x - ev.e).mean(axis=(0, 1))
     if not near(ev.x, ev.e + extra, ev.limit):
@@ -38,7 +40,7 @@ def _of_bias(b: Array, extra: Array) -> Iterator[Mutant]:
             yield guess(f"the selection bias counts {v:g} times", "router.choice", lambda s, b, v=v: s + v * b)
     order = origin((b + extra)[:, None], b[:, None], 0, 1e-3)
     if order is not None:
-        said = f"the selection biases of {order_in_words(order, 'experts')}"
+        said = f"selection biases: {order_in_words(order, 'experts')}"
         yield guess(said, "router.choice", lambda s, b: s + b[order])
 
 

@@ -20,6 +20,7 @@ from ..hypothesis import given, theirs
 from ..lanes import Recorded
 from ..padding import filled
 from ..program import names
+from ..tolerance import row_errors
 
 SLACK = 4.0
 """A guess from a tap is followed up if it is this near, in what the tap is allowed; whether it is near enough the replay says."""
@@ -82,18 +83,38 @@ class Evidence:
         tap, r = self.finding.tap, self.recorded
         return tap not in r.partial and tap not in r.odd and self.x.shape == self.e.shape and self.e.dtype.kind == "f"
 
+    @cached_property
+    def everywhere(self) -> bool:
+        """Whether half of the rows are off, or of the tokens that choose: what moves all of them does no less."""
+        if not self.whole:
+            return self.finding.error >= 0.5
+        return bool((row_errors(self.call.stage, self.x, self.e) > self.finding.allowed).mean() >= 0.5)
+
     def axes_of(self, name: Any) -> list[str]:
         """The axes of an argument: a tap's, or of what is handed in for every token; none of a weight."""
         if name in self.calls:
             return self.calls[name].of.shape.split()
         return ["B", "S"] if name in ("tokens", "positions") else []
 
+    def held(self, tap: str) -> Array | None:
+        """A tap that was recorded, or that follows from what was handed in; None for others."""
+        x = self.recorded.taps.get(tap)
+        if (
+            x is None
+            and tap in self.calls
+            and all(n in self.recorded.inputs or n[:2] == "w/" for n in names(self.calls[tap].args))
+        ):
+            x = given([self.calls[tap]], self.recorded)[1]
+        return None if x is None or x.dtype.kind in "iub" else np.asarray(x, np.float64)
+
 
 Fit = Callable[[Evidence], Iterator[Mutant]]
 """Guesses at what is wrong, the likelier first."""
 
 
-def guess(title: str, stage: str, fn: Callable[..., Any], also: Mapping[str, Callable[..., Any]] | None = None) -> Mutant:
+def guess(
+    title: str, stage: str, fn: Callable[..., Any], also: Mapping[str, Callable[..., Any]] | None = None
+) -> Mutant:
     """A mistake that is in no catalogue."""
     return Mutant("", title, stage, fn, also=also or {})
 

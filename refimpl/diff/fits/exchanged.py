@@ -13,10 +13,10 @@ from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
 from .evidence import Evidence, guess, near, short, weights_of
+from .rearranged import EXPERTS, suspects
 from .sums import stream_before
 from .words import order_in_words
 
-_EXPERTS = ("moe.gate", "moe.up", "moe.down")
 ENDS = {"embed": "logits", "logits": "embed"}
 """Stages whose weights may be tied."""
 SAMPLE = 16
@@ -30,8 +30,8 @@ def taps(ev: Evidence) -> Iterator[Mutant]:
         if name in ev.calls:
             shape = ev.args[i].shape
             for t in _alike(ev, str(name)):
-                z = np.asarray(ev.recorded.taps[t], np.float64)
-                if z.shape == shape:
+                z = ev.held(t)
+                if z is not None and z.shape == shape:
                     title = f"{call.of.tap} reads {_called(ev, t)} instead of {short(name)}"
                     yield guess(title, call.stage, _with(call.stage, [i], [z]))
 
@@ -41,9 +41,9 @@ def _alike(ev: Evidence, name: str) -> Iterator[str]:
     unit, tap = ev.call.tap.rpartition("/")[0], ev.call.tap
     own = [t for t in ev.recorded.taps if t.rpartition("/")[0] == unit]
     stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed"))]
-    order = [t for t in dict.fromkeys([stream_before(ev, unit), *own, *stream]) if t in ev.recorded.taps]
+    order = [t for t in dict.fromkeys([stream_before(ev, unit), *own, *stream]) if t in ev.calls]
     place = {t: i for i, t in enumerate(ev.calls)}
-    yield from (t for t in order if t not in (name, tap) and place[t] < place[tap] and ev.recorded.taps[t].dtype.kind == "f")
+    yield from (t for t in order if t not in (name, tap) and place[t] < place[tap])
 
 
 def _called(ev: Evidence, tap: str) -> str:
@@ -61,28 +61,36 @@ def _with(name: str, at: Sequence[int], values: Sequence[Any]) -> Callable[..., 
 
 def weights(ev: Evidence) -> Iterator[Mutant]:
     """The weights of another stage of the layer, of the same stage one layer on or back, of the other end of the model."""
-    call = ev.call
-    at = [i for i, n in enumerate(call.args) if isinstance(n, str) and n.startswith("w/")]
-    if not at:
-        return
-    for other in _sources(ev, call):
-        values = [ev.recorded.weights(n.removeprefix("w/"), FLOAT64) for n in weights_of(other)]
-        if len(values) == len(at) and all(np.shape(v) == np.shape(ev.args[i]) for v, i in zip(values, at, strict=True)):
-            yield from _guesses(ev, call, other, at, values)
+    for call in suspects(ev):
+        at = [i for i, n in enumerate(call.args) if isinstance(n, str) and n.startswith("w/")]
+        mine = _held(ev, call)
+        for other in _sources(ev, call) if at else ():
+            values = _held(ev, other)
+            if list(map(np.shape, values)) == list(map(np.shape, mine)):
+                yield from _guesses(ev, call, other, at, values)
+
+
+def _held(ev: Evidence, call: Call) -> list[Any]:
+    """The weights of a call."""
+    return [ev.recorded.weights(n.removeprefix("w/"), FLOAT64) for n in weights_of(call)]
 
 
 def _guesses(ev: Evidence, call: Call, other: Call, at: list[int], values: list[Any]) -> Iterator[Mutant]:
     same_unit = call.tap.rpartition("/")[0] == other.tap.rpartition("/")[0]
     if same_unit and other.stage != call.stage:
-        mine = [ev.args[i] for i in at]
+        mine = _held(ev, call)
         there = [i for i, n in enumerate(other.args) if isinstance(n, str) and n.startswith("w/")]
         first, second = sorted((call.of.tap, other.of.tap))
         also = {other.stage: _with(other.stage, there, mine)}
         if other.tap in ev.blamed:
-            yield guess(f"the weights of {first} and {second} are exchanged", call.stage, _with(call.stage, at, values), also)
+            yield guess(
+                f"the weights of {first} and {second} are exchanged", call.stage, _with(call.stage, at, values), also
+            )
     whose = f"{other.of.tap} (tied)" if other.stage in ENDS else other.of.tap
     if other.stage == call.stage:
-        whose = f"the layer {'before' if list(ev.calls).index(other.tap) < list(ev.calls).index(call.tap) else 'behind'}"
+        whose = (
+            f"the layer {'before' if list(ev.calls).index(other.tap) < list(ev.calls).index(call.tap) else 'behind'}"
+        )
     yield guess(f"{call.of.tap} has the weight of {whose}", call.stage, _with(call.stage, at, values))
 
 
@@ -94,13 +102,17 @@ def _sources(ev: Evidence, call: Call) -> Iterator[Call]:
             continue
         there = other.tap.rpartition("/")[0]
         beside = layer[:1] == "L" and there in [f"{phase}/L{int(layer[1:]) + by}" for by in (1, -1)]
-        if (there == unit and layer) or (other.stage == call.stage and beside) or (there == unit and other.stage == end):
+        if (
+            (there == unit and layer)
+            or (other.stage == call.stage and beside)
+            or (there == unit and other.stage == end)
+        ):
             yield other
 
 
 def experts(ev: Evidence) -> Iterator[Mutant]:
     """Experts with each other's matrices: whose an expert's first row was multiplied by."""
-    if ev.call.stage not in _EXPERTS or not ev.whole:
+    if ev.call.stage not in EXPERTS or not ev.whole:
         return
     rows, ids, ws = ev.args[0], ev.args[1], ev.args[2:]
     used, first = np.unique(np.sort(ids, axis=None), return_index=True)
@@ -115,12 +127,14 @@ def experts(ev: Evidence) -> Iterator[Mutant]:
         if order[e] >= 0 and not near(x[at], given[at, order[e]], ev.limit):
             return
     if (order != np.arange(len(order))).any():
-        fns = {name: _from(name, order) for name in _EXPERTS}
-        title = f"the matrices of {order_in_words(order, 'experts')}"
+        fns = {name: renumbered(name, order) for name in EXPERTS}
+        title = f"experts' matrices: {order_in_words(order, 'experts')}"
         yield guess(title, ev.call.stage, fns.pop(ev.call.stage), fns)
 
 
-def _from(name: str, order: Array) -> Callable[..., Any]:
+def renumbered(name: str, order: Array) -> Callable[..., Any]:
+    """A stage of experts with each other's matrices, 0 where it says -1."""
+
     def fn(rows: Any, ids: Any, *ws: Any) -> Any:
         return STAGES[name].fn(rows, ids, *[ws[i] if i >= 0 else ws[0] * 0 for i in order])
 

@@ -47,7 +47,7 @@ def late_in_words(by: int, edge: str) -> str:
 def shifted(ev: Evidence) -> Iterator[Mutant]:
     """The output one token late or early."""
     axis = next((i for i, letter in enumerate(ev.letters) if letter in ("S", "S-k", "T")), None)
-    if axis is None or not ev.whole or ev.letters[-1] == "T":
+    if axis is None or not ev.whole or ev.letters[-1] == "T" or not ev.everywhere:
         return
     (x, e), name = (np.moveaxis(y, axis, 0) for y in (ev.x, ev.e)), ev.call.stage
     for by in STEPS:

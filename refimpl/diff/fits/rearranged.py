@@ -13,10 +13,12 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..program import names
 from .evidence import Evidence, guess, short
 from .moved import EDGES, late, late_in_words
 
 Change = Callable[[Array], Array]
+EXPERTS = ("moe.gate", "moe.up", "moe.down")
 REGION = 10
 """Stages computed for a tap up to which each of them is suspected."""
 
@@ -25,7 +27,8 @@ def arguments(ev: Evidence) -> Iterator[Mutant]:
     """One argument in another arrangement, its kinds of weight all at once."""
     for call in suspects(ev):
         for i, name in enumerate(call.args):
-            if isinstance(name, str) and not name.startswith("w/"):
+            known = call.stage in EXPERTS and i == 1
+            if isinstance(name, str) and not name.startswith("w/") and not known and not only_reader(ev, name):
                 for said, change in changes(ev.axes_of(name), ev):
                     title = f"{call.of.tap} reads {short(name)} with {said}"
                     yield guess(title, call.stage, _reading(call, [i], change))
@@ -36,20 +39,43 @@ def arguments(ev: Evidence) -> Iterator[Mutant]:
 
 def tokens(ev: Evidence) -> Iterator[Mutant]:
     """One argument with every token's entry that of another token."""
-    for call in suspects(ev):
+    for call in [c for c in suspects(ev) if c.stage not in EXPERTS and ev.everywhere]:  # experts but count ids
         for i, name in enumerate(call.args):
             axes = ev.axes_of(name) if isinstance(name, str) else []
-            axis = next((a for a, letter in enumerate(axes) if letter in ("S", "T", "S-k")), None)
-            for by in (1, -1) if axis is not None and axes[-1] != "T" else ():
-                for edge in EDGES:
-                    change = lambda x, axis=axis, by=by, edge=edge: late(x, axis, by, edge)  # noqa: E731
-                    title = f"{call.of.tap} reads {short(name)} {late_in_words(by, edge)}"
-                    yield guess(title, call.stage, _reading(call, [i], change))
+            for said, change in _moments(axes):
+                if call is ev.call and not _moves(ev.args[i], change):
+                    continue
+                if not only_reader(ev, name):
+                    yield guess(f"{call.of.tap} reads {short(name)} {said}", call.stage, _reading(call, [i], change))
+                if name in ev.finding.region:
+                    yield guess(
+                        f"{ev.calls[name].of.tap} is that {said}",
+                        ev.calls[name].stage,
+                        _giving(ev.calls[name].stage, change),
+                    )
+
+
+def _moves(x: Array, change: Change) -> bool:
+    """Whether half of the rows are others then: tokens that choose alike do not tell whose choice is read."""
+    return bool((change(x) != x).any(axis=-1).mean() >= 0.5) if x.ndim > 2 else True
+
+
+def only_reader(ev: Evidence, name: str) -> bool:
+    """Whether a tap was computed for this one, and no other stage reads it: what it is read as, it is."""
+    return name in ev.finding.region and sum([name in names(c.args) for c in ev.calls.values()]) == 1
+
+
+def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
+    """Tokens that are those before or behind."""
+    axis = next((a for a, letter in enumerate(axes) if letter in ("S", "T", "S-k")), None)
+    for by in (1, -1) if axis is not None and axes[-1] != "T" else ():
+        for edge in EDGES:
+            yield late_in_words(by, edge), lambda x, by=by, edge=edge: late(x, axis, by, edge)
 
 
 def outputs(ev: Evidence) -> Iterator[Mutant]:
     """What a stage gives that was not recorded, in another arrangement."""
-    for call in suspects(ev)[1:]:
+    for call in suspects(ev)[0 if ev.letters[-1] == "K" else 1 :]:
         for said, change in changes(call.of.shape.split(), ev):
             yield guess(f"{call.of.tap} is given with {said}", call.stage, _giving(call.stage, change))
 
@@ -57,7 +83,8 @@ def outputs(ev: Evidence) -> Iterator[Mutant]:
 def again(ev: Evidence) -> Iterator[Mutant]:
     """A stage that is applied twice, or not at all."""
     for call in suspects(ev):
-        yield guess(f"{call.of.tap} is applied twice", call.stage, _twice(call.stage))
+        if call.stage != "router.choice":  # a bias that counts twice
+            yield guess(f"{call.of.tap} is applied twice", call.stage, _twice(call.stage))
         for i, name in enumerate(call.args):
             if isinstance(name, str) and not name.startswith("w/"):
                 yield guess(f"{call.of.tap} is {short(name)} as it is", call.stage, lambda *args, i=i, **_: args[i] * 1)
@@ -119,10 +146,13 @@ MATRIX: tuple[tuple[str, Change], ...] = (
 def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
     """Arrangements of an array with these axes."""
     if "H" in axes:
-        yield from _heads(axes.index("H"))
+        yield from _heads(axes.index("H"), ev)
     if list(axes[-2:-1]) == ["H"]:
         yield "heads and channels laid out the other way round", _exchanged(-2, -1)
-    if list(axes[1:3]) == ["S", "H"]:
+        for n in _cuts(axes[-1], ev):
+            yield f"the first {n} channels of all heads before the others of all", lambda x, n=n: _parts(x, n)
+            yield f"heads cut as if the first {n} channels of all stood before", lambda x, n=n: _parted(x, n)
+    if list(axes[1:3]) in (["S", "H"], ["T", "H"]):
         yield "heads and tokens laid out the other way round", _exchanged(1, 2)
     if axes[-1:] == ["K"]:
         yield "the largest slot first", lambda x: -np.sort(-x, axis=-1)
@@ -137,12 +167,27 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its channels in reverse order", lambda x: x[..., ::-1]
 
 
-def _heads(axis: int) -> Iterator[tuple[str, Change]]:
+def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
     """Arrangements of heads."""
     yield "its heads in reverse order", lambda x: np.flip(x, axis)
-    yield "its heads one late", lambda x: np.roll(x, 1, axis)
-    yield "its heads one early", lambda x: np.roll(x, -1, axis)
+    if ev.config.num_attention_heads > 2:
+        yield "its heads one late", lambda x: np.roll(x, 1, axis)
+        yield "its heads one early", lambda x: np.roll(x, -1, axis)
     yield "the first head's numbers in all heads", lambda x: np.take(x, [0], axis) + 0 * x
+
+
+def _parts(x: Array, n: int) -> Array:
+    """All heads' first n channels, then all others, read head by head."""
+    flat = (*x.shape[:-2], -1)
+    return np.concatenate([x[..., :n].reshape(flat), x[..., n:].reshape(flat)], axis=-1).reshape(x.shape)
+
+
+def _parted(x: Array, n: int) -> Array:
+    """Head by head, read as if all heads' first n channels stood before all others."""
+    at = x.shape[-2] * n
+    flat = x.reshape(*x.shape[:-2], -1)
+    parts = [y.reshape(*x.shape[:-1], -1) for y in (flat[..., :at], flat[..., at:])]
+    return np.concatenate(parts, axis=-1)
 
 
 def _cuts(axis: str, ev: Evidence) -> list[int]:

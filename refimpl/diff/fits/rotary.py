@@ -6,7 +6,6 @@ it grows by f, which no choice of the first position changes; by how much all an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -26,6 +25,8 @@ _TABLES = "mla.rope_tables"
 _TURNED = ("mla.q_rope", "mla.k_rope")
 FURTHEST = 4096
 """Positions by which others may be off."""
+_ROUND = [float(1 << k) for k in range(21)]
+"""What people write: powers of two."""
 STEPS = 400
 """Values between a 1000th and 1000 times the right one that are tried, before the best is made better."""
 
@@ -105,8 +106,9 @@ def frequencies(ev: Evidence) -> Iterator[Mutant]:
             yield guess(f"positions are multiplied by {v:g}", _TABLES, _at_positions(lambda p, v=v: p * v))
     guesses = list[tuple[int, str, Callable[..., Any]]]()
     for key, meant, freq_of, made in _choices(call):
-        values = enumerate(rounded(_best(step, freq_of, meant)))
-        guesses += [(0 if math.log2(v).is_integer() else i, f"RoPE's {key} is {v:g}", made(v)) for i, v in values]
+        unsure = "" if key in ("theta", "factor") else ", or another that gives the same frequencies"
+        values = list(enumerate(rounded(_best(step, freq_of, meant)))) + ([(-1, v) for v in _ROUND] if unsure else [])
+        guesses += [(i, f"RoPE's {key} is {v:.9g}{unsure}", made(v)) for i, v in values if v != meant]
     for _, said, fn in sorted(guesses, key=lambda one: one[0]):  # numbers that people write down first
         yield guess(said, _TABLES, fn)
 

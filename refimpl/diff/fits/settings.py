@@ -10,10 +10,16 @@ import numpy as np
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..corpus.norms import NORMS
 from .evidence import Evidence, guess
 from .words import rounded
 
-_WORDS = {"k": "experts a token", "topk_group": "groups are kept", "best": "experts a group count for its score"}
+_WORDS = {
+    "k": "experts chosen by every token",
+    "topk_group": "groups kept",
+    "best": "experts of a group that count for its score",
+}
+_NORMS = (*NORMS, "mla.q_a_norm", "mla.c_kv")
 _MORE = 4
 """Up to how many more experts, or best of a group, are tried."""
 
@@ -31,7 +37,8 @@ def eps(ev: Evidence) -> Iterator[Mutant]:
     good = np.isfinite(each) & np.isfinite(weight)
     value = float((each * weight)[good].sum() / weight[good].sum()) if good.any() else 0.0
     for v in rounded(value) if value > 0 else ():
-        yield guess(f"the norms' eps is {v:g}", here, changed(here, eps=v))
+        every = {name: changed(name, eps=v) for name in _NORMS}
+        yield guess(f"the norms' eps is {v:g}", here, every.pop(here), every)
 
 
 def changed(name: str, **settings: Any) -> Callable[..., Any]:
@@ -44,14 +51,13 @@ def counts(ev: Evidence) -> Iterator[Mutant]:
     for call in {c.stage: c for c in ev.region}.values():
         for key in _WORDS.keys() & call.static.keys():
             for n in _values(ev, call, key):
-                also = {"router.weights": _with_slots(n)} if key == "k" else {}
-                yield guess(_said(key, n, call.static[key]), call.stage, changed(call.stage, **{key: n}), also)
+                yield guess(_said(key, n, call.static[key]), call.stage, changed(call.stage, **{key: n}))
         if call.stage in ("router.group_scores", "router.ids"):
             yield from _groups(ev, call)
 
 
 def _said(key: str, n: int, meant: int) -> str:
-    return f"{n} {_WORDS[key]} instead of {meant}"
+    return f"{_WORDS[key]}: {n} instead of {meant}"
 
 
 def _values(ev: Evidence, call: Call, key: str) -> list[int]:
@@ -61,10 +67,6 @@ def _values(ev: Evidence, call: Call, key: str) -> list[int]:
         return [ev.recorded.odd[call.tap].shape[-1]]
     most = c.n_group if key == "topk_group" else meant + _MORE
     return sorted([n for n in range(1, most + 1) if n != meant], key=lambda n: (abs(n - meant), n))
-
-
-def _with_slots(n: int) -> Callable[..., Any]:
-    return STAGES["router.weights"].fn
 
 
 def _groups(ev: Evidence, call: Call) -> Iterator[Mutant]:

@@ -17,7 +17,7 @@ from .evidence import Evidence, guess, near, short
 from .words import DIGITS, likely, rounded
 
 _SUMS = ("resid", "resid_mid", "moe.out")
-_SCORES = ("mla.scores", "mla.scores_absorbed")
+SCORES = ("mla.scores", "mla.scores_absorbed")
 Weighing = Callable[[list[Any], Array], list[Any]]
 """The arguments of a stage that is a sum, with its parts multiplied by numbers."""
 
@@ -35,8 +35,10 @@ def parts_of(ev: Evidence) -> Parts | None:
     args, name = ev.args, ev.call.stage
     if name in _SUMS and all(isinstance(a, np.ndarray) for a in args):
         return Parts([short(n) for n in ev.call.args], lambda args, c: [a * k for a, k in zip(args, c, strict=True)])
-    if name in _SCORES:
-        return Parts(["q k of latents" if "absorbed" in name else "q k of nope channels", "q k of rotated ones"], _scores)
+    if name in SCORES:
+        return Parts(
+            ["q k of latents" if "absorbed" in name else "q k of nope channels", "q k of rotated ones"], _scores
+        )
     if name == "moe.routed" and args[2] is not None:
         return Parts([f"slot {k}" for k in range(args[2].shape[-1])], lambda a, c: [a[0], a[1], a[2] * c])
     return None
@@ -50,19 +52,20 @@ def factor(ev: Evidence) -> Iterator[Mutant]:
     """The output times a number."""
     if not ev.whole or ev.call.of.compare in ("exact", "set"):
         return
-    (k,) = _solved([ev.e], ev.x)
+    (k,) = solved([ev.e], ev.x)
     if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit):
         return
     name = ev.call.stage
     for value, said in likely(k, ev.config):
-        if name in _SCORES:
-            yield guess(f"the softmax scale is {said} times what it should be", name, _setting(name, "scale", value))
+        if name in SCORES:
+            yield guess(f"the softmax scale is {said} times what it should be", name, scaled(name, value))
         else:
             yield guess(f"{ev.call.of.tap} is {said} times what it should be", name, _times(name, value))
 
 
-def _setting(name: str, key: str, by: float) -> Callable[..., Any]:
-    return lambda *args, **static: STAGES[name].fn(*args, **static | {key: static[key] * by})
+def scaled(name: str, by: float) -> Callable[..., Any]:
+    """A stage of scores with so many times its scale."""
+    return lambda *args, scale, **static: STAGES[name].fn(*args, scale=scale * by, **static)
 
 
 def _times(name: str, by: float) -> Callable[..., Any]:
@@ -77,8 +80,12 @@ def weighed(ev: Evidence) -> Iterator[Mutant]:
     n = len(parts.names)
     with np.errstate(all="ignore"):
         each = [STAGES[name].fn(*parts.weigh(ev.args, one), **ev.call.static) for one in np.eye(n)]
-        numbers = _solved(each, ev.x)
+        numbers = solved(each, ev.x)
     for c in _few_digits(numbers):
+        odd = [ev.calls[t] for t, k in zip(ev.call.args, c, strict=False) if k != 1 and t in ev.finding.region]
+        if name in _SUMS and len(odd) == 1 and (c != 1).sum() == 1:  # a part that was not recorded
+            (k,) = c[c != 1]
+            yield guess(f"{odd[0].of.tap} is {k:g} times what it should be", odd[0].stage, _times(odd[0].stage, k))
         if len(set(c.tolist())) > 1:
             yield guess(f"{ev.call.of.tap} {_sum_in_words(parts.names, c)}", name, _weighed(name, parts.weigh, c))
 
@@ -94,7 +101,7 @@ def with_others(ev: Evidence) -> Iterator[Mutant]:
     own = [short(n) for n in ev.call.args]
     one = f"{ev.call.of.tap} is"
     for called, z in others(ev):
-        c = _solved([*ev.args, z], ev.x)
+        c = solved([*ev.args, z], ev.x)
         if np.abs(c[-1]) > 1e-3 and near(ev.x, sum(k * a for k, a in zip(c, [*ev.args, z], strict=True)), ev.limit):
             for k in _few_digits(c):
                 yield guess(f"{one} {_terms([*own, called], k)}", ev.call.stage, _with(z, k))
@@ -110,9 +117,9 @@ def others(ev: Evidence) -> Iterator[tuple[str, Array]]:
     before = stream_before(ev, unit)
     mine = [t for t in ev.recorded.taps if t.rpartition("/")[0] == unit and t != tap and t not in ev.call.args]
     for t in [*([before] if before and before not in ev.call.args else []), *mine]:
-        z = ev.recorded.taps.get(t)
-        if z is not None and z.shape == ev.e.shape and z.dtype.kind not in "iub":
-            yield ("the stream before attention" if t == before else short(t)), np.asarray(z, np.float64)
+        z = ev.held(t)
+        if z is not None and z.shape == ev.e.shape:
+            yield ("the stream before attention" if t == before else short(t)), z
 
 
 def stream_before(ev: Evidence, unit: str) -> str:
@@ -121,7 +128,7 @@ def stream_before(ev: Evidence, unit: str) -> str:
     return str(norm.args[0]) if norm is not None else ""
 
 
-def _solved(parts: list[Array], x: Array) -> Array:
+def solved(parts: list[Array], x: Array) -> Array:
     """Least squares: the numbers c with sum c_i part_i = x, rows alike."""
     finite = np.isfinite(x) & np.all([np.isfinite(p) for p in parts], axis=0)
     a = np.stack([p[finite] for p in parts], axis=-1)
@@ -153,14 +160,17 @@ def _sum_in_words(names: list[str], c: Array) -> str:
 
 
 def _terms(names: list[str], c: Array) -> str:
-    """`a + 0.5 x b`."""
-    terms = [name if k == 1 else f"{k:g} x {name}" for name, k in zip(names, c, strict=True) if k]
-    return " + ".join(terms) or "0"
+    """`a + 0.5 x b - c`."""
+    terms = [(name if abs(k) == 1 else f"{abs(k):g} x {name}", k < 0) for name, k in zip(names, c, strict=True) if k]
+    signs = [" - " if negative else " + " for _, negative in terms]
+    return (
+        "".join([sign + term for sign, (term, _) in zip(signs, terms, strict=True)]).removeprefix(" + ").strip() or "0"
+    )
 
 
 def capped(ev: Evidence) -> Iterator[Mutant]:
     """The output squeezed between -c and c: c tanh(y / c)."""
-    if not ev.whole or ev.call.stage not in ("logits", *_SCORES):
+    if not ev.whole or ev.call.stage not in ("logits", *SCORES):
         return
     finite = np.isfinite(ev.x) & np.isfinite(ev.e)
     x, e, name = ev.x[finite], ev.e[finite], ev.call.stage
@@ -182,9 +192,9 @@ def _capped(name: str, c: float) -> Callable[..., Any]:
     return fn
 
 
-def least(far: Callable[[float], float], low: float, high: float) -> float:
+def least(far: Callable[[float], float], low: float, high: float, turns: int = 60) -> float:
     """Where between two numbers a function that has one minimum is smallest: the golden section."""
-    for _ in range(60):
+    for _ in range(turns):
         a, b = high - 0.618 * (high - low), low + 0.618 * (high - low)
         low, high = (low, b) if far(a) < far(b) else (a, high)
     return (low + high) / 2

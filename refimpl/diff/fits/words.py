@@ -26,7 +26,7 @@ def order_in_words(order: Array, what: str) -> str:
         return f"{what} {moved[0]} and {moved[1]} are exchanged"
     low, high = int(moved[0]), int(moved[-1]) + 1
     for first, end in ((0, n), (low, high), (low - 1, high), (low, high + 1), (low - 1, high + 1)):
-        if 0 <= first and end <= n and (said := _pattern(order[first:end] - first, what, first)):
+        if first >= 0 and end <= n and (said := _pattern(order[first:end] - first, what, first)):
             return said if (first, end) == (0, n) else f"of {what} {first}-{end - 1}, {said}"
     return f"{what} are {'in the order' if len(set(order.tolist())) == n else 'taken from'} {listed(order)}"
 
