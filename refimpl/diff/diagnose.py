@@ -1,7 +1,7 @@
 """Naming the mistake: known bugs, each a changed stage, re-run on the candidate's own inputs until one gives its output.
 
 A mutant is tried at every tap whose region holds its stage, and counts only if it reproduces all of them. What none of them gives
-is fitted (`fits`): an order, a factor, a setting. What fits nowhere is said to fit nowhere: the catalogue is closed, the world is not.
+is fitted (`fits`): an order, a factor, a setting. What fits nowhere is said to fit nowhere: the catalogue is closed, the world not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Tried = list[tuple[Mutant, "Diagnosis"]]
 @dataclass(frozen=True)
 class Diagnosis:
     """One cause: `id` of the corpus ("" for a dtype, and for what was fitted), what it is in a sentence, threads, the taps it
-    explains, the `regime` in which it shows; `rivals`, further mistakes that explain the taps as well, and whether they are the `same` numbers on this case.
+    explains, the `regime` in which it shows; `rivals`, further mistakes that explain the taps as well, and whether they are the
+    `same` numbers on this case.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""A hypothesis re-run: a mistake in its stage's place, on the candidate's own inputs, and whether it gives the candidate's output."""
+"""A hypothesis re-run: a mistake in its stage's place, on the candidate's own inputs, whether it gives what the candidate has."""
 
 from __future__ import annotations
 

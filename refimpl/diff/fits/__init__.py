@@ -1,7 +1,7 @@
 """Fits: what no known mistake gives, told by numbers: an order, a shift, a factor, a setting, another array in an argument's place.
 
-Each looks at a blamed tap, says what was done to it, and counts only if the stage with that done to it gives the candidate's output,
-as for any known mistake, at every tap that was computed through the same call. Of fits that do, those with the least freedom are told.
+Each looks at a blamed tap, says what was done to it, and counts only if the stage with that done to it gives the candidate's
+output, as for any known mistake, at every tap that was computed through the same call. Those with the least freedom are told.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from refimpl.layers.config import Config
 from refimpl.layers.stage import Call
 
 from ..compare import Finding
 from ..corpus import Mutant
 from ..fp8_rules import RULES
-from ..hypothesis import REFUSED, reproduces
+from ..hypothesis import REFUSED, reproduces, rerun
 from ..lanes import Recorded
 from . import added, exchanged, masks, mixture, moved, rearranged, rotary, settings, sums
-from .evidence import Evidence, Fit
+from .evidence import Evidence, Fit, finite
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
     (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.taps, masks.window),
@@ -39,6 +41,8 @@ CHOICES: tuple[Fit, ...] = (
 """Those whose guesses are different things; of the others', which are one thing to more and more digits, the first is enough."""
 CLEAR = 4.0
 """Times what is allowed by which a tap must be off: of less, too many things make it right."""
+AS_NEAR = 1.5
+"""Times the distance of the nearest at which a number of fewer digits is as good."""
 GIVEN_UP = 2
 """Taps of the same stages after which the others of them are left alone."""
 
@@ -106,15 +110,16 @@ def _of(ev: Evidence, s: Seen) -> Iterator[Mutant]:
 
 
 def _fitting(fit: Fit, ev: Evidence, s: Seen) -> list[Mutant]:
-    """The guesses of a fit that reproduce the tap, the first one if that is enough."""
+    """The guesses of a fit that reproduce the tap; of one thing to more and more digits that of the fewest that is about as near as
+    any.
+    """
     found = list[Mutant]()
     with contextlib.suppress(*REFUSED):
-        for m in fit(ev):
-            if s.reproduces(m, ev.finding) and s.holds(m, ev.finding):
-                found.append(m)
-                if fit not in CHOICES:
-                    break
-    return found
+        found += (m for m in fit(ev) if s.reproduces(m, ev.finding) and s.holds(m, ev.finding))
+    if fit in CHOICES or len(found) < 2 or not ev.whole:
+        return found if fit in CHOICES else found[:1]
+    far = [float(np.linalg.norm(finite(rerun(ev.region, ev.recorded, m) - ev.x))) for m in found]
+    return [next(m for m, d in zip(found, far, strict=True) if d <= AS_NEAR * min(far))]
 
 
 __all__ = ["CHOICES", "TIERS", "Seen", "fitted"]

@@ -126,6 +126,11 @@ def near(x: Array, y: Array, limit: float) -> bool:
     return bool(len(a)) and float(np.linalg.norm(a - b)) <= limit * float(np.linalg.norm(b))
 
 
+def finite(x: Array) -> Array:
+    """x, with 0 where it is no number."""
+    return np.where(np.isfinite(x), x, 0)
+
+
 def short(name: Any) -> str:
     """A tap without its phase and layer; what a layer reads is the stream, whichever tap it comes from."""
     last = str(name).rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Entries of an axis in another order: tokens one late, heads reversed, v before k, two experts exchanged. Each is found by value."""
+"""Entries of an axis in another order: tokens one late, heads reversed, v before k, two experts exchanged, found by value."""
 
 from __future__ import annotations
 

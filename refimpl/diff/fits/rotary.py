@@ -1,7 +1,7 @@
 """What rotary tables say of how they were made: another theta, other settings of YaRN, positions that are off or stretched.
 
-A table, or what q's and k's channels were turned by, is an angle f p of every frequency f and position p. From one token to the next
-it grows by f, which no choice of the first position changes; by how much all angles are off tells the positions.
+A table, or what q's and k's channels were turned by, is an angle f p of every frequency f and position p. From one token to the
+next it grows by f, which no choice of the first position changes; by how much all angles are off tells the positions.
 """
 
 from __future__ import annotations
