@@ -96,8 +96,8 @@ def fitted(rest: Iterable[Finding], s: Seen) -> Iterator[tuple[Finding, Mutant]]
 
 
 def _clear(f: Finding) -> bool:
-    """Whether it is far beyond what is allowed."""
-    return f.error >= CLEAR * f.allowed or f.lean >= CLEAR * f.upright > 0
+    """Whether it is far beyond what is allowed, or all of it leans, computed from what was recorded."""
+    return f.error >= CLEAR * f.allowed or (len(f.region) == 1 and f.lean >= CLEAR * f.upright > 0)
 
 
 def _of(ev: Evidence, s: Seen) -> Iterator[Mutant]:

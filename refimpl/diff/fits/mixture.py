@@ -48,7 +48,9 @@ def dropped(ev: Evidence) -> Iterator[Mutant]:
 def _capacity(ids: Array, kept: Array) -> int:
     """How many of an expert's slots, in order, are kept; 0 if it is no such number."""
     flat, keeps = ids.ravel(), kept.ravel()
-    rank = np.array([(flat[:i] == e).sum() for i, e in enumerate(flat)])
+    order, rank = np.argsort(flat, kind="stable"), np.empty(flat.size, int)
+    starts = np.flatnonzero(np.diff(flat[order], prepend=-1))
+    rank[order] = np.arange(flat.size) - np.repeat(starts, np.diff(starts, append=flat.size))  # among its expert's
     most = int(rank[keeps].max(initial=-1)) + 1
     return most if (keeps == (rank < most)).all() else 0
 
