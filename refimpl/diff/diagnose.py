@@ -25,7 +25,7 @@ from .narrow import narrower
 from .padding import filled
 from .program import regions
 from .rivals import nearest
-from .tolerance import distance
+from .tolerance import allowed, allowed_lean, distance
 
 Tried = list[tuple[Mutant, "Diagnosis"]]
 """Mistakes that reproduce something, each with what it explains."""
@@ -85,8 +85,12 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
 
 def _odd(program: list[Call], r: Recorded, findings: list[Finding]) -> list[Finding]:
     """Findings on what has another shape than it should have, as on any other tap."""
-    inside = regions(program, r.taps, r.odd)
-    return [replace(f, region=inside[f.tap]) for f in findings if f.tap in r.odd]
+    inside, found = regions(program, r.taps, r.odd), list[Finding]()
+    for f in [f for f in findings if f.tap in r.odd]:
+        unit = r.noise.unit(f.tap)
+        limits = allowed(f.stage, unit, 0.0), allowed_lean([f.stage], unit, 0.0)
+        found.append(replace(f, region=inside[f.tap], allowed=limits[0], upright=limits[1]))
+    return found
 
 
 def _unnamed(blamed: list[Finding], found: list[Diagnosis]) -> list[Finding]:

@@ -29,7 +29,7 @@ class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
     roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was
-    recorded, and of which entries; what is `odd`, chosen by another number of experts or groups than there should be. Of wide taps
+    recorded, and of which entries; what is `odd`, of another number of experts or groups than there should be. Of wide taps
     that were compared: those that are `sound`, and of their blocks, where the keys end that are seen (`wide`).
     """
 

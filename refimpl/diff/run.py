@@ -42,8 +42,8 @@ from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
 
-CHOSEN = ("router.ids", "router.groups")
-"""Taps of which a wrong number is told."""
+CHOSEN = ("router.ids", "router.groups", "router.group_scores")
+"""Taps of which it is told that there are too many, or too few."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is in no catalogue and named all the same: orders, shifts, factors, settings, other arrays read, each fitted and replayed."""
+"""What is in no catalogue and named all the same: orders, shifts, factors, settings, other arrays read, fitted and replayed."""
 
 import dataclasses
 import fnmatch
@@ -20,9 +20,18 @@ from .test_diff_partial import case, recording
 FN = {name: stage.fn for name, stage in STAGES.items()}
 NOPE = 12
 ENGINE = (
-    "attn_norm ffn_norm final_norm mla.q mla.c_kv mla.q_rope mla.k_rope mla.ctx attn_out resid_mid resid router.logits "
-    "router.weights router.ids moe.routed moe.shared ffn_out logits"
-).split()
+    "attn_norm",
+    "ffn_norm",
+    "final_norm",
+    "mla.q",
+    "mla.c_kv",
+    "mla.q_rope",
+    "mla.k_rope",
+    "mla.ctx",
+    "attn_out",
+    "resid_mid",
+)
+ENGINE += ("resid", "router.logits", "router.weights", "router.ids", "moe.routed", "moe.shared", "ffn_out", "logits")
 
 
 class Reading:
