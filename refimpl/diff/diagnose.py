@@ -77,8 +77,7 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
         tried += [(m, Diagnosis(m.id, m.title, m.threads, (f.tap,))) for f, m in fits]
         found = _best(tried, blamed, calls, r)
     rest = [f for f in _unnamed(blamed, found) if f.tap in held]
-    if dtype := narrower(rest, calls, r):
-        title = f"these taps conform if they are computed in {dtype}: declare it if that is meant"
+    if title := narrower(rest, calls, r):
         found.append(Diagnosis("", title, (), tuple([f.tap for f in rest])))
     return sorted(found, key=lambda d: -len(d.taps))
 
