@@ -74,10 +74,10 @@ def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
 
 
 def outputs(ev: Evidence) -> Iterator[Mutant]:
-    """What a stage gives that was not recorded, in another arrangement."""
-    for call in suspects(ev)[0 if ev.letters[-1] == "K" else 1 :]:
+    """What a stage gives, in another arrangement."""
+    for call in suspects(ev):
         for said, change in changes(call.of.shape.split(), ev):
-            yield guess(f"{call.of.tap} is given with {said}", call.stage, _giving(call.stage, change))
+            yield guess(f"{call.of.tap} has {said}", call.stage, _giving(call.stage, change))
 
 
 def again(ev: Evidence) -> Iterator[Mutant]:
