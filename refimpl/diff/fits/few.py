@@ -22,8 +22,8 @@ _TOKENS = ("S", "T", "S-k")
 
 
 def first_tokens(f: Finding, calls: Mapping[str, Call], r: Recorded) -> Recorded | None:
-    """What a region reads, and its tap, of the first tokens; None where they are few anyhow, or do not stand by themselves: rows that
-    were dispatched, caches, modules that look ahead.
+    """What a region reads, and its tap, of the first tokens; None where they are few anyhow, or do not stand by themselves:
+    dispatched rows, caches, modules that look ahead.
     """
     region = [calls[t] for t in f.region]
     read = {n for c in region for n in names(c.args) if n not in f.region and not n.startswith("w/")}
