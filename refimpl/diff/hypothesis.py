@@ -102,8 +102,8 @@ def _run(calls: Sequence[Call], r: Recorded, m: Mutant | None, lane: Lane) -> Ar
     out = np.zeros(0)
     for call in calls:
         other = with_mistake(m, call) if m else None
-        plain = m is None or other is not call
-        lane.values[call.tap] = out = lane.run(other or call, r, None if plain else bound(m, call, lane, r))
+        fn = bound(m, call, lane, r) if m and other is call else None
+        lane.values[call.tap] = out = lane.run(other or call, r, fn)
         if call.tap in r.partial and call is not calls[-1]:
             lane.overlay(call, r)
     return out

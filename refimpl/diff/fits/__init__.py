@@ -115,11 +115,16 @@ def _fitting(fit: Fit, ev: Evidence, s: Seen) -> list[Mutant]:
     """
     found = list[Mutant]()
     with contextlib.suppress(*REFUSED):
-        found += (m for m in fit(ev) if s.reproduces(m, ev.finding) and s.holds(m, ev.finding))
+        found += (m for m in fit(ev) if _likely(m, ev) and s.reproduces(m, ev.finding) and s.holds(m, ev.finding))
     if fit in CHOICES or len(found) < 2 or not ev.whole:
         return found if fit in CHOICES else found[:1]
     far = [float(np.linalg.norm(finite(rerun(ev.region, ev.recorded, m) - ev.x))) for m in found]
     return [next(m for m, d in zip(found, far, strict=True) if d <= AS_NEAR * min(far))]
+
+
+def _likely(m: Mutant, ev: Evidence) -> bool:
+    """Whether a guess reproduces the first tokens."""
+    return ev.few is ev.recorded or bool(reproduces(m, ev.finding, ev.calls, ev.few))
 
 
 __all__ = ["CHOICES", "TIERS", "Seen", "fitted"]

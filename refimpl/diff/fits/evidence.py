@@ -21,6 +21,7 @@ from ..lanes import Recorded
 from ..padding import filled
 from ..program import names
 from ..tolerance import row_errors
+from .few import first_tokens
 
 SLACK = 4.0
 """A guess from a tap is followed up if it is this near, in what the tap is allowed; whether it is near enough the replay says."""
@@ -76,6 +77,11 @@ class Evidence:
         f, r = self.finding, self.recorded
         x = by_rank(theirs(f.tap, r), self.e) if f.tap in r.withdrawn else theirs(f.tap, r)
         return np.asarray(filled(self.call, x, self.e, r.padding), np.float64)
+
+    @cached_property
+    def few(self) -> Recorded:
+        """What was recorded of the first tokens, where that is less, and enough to go by."""
+        return first_tokens(self.finding, self.calls, self.recorded) or self.recorded
 
     @property
     def whole(self) -> bool:

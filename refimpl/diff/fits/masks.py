@@ -12,7 +12,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
-from ..hypothesis import rerun
+from ..hypothesis import rerun, theirs
 from ..tolerance import row_errors
 from ..wide import MASKED
 from .evidence import Evidence, guess
@@ -59,11 +59,11 @@ def scale(ev: Evidence) -> Iterator[Mutant]:
     call = next((c for c in ev.region[:-1] if c.stage in SCORES), None)
     if call is None or not ev.whole:
         return
-    name = call.stage
+    name, x = call.stage, np.asarray(theirs(ev.call.tap, ev.few), np.float64)
 
     def far(exponent: float) -> float:
-        ours = rerun(ev.region, ev.recorded, guess("", name, scaled(name, math.exp(exponent))))
-        return float(np.linalg.norm(ours - ev.x))
+        ours = rerun(ev.region, ev.few, guess("", name, scaled(name, math.exp(exponent))))
+        return float(np.linalg.norm(ours - x))
 
     best = min(np.linspace(-WIDEST, WIDEST, 2 * STEPS + 1), key=far)
     for k, said in likely(math.exp(least(far, best - WIDEST / STEPS, best + WIDEST / STEPS, TURNS)), ev.config):

@@ -5,6 +5,7 @@ transposed, weights sorted. There are few, so each is tried.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,14 @@ def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
     axis = next((a for a, letter in enumerate(axes) if letter in ("S", "T", "S-k")), None)
     for by in (1, -1) if axis is not None and axes[-1] != "T" else ():
         for edge in EDGES:
-            yield late_in_words(by, edge), lambda x, by=by, edge=edge: late(x, axis, by, edge)
+            yield late_in_words(by, edge), partial(late, axis=axis or 0, by=by, edge=edge)
 
 
 def outputs(ev: Evidence) -> Iterator[Mutant]:
-    """What a stage gives that was not recorded, in another arrangement."""
-    for call in suspects(ev)[0 if ev.letters[-1] == "K" else 1 :]:
+    """What a stage gives, in another arrangement."""
+    for call in suspects(ev):
         for said, change in changes(call.of.shape.split(), ev):
-            yield guess(f"{call.of.tap} is given with {said}", call.stage, _giving(call.stage, change))
+            yield guess(f"{call.of.tap} has {said}", call.stage, _giving(call.stage, change))
 
 
 def again(ev: Evidence) -> Iterator[Mutant]:
@@ -150,8 +151,8 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
     if list(axes[-2:-1]) == ["H"]:
         yield "heads and channels laid out the other way round", _exchanged(-2, -1)
         for n in _cuts(axes[-1], ev):
-            yield f"the first {n} channels of all heads before the others of all", lambda x, n=n: _parts(x, n)
-            yield f"heads cut as if the first {n} channels of all stood before", lambda x, n=n: _parted(x, n)
+            yield f"the first {n} channels of all heads before the others of all", partial(_parts, n=n)
+            yield f"heads cut as if the first {n} channels of all stood before", partial(_parted, n=n)
     if list(axes[1:3]) in (["S", "H"], ["T", "H"]):
         yield "heads and tokens laid out the other way round", _exchanged(1, 2)
     if axes[-1:] == ["K"]:
@@ -160,7 +161,7 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its slots in reverse order", lambda x: x[..., ::-1]
     elif axes and axes[-1] not in ("S", "T"):
         for n in _cuts(axes[-1], ev):
-            yield f"its first {n} channels behind the others", lambda x, n=n: np.roll(x, -n, axis=-1)
+            yield f"its first {n} channels behind the others", partial(np.roll, shift=-n, axis=-1)
         yield "its halves exchanged", _halves
         yield "its halves in pairs", _paired
         yield "its pairs in halves", _split

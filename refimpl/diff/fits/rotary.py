@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def frequencies(ev: Evidence) -> Iterator[Mutant]:
     stretch = float(step @ right / (right @ right))
     for v in rounded(stretch) if np.linalg.norm(step - stretch * right) < 1e-2 * np.linalg.norm(step) else ():
         if v != 1:
-            yield guess(f"positions are multiplied by {v:g}", _TABLES, _at_positions(lambda p, v=v: p * v))
+            yield guess(f"positions are multiplied by {v:g}", _TABLES, _at_positions(partial(np.multiply, v)))
     guesses = list[tuple[int, str, Callable[..., Any]]]()
     for key, meant, freq_of, made in _choices(call):
         unsure = "" if key in ("theta", "factor") else ", or another that gives the same frequencies"
@@ -140,13 +141,20 @@ def _choices(call: Call) -> Iterator[Choice]:
         lambda v: lambda p, **static: fn(p, **static | {"theta": v}),
     )
     for name in [f.name for f in fields(RopeScaling) if not f.name.startswith("mscale")] if yarn else ():
-        other = lambda v, name=name: replace(yarn, **{name: v})  # noqa: E731
-        yield (
-            name,
-            float(getattr(yarn, name)),
-            lambda v, other=other: inv_freq.__wrapped__(dim, theta, other(v)),
-            lambda v, other=other: lambda p, **static: fn(p, **static | {"yarn": other(v)}),
-        )
+        yield _of_yarn(name, yarn, dim, theta)
+
+
+def _of_yarn(name: str, yarn: RopeScaling, dim: int, theta: float) -> Choice:
+    def other(v: float) -> RopeScaling:
+        changed: dict[str, Any] = {name: v}
+        return replace(yarn, **changed)
+
+    return (
+        name,
+        float(getattr(yarn, name)),
+        lambda v: inv_freq.__wrapped__(dim, theta, other(v)),
+        lambda v: lambda p, **static: STAGES[_TABLES].fn(p, **static | {"yarn": other(v)}),
+    )
 
 
 def _best(step: Array, freq_of: Callable[[float], Array], meant: float) -> float:
