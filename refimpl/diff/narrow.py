@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from refimpl.layers.stage import STAGES, Call
 from .compare import Finding
 from .corpus import Mutant
 from .fp8_rules import RULES
-from .hypothesis import given, rerun, seen, theirs
+from .hypothesis import REFUSED, given, rerun, seen, theirs
 from .lanes import Lane, Recorded
 from .padding import filled
 from .tolerance import TWINS, UNIT, Noise, allowed, distance, row_errors
@@ -64,7 +65,7 @@ def _found(blamed: list[Finding], calls: Mapping[str, Call], r: Recorded) -> tup
     def like(dtype: str, stage: str) -> float:
         return min(_like(dtype, stage, f, regions[f.tap], off[f.tap], r) for f in blamed)
 
-    common = set.intersection(*[{c.stage for c in region} for region in regions.values()])
+    common = set.intersection(*[{c.stage for c in region if c.stage in STAGES} for region in regions.values()])
     few = common if max(map(len, regions.values())) <= _SHORT else ()
     for stages, least in (([""], LIKE), (sorted(few), ALONE)):
         found = {(d, stage): like(d, stage) for d in wide for stage in stages}
@@ -98,23 +99,25 @@ def _like(dtype: str, stage: str, f: Finding, region: list[Call], off: Array, r:
         return 1.0
     _, e = given(region, r)
     for reads, gives in _WAYS:
-        narrow = {c.stage: _rounding(c.stage, dtype, reads, gives) for c in region if stage in ("", c.stage)}
-        first = next(iter(narrow))
-        with np.errstate(all="ignore"):
+        narrow = {c.stage: _rounding(c.of.fn, dtype, reads, gives) for c in region if stage in ("", c.stage)}
+        first, ours = next(iter(narrow)), np.zeros(())
+        with np.errstate(all="ignore"), contextlib.suppress(*REFUSED):
             ours = rerun(region, r, Mutant("", "", first, narrow[first], also=narrow)) - e
+        if ours.shape != off.shape or ours.dtype.kind != "f":  # a gradient, which is made of what lies on the tape
+            continue
         both = np.isfinite(ours) & np.isfinite(off)
         a, b = ours[both], off[both]
         best = max(best, float(a @ b) / max(float(np.sqrt((a @ a) * (b @ b))), np.finfo(float).tiny))
     return best
 
 
-def _rounding(name: str, dtype: str, reads: bool, gives: bool) -> Callable[..., Any]:
+def _rounding(fn: Callable[..., Any], dtype: str, reads: bool, gives: bool) -> Callable[..., Any]:
     """The stage, with what it reads or gives rounded."""
 
     def held(a: Any, narrow: bool) -> Any:
         return _ROUND[dtype](a) if narrow and isinstance(a, np.ndarray) and a.dtype.kind == "f" else a
 
-    return lambda *args, **static: held(STAGES[name].fn(*[held(a, reads) for a in args], **static), gives)
+    return lambda *args, **static: held(fn(*[held(a, reads) for a in args], **static), gives)
 
 
 _ROUND: Mapping[str, Callable[[Array], Array]] = {
