@@ -175,6 +175,16 @@ TABLE = {
         Patch("moe.routed", lambda d, ids, w: FN["moe.routed"](d, ids, -np.sort(-w, -1))),
         "moe.routed reads router.weights with the largest slot first",
     ),
+    "ids sorted": (
+        Patch("router.weights", lambda s, ids, **k: FN["router.weights"](s, np.sort(ids, -1), **k)),
+        "router.weights reads router.ids with the smallest slot first",
+    ),
+    "weights mixed": (
+        Patch(
+            "router.weights", lambda *a, **k: np.random.default_rng(5).permuted(FN["router.weights"](*a, **k), axis=-1)
+        ),
+        "each token's routing weights are right, and in another order than its experts",
+    ),
     "an expert less": (
         Patch("router.ids", lambda a, kept, *, k, **s: FN["router.ids"](a, kept, k=k - 1, **s)),
         "experts chosen by every token: 3 instead of 4",

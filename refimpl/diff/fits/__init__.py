@@ -28,7 +28,7 @@ TIERS: tuple[tuple[Fit, ...], ...] = (
     (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.taps, masks.window),
     (moved.permuted, exchanged.experts, mixture.experts, added.bias, rotary.positions, rotary.frequencies, sums.factor),
     (rearranged.arguments, rearranged.outputs, rearranged.again),
-    (sums.weighed, sums.with_others, sums.capped, rearranged.tokens, masks.scale, mixture.dropped),
+    (sums.weighed, sums.with_others, sums.capped, rearranged.tokens, masks.scale, mixture.dropped, moved.scrambled),
 )
 """Those that leave least open first; what one of a row finds, no later row is asked for."""
 CHOICES: tuple[Fit, ...] = (

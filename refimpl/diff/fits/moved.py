@@ -11,6 +11,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
+from ..gauges import by_rank
 from .evidence import Evidence, guess, near
 from .words import order_in_words
 
@@ -78,6 +79,19 @@ def permuted(ev: Evidence) -> Iterator[Mutant]:
             split = ev.config.qk_nope_head_dim if "+" in ev.letters[-1] else 0
             words = _all_parts(order, ev.e.shape[-2:], split) or order_in_words(order, "rows of all heads")
             yield guess(f"{ev.call.of.tap}: {words}", name, _ordered(name, order, -1, flat=True))
+
+
+def scrambled(ev: Evidence) -> Iterator[Mutant]:
+    """Every token's routing weights in another order than its ids, in none that is the same for all."""
+    if ev.call.stage != "router.weights" or not ev.whole or not near(by_rank(ev.x, ev.e), ev.e, ev.limit):
+        return
+    ranks = np.argsort(np.argsort(-ev.x, axis=-1, kind="stable"), axis=-1, kind="stable")
+
+    def fn(*args: Any, **static: Any) -> Array:
+        falling = -np.sort(-STAGES["router.weights"].fn(*args, **static), axis=-1)
+        return np.take_along_axis(falling, ranks, axis=-1)
+
+    yield guess("each token's routing weights are right, and in another order than its experts", "router.weights", fn)
 
 
 def _all_parts(order: Array, shape: tuple[int, ...], split: int) -> str:
