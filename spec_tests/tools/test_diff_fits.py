@@ -339,6 +339,12 @@ def test_a_fit_leaves_right_taps_right():
     assert said == "q is rotated by positions that are 2 too large"
 
 
+def test_a_number_has_the_digits_that_the_taps_tell():
+    """Catches 12000 for a theta of 12345: behind a rotation in bfloat16 that is within what is allowed, but 12300 is nearer."""
+    patch, _ = TABLE["odd theta"]
+    assert titles(judged(patch, "bf16", [f"*/{t}" for t in ENGINE])) == ["RoPE's theta is 12300"]
+
+
 def noise(y):
     return (y * (1 + 0.2 * np.random.default_rng(y.size).normal(size=y.shape))).astype(y.dtype)
 
