@@ -1,4 +1,4 @@
-"""What counts as a cause: a dtype whose roundings are the errors, to the sign; a mistake that moves a tap as the candidate moved it."""
+"""What counts as a cause: a dtype whose roundings are the errors, to the sign; a mistake that moves a tap as the candidate did."""
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +54,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [*list(SMALL)[:2], *[pytest.param(n, marks=pytest.mark.slow) for n in list(SMALL)[2:]]]
+)
 def test_a_mistake_as_small_as_a_dtypes_roundings_is_not_that_dtype(name):
     """Catches "these taps conform if they are computed in bfloat16" of what no dtype does: whoever declares it hides the bug."""
     patches, taps = SMALL[name]
@@ -76,16 +78,16 @@ def test_numbers_of_eight_bits_are_told_as_such():
     coarse = changed("mla.ctx", lambda y: y.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
     (d,) = causes(coarse, HOOKS)
     assert d.title.startswith("every number of these taps is a float8_e4m3fn")
-    assert not any("float8" in d.title for d in causes(changed("mla.ctx", np.zeros_like), HOOKS))
+    other = changed("mla.ctx", lambda y: np.sin(9 * y).astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert not any("float8" in d.title for d in causes(other, HOOKS))
 
 
-@pytest.mark.parametrize("taps", [STREAM, ("/logits",)])
-def test_what_is_near_enough_in_bfloat16_is_not_named_for_that(taps):
-    """Catches even weights told as a norm without its gain: logits lean a little too far, and any mistake that nudges them makes
-    that right, where half their size is allowed.
+@pytest.mark.parametrize("stage, by", [("attn_out", 1.1), ("moe.shared", 1.03), ("shared.up", 0.97)])
+def test_what_is_near_enough_in_bfloat16_is_not_named_for_that(stage, by):
+    """Catches attention that is 10 % too large told as "tanh GELU instead of SiLU": where a long region is allowed several percent,
+    any mistake that nudges it back makes it right.
     """
-    patches, _ = SMALL["even weights"]
-    assert causes(patches, taps, "bf16") == []
+    assert not [d.title for d in causes(changed(stage, lambda y: y * np.float32(by)), STREAM, "bf16") if d.ids]
 
 
 @pytest.mark.parametrize(
