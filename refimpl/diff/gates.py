@@ -15,6 +15,7 @@ from refimpl.model.phases import in_part
 
 from .case import Case
 from .pages import Pages
+from .program import owner
 from .streamed import narrowed
 from .trace import Header, Trace, digest
 
@@ -122,11 +123,11 @@ def coverage_gate(
     details = tuple(t for t in ours if t not in taps)
     if not seen:
         return Gate("coverage", "?", "nothing to compare: no tap of the trace is one of ours", tuple(unknown))
-    units, told = {t.rpartition("/")[0] for t in ours}, trace.header.slices.get("layers")
+    units, told = {owner(t) for t in ours}, trace.header.slices.get("layers")
     ends = [t for t in ours if t.count("/") == 1 and t.endswith("/logits")][-1:]  # a chunk in the middle needs none
     if told is not None:  # only these were meant to be recorded
         units, ends = {u for u in units if u.partition("/L")[2] in map(str, told)}, []
-    unseen = sorted(units - {t.rpartition("/")[0] for t in seen}) + [t for t in ends if t not in seen]
+    unseen = sorted(units - {owner(t) for t in seen}) + [t for t in ends if t not in seen]
     if unseen:
         return Gate("coverage", "?", f"{text}; nothing of {', '.join(unseen[:4])}", details)
     if absent:

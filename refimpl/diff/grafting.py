@@ -18,8 +18,8 @@ from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from .corpus import Mutant
-from .diagnose import bound
 from .grounds import Grounds
+from .hypothesis import bound
 from .lanes import Lane, Recorded
 from .program import last_use
 

@@ -29,7 +29,8 @@ class Recorded:
     """What the candidate gave: taps in our axes and layout, which stages are replayed on (and which may be corrected or
     withdrawn while the replay goes on); names of further taps that are compared only; inputs, weights, plan and admissible
     roundings; how many `layers` the main model has; which tokens are `padding`; of which taps a `partial` array was recorded, and
-    of which entries; weights whose slots were `placed` by value, so that either of two near ones may be the first. Of wide taps
+    of which entries; weights whose slots were `placed` by value, so that either of two near ones may be the first; what is `odd`,
+    of another number of experts or groups than there should be. Of wide taps
     that were compared: those that are `sound`, and of their blocks, where the keys end that are seen (`wide`).
     """
 
@@ -44,6 +45,7 @@ class Recorded:
     padding: Padding | None = None
     partial: Mapping[str, tuple[Pick, Array]] = field(default_factory=dict)
     placed: set[str] = field(default_factory=set)
+    odd: Mapping[str, Array] = field(default_factory=dict)
     sound: dict[str, Array] = field(default_factory=dict)
     ends: dict[str, dict[Place, int]] = field(default_factory=dict)
 

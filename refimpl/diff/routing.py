@@ -13,6 +13,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 
 from .formats import Notes
+from .program import owner
 from .trace import Trace
 
 ROWS = ("moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down")
@@ -55,8 +56,8 @@ def rows_by_expert(trace: Trace, done: Notes, odd: Collection[str]) -> Iterator[
     rows of which that was known (`done`) stay as they are. With what was done.
     """
     known, rows = done.get(_BY_TOKEN, []), [t for last in ROWS for t in _ending(trace, last)]
-    units = {t.rpartition("/")[0] for t in odd if t in rows}
-    for some in ([t for t in rows if t.rpartition("/")[0] in units], [t for t in rows if t in odd]):
+    units = {owner(t) for t in odd if t in rows}
+    for some in ([t for t in rows if owner(t) in units], [t for t in rows if t in odd]):
         found = {t: by_expert(trace.taps[t], _ids_beside(t, trace, {})) for t in some if t not in known}
         changed = {t: x for t, x in found.items() if x is not None}
         if changed:

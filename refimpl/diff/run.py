@@ -42,6 +42,9 @@ from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
 
+CHOSEN = ("router.ids", "router.groups", "router.group_scores")
+"""Taps of which it is told that there are too many, or too few."""
+
 
 @dataclass
 class Run:
@@ -202,6 +205,7 @@ class Run:
             parts,
             layers=layers,
             partial=some,
+            odd={t: np.asarray(self.trace.taps[t]) for t in a.flawed if t.endswith(CHOSEN) and t in self.trace.taps},
             padding=padding_of(self.case.valid, self.sizes),
         )
 

@@ -72,6 +72,10 @@ def attention():
     s = random(B, H, S, S)
     yield "X25", (s,), {}, np.exp(s) / np.exp(s).sum(axis=2, keepdims=True)
     yield "X20", (p, kv), {"v_dim": V}, np.einsum("bhst,bthd->bshd", p, kv[..., :V])
+    q, k_rope, mask = random(B, S, H, N + R), random(B, S, R), masked(SEEN)
+    dots = np.einsum("bshn,bthn->bhst", q[..., :N], kv[..., V:]) + np.einsum("bshr,btr->bhst", q[..., N:], k_rope)
+    yield "X20b", (q, q[..., N:], kv, k_rope, mask), {"scale": 0.3}, 0.3 * dots + mask
+    yield "X20b/mla.ctx", (p, kv), {"v_dim": V}, np.einsum("bhst,bthd->bshd", p, kv[..., :V])
     yield "X21", (p, kv), {"v_dim": V}, 2 * np.einsum("bhst,bthd->bshd", p, kv[..., N:])
     o, w, q = random(B, S, H, C), random(H, N + V, C), random(B, S, H, N + R)
     value = np.einsum("bshc,hdc->bshd", o, w)

@@ -29,6 +29,12 @@ def _values_first(p: Array, kv: Array, *, v_dim: int) -> Array:
     return out
 
 
+def _keys_last(q: Array, q_rope: Array, kv: Array, *rest: Array, scale: float) -> Array:
+    keys = kv[..., q_rope.shape[-1] - q.shape[-1] :]
+    out: Array = stage("mla.scores")(q, q_rope, keys, *rest, scale=scale)
+    return out
+
+
 def _turned(w: Array, heads: int, first: int) -> Array:
     """The same matrix with a head's rows in another order: those from `first` on, then the others.  w (H (Dn+Dv), C)."""
     rows = w.reshape(heads, -1, w.shape[-1])
@@ -115,6 +121,13 @@ MUTANTS = (
     Mutant("A17g", "the mask lets tokens see padding", "mask", _padding_seen, regime="padding"),
     Mutant("X25", "the softmax runs over the queries", "mla.probs", _over_queries),
     Mutant("X20", "values are taken where keys are, and keys where values are", "mla.ctx", _values_first),
+    Mutant(
+        "X20b",
+        "values are taken where keys are, and keys where values are",
+        "mla.scores",
+        _keys_last,
+        also={"mla.ctx": _values_first},
+    ),
     Mutant(
         "X20-absorbed",
         "values are taken where keys are, and keys where values are",
