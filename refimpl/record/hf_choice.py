@@ -23,15 +23,12 @@ class Choosing:
     def __init__(self, rows: int, experts: int) -> None:
         self._shape = (rows, experts)
         self._held: list[Array] = []
-        self._last: tuple[Array, int] | None = (
-            None  # the input of the last topk over experts, and how many were held then
-        )
+        self._masked: Array | None = None  # the input of the last topk over experts
 
     def see(self, name: str, seen: Seen) -> None:
         """A call: values are copied, since a later one may write over them."""
         if name == "topk" and seen.args and self._fits(seen.args[0]) and seen.args[0].shape[-1] == self._shape[1]:
-            self._held.append(self._values(seen.args[0]))
-            self._last = self._held[-1], len(self._held)
+            self._masked = self._values(seen.args[0])
         elif self._fits(seen.out):
             self._held.append(self._values(seen.out))
 
@@ -45,24 +42,27 @@ class Choosing:
 
     def found(self, dropping: bool) -> Array | None:
         """The choice (N, E), of the gate's own dtype; None if it cannot be told. `dropping`: there are groups to be dropped."""
-        if self._last is None:
+        if self._masked is None:
             return None
-        masked, n = self._last
-        ranks = [(rank, x) for i, x in enumerate(self._held[:n]) if (rank := _rank(x, masked, i)) is not None]
-        (differing, open_, _), best = max(ranks, key=lambda pair: pair[0])
-        return None if dropping and not differing and not open_ else best
+        ranks = [(_rank(x, self._masked), i, x) for i, x in enumerate([self._masked, *self._held])]
+        rank, _, best = max((r for r in ranks if r[0] is not None), key=lambda r: r[:2])
+        return None if dropping and rank == _MASKED else best
 
 
-def _rank(x: Array, masked: Array, place: int) -> tuple[int, bool, int] | None:
-    """How well x fits the choice before a mask, which takes the most from it and is not in it, the later the better; None if the
-    mask was not put over x: it leaves something of every row, and puts one value over the rest.
+_MASKED = (0, False)
+"""The rank of what holds the mask: nothing was taken from it, and one value fills it."""
+
+
+def _rank(x: Array, masked: Array) -> tuple[int, bool] | None:
+    """How well x fits the choice before a mask: how much the mask took from it, and whether no mask is in it. None if the mask was
+    not put over x: it leaves something of every row, and puts one value over the rest.
     """
     a, m = x.astype(np.float64), masked.astype(np.float64)
     same = (a == m) | (np.isnan(a) & np.isnan(m))
     rest = m[~same]
     if not same.any(-1).all() or (rest.size and (rest != rest[0]).any()):
         return None
-    return rest.size, not _filled(a), place
+    return rest.size, not _filled(a)
 
 
 def _filled(x: Array) -> bool:

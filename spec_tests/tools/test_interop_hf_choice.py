@@ -11,6 +11,8 @@ from refimpl.diff.judge import judge
 from refimpl.layers import PRESETS
 from refimpl.record import hf, hf_load, new_case
 from refimpl.record.hf_bugs import injected, with_forward
+from refimpl.record.hf_choice import Choosing
+from refimpl.record.hf_probes import Seen
 from refimpl.record.torch_arrays import one_thread
 
 TINY = pathlib.Path(refimpl.__file__).parent / "cases" / "tiny"
@@ -171,9 +173,56 @@ def test_an_absent_bias_is_still_placed_at_the_choice(regime, tmp_path):
 
 
 def test_a_choice_that_cannot_be_told_is_not_recorded(net, case):
-    """Catches a guess: no topk is over the experts, so that no tensor is known to be what they are chosen by."""
-    found, trace = told(net, case, pick="argsort")
-    unseen = {"fwd/L1/router.choice", "fwd/L2/router.choice"}
-    assert set(trace.header.expected) - set(trace.taps) == unseen
-    assert "what the experts are chosen by, before groups are dropped, cannot be told" in trace.header.notes
+    """Catches a guess: in layer 2 no topk is over the experts, so that no tensor is known to be what they are chosen by; and what
+    layer 1 chose by taken for it.
+    """
+    with (
+        one_thread(),
+        with_forward(net, "mlp.gate", gate()),
+        with_forward(net, "layers.2.mlp.gate", gate(pick="argsort")),
+    ):
+        trace = hf.trace_of(net, case)
+    found = judge(case, trace)
+    assert set(trace.header.expected) - set(trace.taps) == {"fwd/L2/router.choice"}
+    assert "layers.2.mlp.gate: what the experts are chosen by, before groups are dropped, cannot" in trace.header.notes
     assert not found.culprits and found.verdict == "INCONCLUSIVE", render(found)
+
+
+# ---- Numbers that leave more than one tensor to choose from: two tokens, two groups of two experts
+
+OUT = -np.inf
+NAN = np.nan
+CHOICE, MASKED = [[4, 3, 2, 1], [1, 2, 3, 5]], [[4, 3, OUT, OUT], [OUT, OUT, 3, 5]]
+NUMBERS = {  # tensors that a gate gives in turn, the last of which topk takes; whether groups are dropped; which of them it is
+    "plain": ([CHOICE, MASKED], True, 0),
+    "a bias of dropped experts only": ([[[4, 3, 7, 1], [1, 2, 3, 5]], CHOICE, MASKED], True, 1),
+    "numbers by another bias": ([[[4, 3, 2, 1], [1, 2, 3, 4]], MASKED], True, None),
+    "experts in another order": ([[[3, 4, 2, 1], [2, 1, 3, 5]], MASKED], True, None),
+    "only what is masked": ([MASKED], True, None),
+    "no groups are dropped though they should": ([CHOICE], True, 0),
+    "ties, as of scores that are all 1": (
+        [[[4, 3, 3, 3], [3, 3, 3, 5]], [[4, 3, OUT, OUT], [OUT, OUT, 3, 5]]],
+        True,
+        0,
+    ),
+    "ties, and no groups": ([[[1, 1, 1, 0], [1, 1, 0, 1]]], False, 0),
+    "all alike": ([[[0] * 4] * 2, [[0.5] * 4] * 2], False, 1),
+    "a token that is not a number": ([[[NAN] * 4, CHOICE[1]], [[NAN, NAN, OUT, OUT], MASKED[1]]], True, 0),
+    "kept by 0, then by -inf": ([CHOICE, [[4, 3, 0, 0], [0, 0, 3, 5]], MASKED], True, 0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_choice_is_told_by_its_numbers(name):
+    """Catches the wrong one of several tensors taken, or one where there is none."""
+    import torch
+
+    tensors, dropping, which = NUMBERS[name]
+    made = [torch.tensor(t, dtype=torch.float32) for t in tensors]
+    choosing = Choosing(2, 4)
+    for t in made:
+        choosing.see("add", Seen((), {}, t))
+    choosing.see("topk", Seen((made[-1], 2), {}, torch.topk(made[-1], 2)))
+    found = choosing.found(dropping)
+    assert (found is None) == (which is None)
+    np.testing.assert_array_equal(found, which if which is None else made[which].numpy())
