@@ -17,7 +17,7 @@ from refimpl.model.phases import in_part
 
 from .candidate import self_check, theirs, written
 from .hf_bugs import injected
-from .hf_load import checkpoint_names, load_model
+from .hf_load import checkpoint_names, load
 from .hf_probes import KERNELS, SEEN_INSIDE, dims
 from .hf_run import Batch, run_batch
 from .hf_taps import look_at
@@ -60,8 +60,9 @@ def record(
     _batch(case, phases, gradients)  # what cannot be run is refused before the model is loaded
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries warn each other of
-        net = load_model(case.raw_config, case.weights(), dtype, experts=experts, attention=attention, model=model)
-        notes = "; ".join([*([f"model {model}"] if model else []), *([f"injected bug {patch}"] if patch else [])])
+        net, unfilled = load(case.raw_config, case.weights(), dtype, experts=experts, attention=attention, model=model)
+        said = (model and f"model {model}", _unfilled(unfilled), patch and f"injected bug {patch}")
+        notes = "; ".join(filter(None, said))
         with injected(net, patch):
             trace = trace_of(net, case, dtype=dtype, taps=taps, notes=notes, phases=phases, gradients=gradients)
     out = file_of(out, trace.header.parallel)
@@ -108,6 +109,12 @@ def trace_of(
         notes="; ".join(filter(None, said)),
     )
     return Trace(header, seen.taps)
+
+
+def _unfilled(names: list[str]) -> str:
+    """What the model was left with, in words."""
+    many = f"{len(names)} parameters of the model have nothing in the case and are as they were initialised"
+    return f"{many}: {', '.join(names)}" if names else ""
 
 
 def _batch(case: Case, phases: Sequence[str], gradients: bool) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,27 @@ from refimpl.model import ForCausalLM
 
 from .candidate import theirs
 from .hf_class import is_v2, model_class
+from .hf_fill import FUSED, fill, not_loaded
 from .torch_arrays import libraries, to_numpy, to_torch
 
-_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _NOT_SETTINGS = ("model_type", "dialect", "auto_map", "quantization_config", "torch_dtype", "dtype")
 
 
+class Loaded(NamedTuple):
+    """A model, and the names of its parameters and buffers that nothing of the case filled."""
+
+    model: Any
+    unfilled: list[str]
+
+
 def load_model(
+    config: Mapping[str, Any] | Config, weights: Mapping[str, Array], dtype: str = "float32", **options: Any
+) -> Any:
+    """The model of `load`, whose options these are."""
+    return load(config, weights, dtype, **options).model
+
+
+def load(
     config: Mapping[str, Any] | Config,
     weights: Mapping[str, Array],
     dtype: str = "float32",
@@ -32,15 +46,15 @@ def load_model(
     attention: str = "eager",
     model: str | None = None,
     strict: bool = True,
-) -> Any:
+) -> Loaded:
     """The case's model in eval mode, holding `weights` (checkpoint names) in `dtype`: DeepseekV3ForCausalLM, DeepseekV2ForCausalLM
     for a config of V2, or the user's own `model` (`hf_class.model_class`).
 
     transformers' own loader fuses the experts and keeps the selection bias and the rotary frequencies in float32
     (`.to(bfloat16)` afterwards would round them). MTP layers are left out. `experts`: "eager", "batched_mm",
     "grouped_mm"; `attention`: "eager", "sdpa", "flex_attention". Raises SpecError for a config that transformers would misread,
-    and (strict) for missing or extra tensors, where transformers itself warns; what a model of the user's own does with them is
-    its own affair.
+    and (strict) for missing or extra tensors, where transformers itself warns; what the loader leaves of a model of the user's
+    own is filled from the case, and said where it cannot be.
     """
     c = config if isinstance(config, Config) else Config.from_dict(config)
     kind = model_class(c, model)
@@ -52,36 +66,26 @@ def load_model(
         ForCausalLM.from_weights(c, weights)  # refuses missing, extra and misshapen tensors; transformers would fill in
     state = {n: to_torch(weights[n]) for n in weights if (layer_of(n) or 0) < c.num_hidden_layers}
     with theirs(f"--model {model}") if model else nullcontext():
-        loaded, wrong = _loaded(kind, settings | kinds, state, dtype)
+        loaded, wrong = _loaded(kind, settings | kinds, state, dtype, own=model is not None)
     require(model is not None or not (strict and wrong), f"transformers did not take the weights as they are: {wrong}")
-    if wrong and model:
-        _fill(loaded, state)
-    return loaded
+    return Loaded(loaded, fill(loaded, state, not_loaded(loaded, wrong)) if model else [])
 
 
 def _loaded(
-    kind: Any, settings: Mapping[str, Any], state: Mapping[str, Any], dtype: str
-) -> tuple[Any, dict[str, list[str]]]:
-    """The model, by transformers' own loader, and the tensors that it complains of."""
+    kind: Any, settings: Mapping[str, Any], state: Mapping[str, Any], dtype: str, *, own: bool
+) -> tuple[Any, dict[str, list[Any]]]:
+    """The model, by transformers' own loader, and the tensors that it complains of; of a class of the user's `own` we say it."""
     torch, transformers = libraries()
-    with _without_progress_bar(transformers):
+    with _quiet(transformers, own):
         loaded, report = kind.from_pretrained(
             None,
             config=kind.config_class(**settings),
             state_dict=dict(state),
             dtype=getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=own,
         )
-    return loaded, {problem: sorted(map(str, names)) for problem, names in report.items() if names}
-
-
-def _fill(model: Any, state: Mapping[str, Any]) -> None:
-    """Give a model of the user's own what it holds under checkpoint names and in their shape, such as experts one by one: the
-    loader fuses those of every model of this type.
-    """
-    own = model.state_dict()
-    fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
-    model.load_state_dict(fits, strict=False)
+    return loaded, {problem: sorted(names) for problem, names in report.items() if names}
 
 
 def _supported(c: Config) -> Config:
@@ -113,15 +117,19 @@ def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_progress_bar(transformers: Any) -> Iterator[None]:
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+def _quiet(transformers: Any, own: bool) -> Iterator[None]:
+    """No progress bar and, for a class of the user's own, no table of what the loader left, which is filled afterwards."""
+    logs = transformers.utils.logging
+    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    if own:
+        logs.set_verbosity_error()
     try:
         yield
     finally:
+        logs.set_verbosity(level)
         if shown:
-            bars.enable_progress_bar()
+            logs.enable_progress_bar()
 
 
 def checkpoint_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Array]:
@@ -134,10 +142,10 @@ def checkpoint_names(model: Any, tensors: Mapping[str, Any]) -> dict[str, Array]
         path, _, last = name.rpartition(".")
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        if not path.endswith(".experts") or last not in _FUSED:
+        if not path.endswith(".experts") or last not in FUSED:
             found[name] = to_numpy(tensor)
             continue
         for e, matrix in enumerate(to_numpy(tensor)):  # gate_up (2F, D): the gate's rows first
-            for part, half in zip(_FUSED[last], np.split(matrix, len(_FUSED[last])), strict=True):
+            for part, half in zip(FUSED[last], np.split(matrix, len(FUSED[last])), strict=True):
                 found[f"{path}.{e}.{part}.weight"] = half
     return found

@@ -211,7 +211,10 @@ _MOE = (
     *_swiglu("mlp.shared_experts", "shared"),
     Probe("mlp.shared_experts", "moe.shared", _out),
 )
-_CHOICE = (Probe("mlp.gate", "router.choice", _in, "topk", 0),)  # of which the best two of every group are taken
+CHOICE = (
+    "its choice of experts"  # no function of torch: known when the gate is left, from all that were called (hf_choice)
+)
+_CHOICE = (Probe("mlp.gate", "router.choice", _out, CHOICE),)
 EXPERTS = ("moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down")
 SEEN_INSIDE = ("eager", "batched_mm", "grouped_mm")  # implementations of experts
 BUSY = ("self_attn", "mlp.gate", "mlp.experts")  # the modules within which functions are watched

@@ -21,10 +21,11 @@ from refimpl.layers.config import Config
 from refimpl.layers.stage import tap_matches
 from refimpl.model.phases import Part
 
+from .hf_choice import Choosing
 from .hf_experts import PRODUCTS, inside
 from .hf_gradients import Held, gradient, gradients, names, of_call, retain
 from .hf_hear import hearing_cache, hearing_flex, hearing_torch
-from .hf_probes import BUSY, EXPERTS, Probe, Seen, dims, expected_taps
+from .hf_probes import BUSY, CHOICE, EXPERTS, Probe, Seen, dims, expected_taps
 from .hf_run import Batch, Rows, run_batch
 from .torch_arrays import libraries, to_numpy
 
@@ -138,6 +139,10 @@ class _Watch:
         self.inside, self.experts = "", ""
         self.count: Counter[str] = Counter()
         self.products: list[tuple[str, Seen]] = []
+        self.choosing = self._choosing()
+
+    def _choosing(self) -> Choosing:
+        return Choosing(self.sizes["B"] * self.sizes["S"], self.config.n_routed_experts)
 
     @contextmanager
     def on(self, model: Any, cache: Any = None, kernel: str = "") -> Iterator[None]:
@@ -164,6 +169,7 @@ class _Watch:
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
             self.inside, self.count, self.products = path, Counter(), []
+            self.choosing = self._choosing()
 
         return hook
 
@@ -175,6 +181,8 @@ class _Watch:
                 self.inside = ""
                 if path.endswith("mlp.experts") and self.products:
                     self._keep_experts(path, module, args)
+                for tap in self.functions.get((path, CHOICE, 0), ()):
+                    self._keep_choice(path, tap)
 
         return hook
 
@@ -186,6 +194,8 @@ class _Watch:
             if probe is not None and (not probe.after or self.count[probe.after]):
                 self._keep(tap, seen)
         self.count[name] += 1
+        if (self.inside, CHOICE, 0) in self.functions:
+            self.choosing.see(name, seen)
         if self.inside.endswith("mlp.experts") and name in PRODUCTS.get(self.experts, ()):
             self.products.append((name, seen))
 
@@ -215,6 +225,16 @@ class _Watch:
             retain(seen)
             pick = probe.grad or probe.pick
             self.held.append(Held((tap,), lambda: [to_numpy(pick(of_call(seen), self.config))]))
+
+    def _keep_choice(self, path: str, tap: str) -> None:
+        """What the experts were chosen by, if the gate shows it."""
+        found = self.choosing.found(self.config.topk_group < self.config.n_group)
+        if found is None:
+            self.notes[f"{path}: what the experts are chosen by, before groups are dropped, cannot be told"] = None
+        elif tap in self.taps:
+            self.notes[f"{tap} was seen twice in one run: the first is kept"] = None
+        else:
+            self.taps[tap] = found.reshape(self.sizes["B"], self.sizes["S"], -1)
 
     def _keep_experts(self, path: str, experts: Any, args: tuple[Any, ...]) -> None:
         """The inside of all experts, in our order of rows."""
