@@ -37,7 +37,7 @@ QUIET = {
     "A12-q_a_norm-1e-06": "that is the case's eps",
     "A12-c_kv-1e-06": "that is the case's eps",
     **dict.fromkeys(("A18", "A18b", "A20"), "nothing is cached here"),  # named in test_diff_phases.py
-    **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm")},
+    **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm", "all")},
 }
 QUIET |= {id: "no product is over more than 128 channels here" for id in MUTANTS if id.startswith("X50")}
 """Mutants that the committed case cannot show, and why."""

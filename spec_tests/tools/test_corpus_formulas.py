@@ -92,6 +92,8 @@ def attention():
         ("A17e", 2, np.tri(S, S + 2, k=3)),
         ("A17f", 0, np.tri(S, k=-1)),
         ("A17f", 2, np.tri(S, S + 2, k=1)),
+        ("A17f-later", 0, np.fmax(np.tri(S, k=-1), np.arange(S * S).reshape(S, S) == 0)),
+        ("A17f-later", 2, np.tri(S, S + 2, k=1)),
     ):
         whole = np.broadcast_to(masked(seen), (B, 1, *seen.shape))
         yield id, (at, None, None, None), {"past": past, "dtype": np.float64}, whole
@@ -113,29 +115,36 @@ def norms():
     def norm(x, eps):
         return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) / C + eps)
 
+    def wrong(x):
+        """Each of a norm's mistakes."""
+        length = np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4)
+        yield "N02", x
+        yield "N03", norm(x, 1e-4)
+        yield "N04", norm(x, 1e-4) * (w + 1)
+        yield "N05", norm(x - x.sum(axis=-1, keepdims=True) / C, 1e-4) * w
+        yield "N06", w * x / length
+        yield "N06b", w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + C * 1e-4)
+        yield "N07", w * x / (np.linalg.norm(x, axis=-1, keepdims=True) / C**0.5 + 1e-4)
+
+    others = ("ffn_norm", "final_norm", "mla.q_a_norm", "mla.c_kv")
+    texts = (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12))
     for at in ("attn_norm", "ffn_norm", "final_norm", "mtp.hnorm", "mtp.enorm", "mtp.norm"):
-        for id, other in {
-            "N02": x,
-            "N03": norm(x, 1e-4),
-            "N04": norm(x, 1e-4) * (w + 1),
-            "N05": norm(x - x.sum(axis=-1, keepdims=True) / C, 1e-4) * w,
-            "N06": w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4),
-            "N06b": w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + C * 1e-4),
-        }.items():
+        for id, other in wrong(x):
             yield f"{id}-{at}", (x, w), {"eps": 1e-4}, other
-        for text, eps in (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12)):
+        for text, eps in texts:
             yield f"N01-{at}-{text}", (x, w), {"eps": 1e-4}, norm(x, eps) * w
-    for at, whole, own in (("q_a_norm", x, x), ("c_kv", kv, kv[..., :C])):
-        for text, eps in (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12)):
-            yield f"A12-{at}-{text}", (whole, w), {"eps": 1e-4}, norm(own, eps) * w
-    length = np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4)
-    yield "N06-q_a", (x, w), {"eps": 1e-4}, w * x / length
-    yield (
-        "N06-c_kv",
-        (kv, w),
-        {"eps": 1e-4},
-        w * kv[..., :C] / np.sqrt((kv[..., :C] ** 2).sum(-1, keepdims=True) + 1e-4),
-    )
+    for at, whole, own in (("q_a", x, x), ("c_kv", kv, kv[..., :C])):
+        named = "q_a_norm" if at == "q_a" else at
+        for text, eps in texts:
+            yield f"A12-{named}-{text}", (whole, w), {"eps": 1e-4}, norm(own, eps) * w
+        for id, other in wrong(own):
+            if f"{id}-{at}" in MUTANTS:
+                yield f"{id}-{at}", (whole, w), {"eps": 1e-4}, other
+    for stage in ("attn_norm", *others):
+        whole, own = (kv, kv[..., :C]) if stage == "mla.c_kv" else (x, x)
+        for id, other in (*wrong(own), *((f"N01-{t}", norm(own, eps) * w) for t, eps in texts)):
+            first, dash, eps = id.partition("-")
+            yield f"{first}-all{dash}{eps}/{stage}", (whole, w), {"eps": 1e-4}, other
     yield "A13", (x, w), {"eps": 1e-4}, x
     yield "A13b", (x, w), {"eps": 1e-4}, norm(x, 1e-4)
     yield "A13c", (kv, w), {"eps": 1e-4}, kv[..., :C]
@@ -155,6 +164,10 @@ def rotation():
         z = (x[..., : R // 2] + 1j * x[..., R // 2 :]) * by
         return np.concatenate([z.real, z.imag], axis=-1)
 
+    def laid(x, order):
+        """R is 4."""
+        return x[..., order]
+
     def other_tables(x, cos, sin):
         """Channel i has the cosine of channel i of two halves, and is turned with its neighbour."""
         out = np.zeros_like(x)
@@ -172,6 +185,11 @@ def rotation():
         for id, interleaved, other in (
             (f"A01{at}", True, halves(own, by)),
             (f"A01{at}", False, turned(own, by)),
+            (f"A01{at}-laid", True, laid(halves(own, by), [0, 2, 1, 3])),  # (0, 2) and (1, 3) are its pairs
+            (f"A01{at}-laid", False, laid(turned(own, by), [0, 2, 1, 3])),
+            (f"A01-both/mla.{at}_rope", True, halves(own, by)),
+            (f"A01-both/mla.{at}_rope", False, turned(own, by)),
+            (f"X12-both/mla.{at}_rope", True, turned(own, by.conj())),
             (f"A02{at}", True, other_tables(own, by.real, by.imag)),
             (f"X27{at}", True, turned(own, following)),
             (numbers[0], True, turned(own, by * step)),
@@ -180,7 +198,13 @@ def rotation():
         ):
             yield id, (x, table), {"interleaved": interleaved}, other
         yield numbers[0], (x[:, :1], table[:, :, :1]), {"interleaved": True}, turned(own[:, :1], by[:, :1])
-    yield "X16", (q, table), {"interleaved": True}, turned(q[..., :R], turn[:, :, None])
+    for id in ("X16", "X16-scores", "X16-q_absorbed"):
+        yield id, (q, table), {"interleaved": True}, turned(q[..., :R], turn[:, :, None])
+    keys, rotated, k_rope, w = random(B, S, H, N + V), random(B, S, H, R), random(B, S, R), random(H, N + V, C)
+    dots = np.einsum("bshn,bthn->bhst", q[..., R:], keys[..., :N]) + np.einsum("bshr,btr->bhst", rotated, k_rope)
+    yield "X16-scores/mla.scores", (q, rotated, keys, k_rope, masked(SEEN)), {"scale": 0.3}, 0.3 * dots + masked(SEEN)
+    moved = np.einsum("bshn,hnc->bshc", q[..., R:], w[:, :N])
+    yield "X16-q_absorbed/mla.q_absorbed", (q, w.reshape(-1, C)), {"nope": N}, moved
 
 
 def frequencies(theta, length, factor):

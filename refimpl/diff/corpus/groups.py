@@ -20,6 +20,10 @@ def _grouped(c: Config) -> bool:
     return c.n_group > 1 and c.topk_method != "greedy"
 
 
+def _biased(c: Config) -> bool:
+    return c.n_group > 1 and c.topk_method == "noaux_tc"
+
+
 def _filled(a: Array, inside: Array, fill: float) -> Array:
     """a, and `fill` in groups that are not inside.  a (*, E), inside (*, G) -> (*, E)."""
     return np.where(np.repeat(inside, a.shape[-1] // inside.shape[-1], axis=-1), a, a.dtype.type(fill))
@@ -72,6 +76,41 @@ def _by_threshold(a: Array, kept: Array | None, *, fill: float, reads: tuple[Arr
     return _filled(a, reads[0] >= least, fill)
 
 
+def _scored_unbiased(a: Array, *, reads: tuple[Array, ...], **static: Any) -> Array:
+    """Groups by their scores without the bias."""
+    out: Array = stage("router.group_scores")(reads[0], **static)
+    return out
+
+
+def _biased_again(
+    a: Array, kept: Array | None, *, n_group: int, fill: float, reads: tuple[Array, ...], **static: Any
+) -> Array:
+    """The choice by scores with the bias, when those that the groups were scored by have none."""
+    a = a + reads[0]
+    return a if kept is None else _filled(a, _inside(kept, n_group), fill)
+
+
+def _in_turn(a: Array, n_group: int) -> Array:
+    """Experts in the order of the groups that they are dealt to in turn.  a (*, E) -> (*, E)."""
+    return a.reshape(*a.shape[:-1], -1, n_group).swapaxes(-1, -2).reshape(a.shape)
+
+
+def _dealt_scores(a: Array, *, n_group: int, best: int) -> Array:
+    out: Array = stage("router.group_scores")(_in_turn(a, n_group), n_group=n_group, best=best)
+    return out
+
+
+def _dealt(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """Expert e is in group e mod G."""
+    inside = kept is None or np.tile(_inside(kept, n_group), a.shape[-1] // n_group)
+    return np.where(inside, a, a.dtype.type(fill))
+
+
+def _lowest_groups(a: Array, *, topk_group: int) -> Array:
+    return top_k(-a, topk_group)
+
+
+_BIAS = "w:mlp.gate.e_score_correction_bias"
 MUTANTS = (
     Mutant(
         "R02",
@@ -103,6 +142,32 @@ MUTANTS = (
         _grouped,
     ),
     Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
+    Mutant("R15c", "the groups with the lowest scores are kept", "router.groups", _lowest_groups, applies=_grouped),
+    Mutant(
+        "X08",
+        "groups are scored without the selection bias",
+        "router.group_scores",
+        _scored_unbiased,
+        applies=_biased,
+        reads=("router.scores",),
+    ),
+    Mutant(
+        "X08-seen",
+        "groups are scored without the selection bias",
+        _IDS,
+        Best(_biased_again),
+        applies=_biased,
+        reads=(_BIAS,),
+        also={"router.choice": lambda s, b: s},
+    ),
+    Mutant(
+        "X09",
+        "experts are dealt to the groups in turn, instead of in blocks",
+        _IDS,
+        Best(_dealt),
+        applies=_grouped,
+        also={"router.group_scores": _dealt_scores},
+    ),
     *[
         Mutant(
             "R15b" if (groups, keep) == (8, 4) else f"R15b-{groups}-{keep}",
