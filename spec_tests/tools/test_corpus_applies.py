@@ -22,7 +22,7 @@ def test_every_known_bug_has_a_formula():
 YARN = {"A04", "A05", "A09b", "A06", "A06b", "A11", "A10", "A11b"}
 UNEVEN = {"A05b", "A06c", "A11c"}
 BIAS, GROUPS = {"R01", "R05", "R14", "R18", "X03"}, {"R02", "R03", "R04c", "R15", "R15c", "X06", "X09"}
-BOTH = {"X08", "X08-seen"}
+BOTH = {"X08", "X08-seen", "X09-seen"}
 """What takes groups and a bias."""
 SHARED, MTP = {"R16", "R17", "X32", "X33", "X41"}, {"T01", "T03", "T08"}
 MODEL = PRESETS["tiny"].replace(
@@ -41,7 +41,9 @@ MODEL = PRESETS["tiny"].replace(
 )
 OWN = YARN | BIAS | GROUPS | BOTH | SHARED | MTP | {"R07", "R09b", "A13", "A13e"}
 """What MODEL can have, of what not every model can."""
-SOMETIMES = UNEVEN | {"R04b", "R07b", "R08", "X07", "A13d", "T08b"} | {id for id in MUTANTS if id.startswith("R15b")}
+SOMETIMES = (
+    UNEVEN | {"R04b", "R07b", "R08", "X07", "X11c", "A13d", "T08b"} | {id for id in MUTANTS if id.startswith("R15b")}
+)
 FORMS = {id.removesuffix("-absorbed") for id in MUTANTS if id.endswith("-absorbed")}
 """What the absorbed form of attention can have as well, in every model that can have it expanded."""
 
@@ -51,6 +53,7 @@ MODELS = {
     "RoPE without YaRN": ({"rope_scaling": None}, YARN, set()),
     "YaRN of factor 1": ({"rope_scaling": RopeScaling(factor=1.0, mscale=0.7, mscale_all_dim=1.0)}, YARN, set()),
     "uneven mscales": ({"rope_scaling": RopeScaling(factor=4.0, mscale=0.7, mscale_all_dim=1.0)}, set(), UNEVEN),
+    "another theta": ({"rope_theta": 5e5}, {"X11b"}, {"X11c"}),
     "softmax": ({"scoring_func": "softmax"}, set(), {"R04b"}),
     "greedy": ({"topk_method": "greedy"}, BIAS | GROUPS | BOTH, set()),
     "greedy, one group": ({"topk_method": "greedy"} | ONE_GROUP, BIAS | GROUPS | BOTH, set()),

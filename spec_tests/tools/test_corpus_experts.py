@@ -94,6 +94,12 @@ def choice():
     yield "X09/router.group_scores", (a,), chosen, np.array(scores)  # group 1 has experts 1 and 5
     yield "X09", (a, kept), static, np.array([[[4, 0], [0, 5]]])
     yield "X09", (a, None), static, np.array([[[4, 2], [0, 2]]])
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the experts, group by group
+    yield "X09-seen", (plain, bias), {}, (plain + bias)[..., order]
+    yield "X09-seen/router.ids", (a[..., order], kept), static, np.array([[[4, 0], [0, 5]]])
+    yield "X09-seen/router.ids", (a[..., order], None), static, np.array([[[4, 2], [0, 2]]])
+    yield "X28", (a, kept), static, np.array([[[3, 0], [2, 3]]])
+    yield "X28", (a, None), static, np.array([[[2, 3], [2, 6]]])
     flat = {"k": 3, "n_group": 1, "fill": -np.inf}
     for groups, keep in ((8, 4), (8, 3), (8, 2), (4, 3), (4, 2), (4, 1), (2, 1)):
         a = random(B, S, 16)

@@ -237,6 +237,8 @@ def tables():
         ("X10", at + 1, slow, ratio),
         ("X24", np.arange(4) + 0 * at, slow, ratio),
         ("X11", at, frequencies(1e6, 64, 40), ratio),
+        ("X11b", at, frequencies(5e5, 64, 40), ratio),
+        ("X11c", at, slow, ratio),
     ):
         angle = places[..., None] * freq
         yield id, (at,), static, np.stack([np.cos(angle), np.sin(angle)]) * factor

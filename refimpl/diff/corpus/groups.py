@@ -11,7 +11,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.router import top_k
 
-from .mutant import Best, Mutant, setting, stage, threads
+from .mutant import Best, Mutant, setting, stage, threads, unmade
 
 _IDS = "router.ids"
 
@@ -106,6 +106,18 @@ def _dealt(a: Array, kept: Array | None, *, n_group: int, fill: float, **static:
     return np.where(inside, a, a.dtype.type(fill))
 
 
+def _dealt_back(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """The choice when what is chosen by stands in the order of the groups already: by experts again."""
+    inside = kept is None or np.repeat(_inside(kept, n_group), a.shape[-1] // n_group, axis=-1)
+    return _in_turn(np.where(inside, a, a.dtype.type(fill)), a.shape[-1] // n_group)
+
+
+def _but_the_best(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """The best expert of all that may be chosen counts as none."""
+    a = a if kept is None else _filled(a, _inside(kept, n_group), fill)
+    return np.where(np.arange(a.shape[-1]) == a.argmax(axis=-1, keepdims=True), -np.inf, a)
+
+
 def _lowest_groups(a: Array, *, topk_group: int) -> Array:
     return top_k(-a, topk_group)
 
@@ -168,6 +180,16 @@ MUTANTS = (
         applies=_grouped,
         also={"router.group_scores": _dealt_scores},
     ),
+    Mutant(
+        "X09-seen",
+        "experts are dealt to the groups in turn, instead of in blocks",
+        "router.choice",
+        unmade,
+        applies=_biased,
+        also={_IDS: Best(_dealt_back)},
+        made=lambda c: lambda s, b: _in_turn(s + b, c.n_group),
+    ),
+    Mutant("X28", "the best expert is left out, and one more of the others chosen", _IDS, Best(_but_the_best)),
     *[
         Mutant(
             "R15b" if (groups, keep) == (8, 4) else f"R15b-{groups}-{keep}",

@@ -13,7 +13,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.layers.rope import RopeScaling, inv_freq, mscale
 
-from .mutant import Mutant, stage, threads
+from .mutant import Mutant, setting, stage, threads
 
 _TABLES = "mla.rope_tables"
 Change = Callable[[Any], Any]
@@ -260,7 +260,16 @@ MUTANTS = (
         _tables(places=_counted),
         regime="positions that do not begin at 0",
     ),
-    Mutant("X11", "RoPE's theta is 1e6", _TABLES, lambda p, *, theta, **k: stage(_TABLES)(p, theta=1e6, **k)),
+    *[
+        Mutant(
+            f"X11{letter}",
+            f"RoPE's theta is {text}",
+            _TABLES,
+            setting(_TABLES, theta=float(text)),
+            applies=lambda c, text=text: c.rope_theta != float(text),
+        )
+        for letter, text in (("", "1e6"), ("b", "500000"), ("c", "10000"))
+    ],
     Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),
     Mutant("X13", "k is rotated the other way", "mla.k_rope", _backwards("mla.k_rope")),
     Mutant(
