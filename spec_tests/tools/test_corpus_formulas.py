@@ -164,10 +164,6 @@ def rotation():
         z = (x[..., : R // 2] + 1j * x[..., R // 2 :]) * by
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def laid(x, order):
-        """R is 4."""
-        return x[..., order]
-
     def other_tables(x, cos, sin):
         """Channel i has the cosine of channel i of two halves, and is turned with its neighbour."""
         out = np.zeros_like(x)
@@ -185,8 +181,6 @@ def rotation():
         for id, interleaved, other in (
             (f"A01{at}", True, halves(own, by)),
             (f"A01{at}", False, turned(own, by)),
-            (f"A01{at}-laid", True, laid(halves(own, by), [0, 2, 1, 3])),  # (0, 2) and (1, 3) are its pairs
-            (f"A01{at}-laid", False, laid(turned(own, by), [0, 2, 1, 3])),
             (f"A01-both/mla.{at}_rope", True, halves(own, by)),
             (f"A01-both/mla.{at}_rope", False, turned(own, by)),
             (f"X12-both/mla.{at}_rope", True, turned(own, by.conj())),
@@ -198,6 +192,16 @@ def rotation():
         ):
             yield id, (x, table), {"interleaved": interleaved}, other
         yield numbers[0], (x[:, :1], table[:, :, :1]), {"interleaved": True}, turned(own[:, :1], by[:, :1])
+    wide = np.arange(S)[:, None] * np.array([0.5, 0.1, 0.03, 0.007]) + np.zeros((B, 1, 1))
+    both = np.stack([np.cos(wide), np.sin(wide)])
+    for at, x, by in (
+        ("q", random(B, S, H, 8), np.exp(1j * wide)[:, :, None]),
+        ("k", random(B, S, 8), np.exp(1j * wide)),
+    ):
+        for interleaved, z in ((True, x[..., :4] + 1j * x[..., 4:]), (False, x[..., 0::2] + 1j * x[..., 1::2])):
+            parts = [(z * by).real, (z * by).imag]
+            other = np.stack(parts, axis=-1).reshape(x.shape) if interleaved else np.concatenate(parts, axis=-1)
+            yield f"A01{at}-laid", (x, both), {"interleaved": interleaved}, other
     for id in ("X16", "X16-scores", "X16-q_absorbed"):
         yield id, (q, table), {"interleaved": True}, turned(q[..., :R], turn[:, :, None])
     keys, rotated, k_rope, w = random(B, S, H, N + V), random(B, S, H, R), random(B, S, R), random(H, N + V, C)
