@@ -94,21 +94,14 @@ def _at_latents() -> list[Mutant]:
 
 def _everywhere() -> list[Mutant]:
     """At all norms of the main model: one function, called by each."""
-    wrong = [
-        (id, title, lambda name, fn=fn: _latent(fn) if name in LATENTS else fn) for id, (title, fn) in _WRONG.items()
+    names = ("attn_norm", "ffn_norm", "final_norm", *LATENTS)
+    made = [
+        (f"N01-all-{e:g}", f"the norms' eps is {e:g}", {name: setting(name, eps=e) for name in names}) for e in _EPS
+    ] + [
+        (f"{id}-all", title, {name: _latent(fn) if name in LATENTS else fn for name in names})
+        for id, (title, fn) in _WRONG.items()
     ]
-    eps = [(f"N01-{e:g}", f"the norms' eps is {e:g}", lambda name, e=e: setting(name, eps=e)) for e in _EPS]
-    others = ("ffn_norm", "final_norm", *LATENTS)
-    return [
-        Mutant(
-            f"{id.partition('-')[0]}-all{id.partition('-')[1]}{id.partition('-')[2]}",
-            title,
-            "attn_norm",
-            at("attn_norm"),
-            also={name: at(name) for name in others},
-        )
-        for id, title, at in [*eps, *wrong]
-    ]
+    return [Mutant(id, title, names[0], fns.pop(names[0]), also=fns) for id, title, fns in made]
 
 
 MUTANTS = (*[m for name in NORMS for m in _at(name)], *_at_latents(), *_everywhere())

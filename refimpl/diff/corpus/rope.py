@@ -101,6 +101,10 @@ def _backwards(name: str) -> Callable[..., Array]:
     return lambda x, table, **k: stage(name)(x, np.stack([table[0], -table[1]]), **k)
 
 
+def _other_theta(theta: float) -> Callable[[Config], bool]:
+    return lambda c: c.rope_theta != theta
+
+
 def _in_halves(name: str) -> Callable[..., Array]:
     """A01, left in the order in which it was rotated, while the other of q and k is laid out that way as it is rotated."""
 
@@ -266,7 +270,7 @@ MUTANTS = (
             f"RoPE's theta is {text}",
             _TABLES,
             setting(_TABLES, theta=float(text)),
-            applies=lambda c, text=text: c.rope_theta != float(text),
+            applies=_other_theta(float(text)),
         )
         for letter, text in (("", "1e6"), ("b", "500000"), ("c", "10000"))
     ],
