@@ -168,7 +168,7 @@ REGIMES: dict[str, Regime] = {
         Regime(
             "eps",
             "rms_norm_eps is 1e-5 and embeddings are so small that it exceeds their mean square",
-            ("N01-attn_norm-1e-06", "N01-ffn_norm-1e-06", "N01-final_norm-1e-06"),
+            ("N01-attn_norm-1e-06", "N01-ffn_norm-1e-06", "N01-final_norm-1e-06", "N01-all-1e-06"),
             "stream",
             lambda c: c.replace(rms_norm_eps=excite.EPS),
             excite.small_stream,

@@ -37,7 +37,7 @@ QUIET = {
     "A12-q_a_norm-1e-06": "that is the case's eps",
     "A12-c_kv-1e-06": "that is the case's eps",
     **dict.fromkeys(("A18", "A18b", "A20"), "nothing is cached here"),  # named in test_diff_phases.py
-    **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm")},
+    **{f"N01-{n}-1e-06": "that is the case's eps" for n in ("attn_norm", "ffn_norm", "final_norm", "all")},
 }
 QUIET |= {id: "no product is over more than 128 channels here" for id in MUTANTS if id.startswith("X50")}
 """Mutants that the committed case cannot show, and why."""
@@ -58,7 +58,7 @@ ABSORBED = ("mla.q_absorbed", "mla.scores_absorbed", "mla.ctx_latent", "mla.ctx_
 
 def form(m):
     """The form of attention in which a mistake shows."""
-    return "absorbed" if m.stage in ABSORBED else "expanded"
+    return "absorbed" if {m.stage, *m.also} & set(ABSORBED) else "expanded"
 
 
 def test_every_family_has_its_mutant_or_its_reason():
@@ -127,6 +127,8 @@ def test_a_mutant_that_the_case_cannot_show_is_quiet_for_its_reason(id):
     assert judgement.exit_code == 0, render(judgement)
 
 
+FAINT = {"N01-all-1e-12": {"final_norm"}}
+"""Stages that a mistake changes by less than a rounding on this case."""
 NAMED = [m for m in LOUD if not m.reads and m.stage in calls()[0]]
 
 
@@ -139,7 +141,7 @@ def test_the_diff_names_a_known_mistake(m):
         judgement = judge(case(), trace_case(case(), patches=patches, attend=form(m)))
     if not judgement.culprits:
         pytest.skip("below what float32 shows on this case")
-    assert {f.stage for f in judgement.culprits} == {m.stage, *m.also}, render(judgement)
+    assert {f.stage for f in judgement.culprits} | FAINT.get(m.id, set()) == {m.stage, *m.also}, render(judgement)
     titles = [d.title for d in judgement.causes if set(d.taps) == {f.tap for f in judgement.culprits}]
     assert titles == [m.title], render(judgement)
 

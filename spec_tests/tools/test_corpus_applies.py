@@ -21,7 +21,9 @@ def test_every_known_bug_has_a_formula():
 
 YARN = {"A04", "A05", "A09b", "A06", "A06b", "A11", "A10", "A11b"}
 UNEVEN = {"A05b", "A06c", "A11c"}
-BIAS, GROUPS = {"R01", "R05", "R14", "R18", "X03"}, {"R02", "R03", "R04c", "R15", "X06"}
+BIAS, GROUPS = {"R01", "R05", "R14", "R18", "X03"}, {"R02", "R03", "R04c", "R15", "R15c", "X06", "X09"}
+BOTH = {"X08", "X08-seen", "X09-seen"}
+"""What takes groups and a bias."""
 SHARED, MTP = {"R16", "R17", "X32", "X33", "X41"}, {"T01", "T03", "T08"}
 MODEL = PRESETS["tiny"].replace(
     rope_scaling=RopeScaling(factor=40.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0),
@@ -37,9 +39,11 @@ MODEL = PRESETS["tiny"].replace(
     scoring_func="sigmoid",
     topk_method="noaux_tc",
 )
-OWN = YARN | BIAS | GROUPS | SHARED | MTP | {"R07", "R09b", "A13", "A13e"}
+OWN = YARN | BIAS | GROUPS | BOTH | SHARED | MTP | {"R07", "R09b", "A13", "A13e"}
 """What MODEL can have, of what not every model can."""
-SOMETIMES = UNEVEN | {"R04b", "R07b", "R08", "X07", "A13d", "T08b"} | {id for id in MUTANTS if id.startswith("R15b")}
+SOMETIMES = (
+    UNEVEN | {"R04b", "R07b", "R08", "X07", "X11c", "A13d", "T08b"} | {id for id in MUTANTS if id.startswith("R15b")}
+)
 FORMS = {id.removesuffix("-absorbed") for id in MUTANTS if id.endswith("-absorbed")}
 """What the absorbed form of attention can have as well, in every model that can have it expanded."""
 
@@ -49,22 +53,27 @@ MODELS = {
     "RoPE without YaRN": ({"rope_scaling": None}, YARN, set()),
     "YaRN of factor 1": ({"rope_scaling": RopeScaling(factor=1.0, mscale=0.7, mscale_all_dim=1.0)}, YARN, set()),
     "uneven mscales": ({"rope_scaling": RopeScaling(factor=4.0, mscale=0.7, mscale_all_dim=1.0)}, set(), UNEVEN),
+    "another theta": ({"rope_theta": 5e5}, {"X11b"}, {"X11c"}),
     "softmax": ({"scoring_func": "softmax"}, set(), {"R04b"}),
-    "greedy": ({"topk_method": "greedy"}, BIAS | GROUPS, set()),
-    "greedy, one group": ({"topk_method": "greedy"} | ONE_GROUP, BIAS | GROUPS, set()),
-    "groups without bias": ({"topk_method": "group_limited_greedy"}, BIAS, set()),
-    "no groups": (ONE_GROUP, GROUPS, {id for id in MUTANTS if id.startswith("R15b")}),
+    "greedy": ({"topk_method": "greedy"}, BIAS | GROUPS | BOTH, set()),
+    "greedy, one group": ({"topk_method": "greedy"} | ONE_GROUP, BIAS | GROUPS | BOTH, set()),
+    "groups without bias": ({"topk_method": "group_limited_greedy"}, BIAS | BOTH, set()),
+    "no groups": (ONE_GROUP, GROUPS | BOTH, {id for id in MUTANTS if id.startswith("R15b")}),
     "no groups, 5 of 16 experts": (
         ONE_GROUP | {"num_experts_per_tok": 5},
-        GROUPS,
+        GROUPS | BOTH,
         {"R15b", "R15b-8-3", "R15b-4-3", "R15b-4-2", "R15b-2-1"},
     ),
     "no groups, 3 of 12 experts": (
         ONE_GROUP | {"n_routed_experts": 12, "num_experts_per_tok": 3},
-        GROUPS,
+        GROUPS | BOTH,
         {"R15b-4-3", "R15b-4-2", "R15b-4-1", "R15b-2-1"},
     ),
-    "no groups, 5 of 8 experts": (ONE_GROUP | {"n_routed_experts": 8, "num_experts_per_tok": 5}, GROUPS, {"R15b-4-3"}),
+    "no groups, 5 of 8 experts": (
+        ONE_GROUP | {"n_routed_experts": 8, "num_experts_per_tok": 5},
+        GROUPS | BOTH,
+        {"R15b-4-3"},
+    ),
     "weights as they are": ({"norm_topk_prob": False}, {"R07"}, {"R07b", "R08"}),
     "another factor": ({"routed_scaling_factor": 1.5}, {"R09b"}, {"X07"}),
     "no shared expert": ({"n_shared_experts": 0}, SHARED, set()),

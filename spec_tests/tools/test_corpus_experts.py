@@ -82,6 +82,24 @@ def choice():
     yield "X06", (a, kept), static | {"reads": (groups,)}, np.array([[[4, 2], [0, 2]]])
     yield "R03", (a,), {"n_group": 4, "best": 2}, np.array([[[-0.5, -0.1, 0.9, -1.0], [0.9, 0.8, 0.4, 0.6]]])
     yield "R15", (groups,), {"topk_group": 2}, np.array([[[0, 1], [0, 1]]])
+    yield "R15c", (groups,), {"topk_group": 2}, np.array([[[3, 0], [2, 0]]])
+    plain, chosen = np.array([[[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]]]), {"n_group": 4, "best": 2}
+    yield "X08", (a,), chosen | {"reads": (plain,)}, np.array([[[0.3, 0.7, 1.1, 1.6]]])
+    bias = np.array([0, 0, 0, 9.0, 0, 1.0, 0, 0])  # expert 5 comes to the front of its group, 3 is in none that is kept
+    own = static | {"reads": (bias,)}
+    yield "X08-seen", (plain, np.array([[[2, 3]]])), own, np.array([[[5, 7]]])
+    yield "X08-seen", (plain, None), own, np.array([[[3, 5]]])
+    yield "X08-seen/router.choice", (plain, bias), {}, plain
+    scores = [[[0.9 - 0.5, -0.6 - 2.0, -0.1 - 1.0, -0.2 - 1.0], [0.9 + 0.3, 0.1 + 0.4, 0.8 + 0.6, 0.2 + 0.5]]]
+    yield "X09/router.group_scores", (a,), chosen, np.array(scores)  # group 1 has experts 1 and 5
+    yield "X09", (a, kept), static, np.array([[[4, 0], [0, 5]]])
+    yield "X09", (a, None), static, np.array([[[4, 2], [0, 2]]])
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the experts, group by group
+    yield "X09-seen", (plain, bias), {}, (plain + bias)[..., order]
+    yield "X09-seen/router.ids", (a[..., order], kept), static, np.array([[[4, 0], [0, 5]]])
+    yield "X09-seen/router.ids", (a[..., order], None), static, np.array([[[4, 2], [0, 2]]])
+    yield "X28", (a, kept), static, np.array([[[3, 0], [2, 3]]])
+    yield "X28", (a, None), static, np.array([[[2, 3], [2, 6]]])
     flat = {"k": 3, "n_group": 1, "fill": -np.inf}
     for groups, keep in ((8, 4), (8, 3), (8, 2), (4, 3), (4, 2), (4, 1), (2, 1)):
         a = random(B, S, 16)

@@ -92,6 +92,8 @@ def attention():
         ("A17e", 2, np.tri(S, S + 2, k=3)),
         ("A17f", 0, np.tri(S, k=-1)),
         ("A17f", 2, np.tri(S, S + 2, k=1)),
+        ("A17f-later", 0, np.fmax(np.tri(S, k=-1), np.arange(S * S).reshape(S, S) == 0)),
+        ("A17f-later", 2, np.tri(S, S + 2, k=1)),
     ):
         whole = np.broadcast_to(masked(seen), (B, 1, *seen.shape))
         yield id, (at, None, None, None), {"past": past, "dtype": np.float64}, whole
@@ -113,29 +115,36 @@ def norms():
     def norm(x, eps):
         return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) / C + eps)
 
+    def wrong(x):
+        """Each of a norm's mistakes."""
+        length = np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4)
+        yield "N02", x
+        yield "N03", norm(x, 1e-4)
+        yield "N04", norm(x, 1e-4) * (w + 1)
+        yield "N05", norm(x - x.sum(axis=-1, keepdims=True) / C, 1e-4) * w
+        yield "N06", w * x / length
+        yield "N06b", w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + C * 1e-4)
+        yield "N07", w * x / (np.linalg.norm(x, axis=-1, keepdims=True) / C**0.5 + 1e-4)
+
+    others = ("ffn_norm", "final_norm", "mla.q_a_norm", "mla.c_kv")
+    texts = (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12))
     for at in ("attn_norm", "ffn_norm", "final_norm", "mtp.hnorm", "mtp.enorm", "mtp.norm"):
-        for id, other in {
-            "N02": x,
-            "N03": norm(x, 1e-4),
-            "N04": norm(x, 1e-4) * (w + 1),
-            "N05": norm(x - x.sum(axis=-1, keepdims=True) / C, 1e-4) * w,
-            "N06": w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4),
-            "N06b": w * x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + C * 1e-4),
-        }.items():
+        for id, other in wrong(x):
             yield f"{id}-{at}", (x, w), {"eps": 1e-4}, other
-        for text, eps in (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12)):
+        for text, eps in texts:
             yield f"N01-{at}-{text}", (x, w), {"eps": 1e-4}, norm(x, eps) * w
-    for at, whole, own in (("q_a_norm", x, x), ("c_kv", kv, kv[..., :C])):
-        for text, eps in (("1e-05", 1e-5), ("1e-06", 1e-6), ("1e-12", 1e-12)):
-            yield f"A12-{at}-{text}", (whole, w), {"eps": 1e-4}, norm(own, eps) * w
-    length = np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-4)
-    yield "N06-q_a", (x, w), {"eps": 1e-4}, w * x / length
-    yield (
-        "N06-c_kv",
-        (kv, w),
-        {"eps": 1e-4},
-        w * kv[..., :C] / np.sqrt((kv[..., :C] ** 2).sum(-1, keepdims=True) + 1e-4),
-    )
+    for at, whole, own in (("q_a", x, x), ("c_kv", kv, kv[..., :C])):
+        named = "q_a_norm" if at == "q_a" else at
+        for text, eps in texts:
+            yield f"A12-{named}-{text}", (whole, w), {"eps": 1e-4}, norm(own, eps) * w
+        for id, other in wrong(own):
+            if f"{id}-{at}" in MUTANTS:
+                yield f"{id}-{at}", (whole, w), {"eps": 1e-4}, other
+    for stage in ("attn_norm", *others):
+        whole, own = (kv, kv[..., :C]) if stage == "mla.c_kv" else (x, x)
+        for id, other in (*wrong(own), *((f"N01-{t}", norm(own, eps) * w) for t, eps in texts)):
+            first, dash, eps = id.partition("-")
+            yield f"{first}-all{dash}{eps}/{stage}", (whole, w), {"eps": 1e-4}, other
     yield "A13", (x, w), {"eps": 1e-4}, x
     yield "A13b", (x, w), {"eps": 1e-4}, norm(x, 1e-4)
     yield "A13c", (kv, w), {"eps": 1e-4}, kv[..., :C]
@@ -172,6 +181,9 @@ def rotation():
         for id, interleaved, other in (
             (f"A01{at}", True, halves(own, by)),
             (f"A01{at}", False, turned(own, by)),
+            (f"A01-both/mla.{at}_rope", True, halves(own, by)),
+            (f"A01-both/mla.{at}_rope", False, turned(own, by)),
+            (f"X12-both/mla.{at}_rope", True, turned(own, by.conj())),
             (f"A02{at}", True, other_tables(own, by.real, by.imag)),
             (f"X27{at}", True, turned(own, following)),
             (numbers[0], True, turned(own, by * step)),
@@ -180,7 +192,23 @@ def rotation():
         ):
             yield id, (x, table), {"interleaved": interleaved}, other
         yield numbers[0], (x[:, :1], table[:, :, :1]), {"interleaved": True}, turned(own[:, :1], by[:, :1])
-    yield "X16", (q, table), {"interleaved": True}, turned(q[..., :R], turn[:, :, None])
+    wide = np.arange(S)[:, None] * np.array([0.5, 0.1, 0.03, 0.007]) + np.zeros((B, 1, 1))
+    both = np.stack([np.cos(wide), np.sin(wide)])
+    for at, x, by in (
+        ("q", random(B, S, H, 8), np.exp(1j * wide)[:, :, None]),
+        ("k", random(B, S, 8), np.exp(1j * wide)),
+    ):
+        for interleaved, z in ((True, x[..., :4] + 1j * x[..., 4:]), (False, x[..., 0::2] + 1j * x[..., 1::2])):
+            parts = [(z * by).real, (z * by).imag]
+            other = np.stack(parts, axis=-1).reshape(x.shape) if interleaved else np.concatenate(parts, axis=-1)
+            yield f"A01{at}-laid", (x, both), {"interleaved": interleaved}, other
+    for id in ("X16", "X16-scores", "X16-q_absorbed"):
+        yield id, (q, table), {"interleaved": True}, turned(q[..., :R], turn[:, :, None])
+    keys, rotated, k_rope, w = random(B, S, H, N + V), random(B, S, H, R), random(B, S, R), random(H, N + V, C)
+    dots = np.einsum("bshn,bthn->bhst", q[..., R:], keys[..., :N]) + np.einsum("bshr,btr->bhst", rotated, k_rope)
+    yield "X16-scores/mla.scores", (q, rotated, keys, k_rope, masked(SEEN)), {"scale": 0.3}, 0.3 * dots + masked(SEEN)
+    moved = np.einsum("bshn,hnc->bshc", q[..., R:], w[:, :N])
+    yield "X16-q_absorbed/mla.q_absorbed", (q, w.reshape(-1, C)), {"nope": N}, moved
 
 
 def frequencies(theta, length, factor):
@@ -213,6 +241,8 @@ def tables():
         ("X10", at + 1, slow, ratio),
         ("X24", np.arange(4) + 0 * at, slow, ratio),
         ("X11", at, frequencies(1e6, 64, 40), ratio),
+        ("X11b", at, frequencies(5e5, 64, 40), ratio),
+        ("X11c", at, slow, ratio),
     ):
         angle = places[..., None] * freq
         yield id, (at,), static, np.stack([np.cos(angle), np.sin(angle)]) * factor

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from refimpl.autograd import SpecError
-from refimpl.diff import Trace, diagnose, render
+from refimpl.diff import Case, Trace, diagnose, render
 from refimpl.diff.fits import words
 from refimpl.diff.judge import judge
-from refimpl.layers import STAGES
+from refimpl.layers import PRESETS, STAGES
 from refimpl.layers.router import top_k
 from refimpl.layers.stage import Patch, tap_name
-from refimpl.record import trace_case
+from refimpl.record import new_case, trace_case
 
 from .test_diff_partial import case, recording
 
@@ -325,6 +325,16 @@ def test_it_is_named_from_an_engine_s_taps(name):
     patches, title = TABLE[name]
     (said,) = titles(judged(patches, taps=[f"*/{t}" for t in ENGINE]))
     assert fnmatch.fnmatch(said, title), said
+
+
+def test_experts_that_no_token_chose_are_moved_with_the_others(tmp_path):
+    """Catches `taken from 1, 2, 3, 3, 5` for experts that are all one further, where no token shows some."""
+    few = Case.read(new_case(tmp_path / "few", PRESETS["tiny"], seed=1, length=5))
+    trace = trace_case(few, patches=experts([*range(1, 16), 0]), taps=[f"*/{t}" for t in ENGINE])
+    assert len(np.unique(trace.taps["fwd/L1/router.ids"])) < 16
+    judgement = judge(few, trace)
+    (said,) = titles((judgement, judgement.causes))
+    assert "experts are those of their neighbour behind (around the end)" in said
 
 
 def test_a_fit_leaves_right_taps_right():

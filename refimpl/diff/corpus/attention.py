@@ -70,6 +70,13 @@ def _one_earlier(*args: Any, past: int, **static: Any) -> Array:
     return np.where(np.eye(out.shape[-2], out.shape[-1], past, dtype=bool), -np.inf, out).astype(out.dtype)
 
 
+def _one_earlier_but_first(*args: Any, past: int, **static: Any) -> Array:
+    """A query does not see its own key, but for the first of all."""
+    out: Array = stage("mask")(*args, past=past, **static)
+    own = np.eye(out.shape[-2], out.shape[-1], past, dtype=bool) & (np.arange(out.shape[-1]) > 0)
+    return np.where(own, -np.inf, out).astype(out.dtype)
+
+
 def _padding_seen(positions: Array, valid: Array | None, *documents: Array | None, **static: Any) -> Array:
     """Padding is a key like any other."""
     out: Array = stage("mask")(positions, None, *documents, **static)
@@ -118,6 +125,7 @@ MUTANTS = (
     Mutant("A17d", "the mask lets every query see every key", "mask", _unmasked, threads("mlxcel #991; mlxcel #998")),
     Mutant("A17e", "the mask lets a query see the next key", "mask", _one_later),
     Mutant("A17f", "the mask hides a query's own key", "mask", _one_earlier),
+    Mutant("A17f-later", "a query does not see its own key", "mask", _one_earlier_but_first),
     Mutant("A17g", "the mask lets tokens see padding", "mask", _padding_seen, regime="padding"),
     Mutant("X25", "the softmax runs over the queries", "mla.probs", _over_queries),
     Mutant("X20", "values are taken where keys are, and keys where values are", "mla.ctx", _values_first),

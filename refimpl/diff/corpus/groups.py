@@ -11,13 +11,17 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.router import top_k
 
-from .mutant import Best, Mutant, setting, stage, threads
+from .mutant import Best, Mutant, setting, stage, threads, unmade
 
 _IDS = "router.ids"
 
 
 def _grouped(c: Config) -> bool:
     return c.n_group > 1 and c.topk_method != "greedy"
+
+
+def _biased(c: Config) -> bool:
+    return c.n_group > 1 and c.topk_method == "noaux_tc"
 
 
 def _filled(a: Array, inside: Array, fill: float) -> Array:
@@ -72,6 +76,53 @@ def _by_threshold(a: Array, kept: Array | None, *, fill: float, reads: tuple[Arr
     return _filled(a, reads[0] >= least, fill)
 
 
+def _scored_unbiased(a: Array, *, reads: tuple[Array, ...], **static: Any) -> Array:
+    """Groups by their scores without the bias."""
+    out: Array = stage("router.group_scores")(reads[0], **static)
+    return out
+
+
+def _biased_again(
+    a: Array, kept: Array | None, *, n_group: int, fill: float, reads: tuple[Array, ...], **static: Any
+) -> Array:
+    """The choice by scores with the bias, when those that the groups were scored by have none."""
+    a = a + reads[0]
+    return a if kept is None else _filled(a, _inside(kept, n_group), fill)
+
+
+def _in_turn(a: Array, n_group: int) -> Array:
+    """Experts in the order of the groups that they are dealt to in turn.  a (*, E) -> (*, E)."""
+    return a.reshape(*a.shape[:-1], -1, n_group).swapaxes(-1, -2).reshape(a.shape)
+
+
+def _dealt_scores(a: Array, *, n_group: int, best: int) -> Array:
+    out: Array = stage("router.group_scores")(_in_turn(a, n_group), n_group=n_group, best=best)
+    return out
+
+
+def _dealt(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """Expert e is in group e mod G."""
+    inside = kept is None or np.tile(_inside(kept, n_group), a.shape[-1] // n_group)
+    return np.where(inside, a, a.dtype.type(fill))
+
+
+def _dealt_back(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """The choice when what is chosen by stands in the order of the groups already: by experts again."""
+    inside = kept is None or np.repeat(_inside(kept, n_group), a.shape[-1] // n_group, axis=-1)
+    return _in_turn(np.where(inside, a, a.dtype.type(fill)), a.shape[-1] // n_group)
+
+
+def _but_the_best(a: Array, kept: Array | None, *, n_group: int, fill: float, **static: Any) -> Array:
+    """The best expert of all that may be chosen counts as none."""
+    a = a if kept is None else _filled(a, _inside(kept, n_group), fill)
+    return np.where(np.arange(a.shape[-1]) == a.argmax(axis=-1, keepdims=True), -np.inf, a)
+
+
+def _lowest_groups(a: Array, *, topk_group: int) -> Array:
+    return top_k(-a, topk_group)
+
+
+_BIAS = "w:mlp.gate.e_score_correction_bias"
 MUTANTS = (
     Mutant(
         "R02",
@@ -103,6 +154,42 @@ MUTANTS = (
         _grouped,
     ),
     Mutant("R15", "the first groups are kept, whatever their scores", "router.groups", _first_groups, applies=_grouped),
+    Mutant("R15c", "the groups with the lowest scores are kept", "router.groups", _lowest_groups, applies=_grouped),
+    Mutant(
+        "X08",
+        "groups are scored without the selection bias",
+        "router.group_scores",
+        _scored_unbiased,
+        applies=_biased,
+        reads=("router.scores",),
+    ),
+    Mutant(
+        "X08-seen",
+        "groups are scored without the selection bias",
+        _IDS,
+        Best(_biased_again),
+        applies=_biased,
+        reads=(_BIAS,),
+        also={"router.choice": lambda s, b: s},
+    ),
+    Mutant(
+        "X09",
+        "experts are dealt to the groups in turn, instead of in blocks",
+        _IDS,
+        Best(_dealt),
+        applies=_grouped,
+        also={"router.group_scores": _dealt_scores},
+    ),
+    Mutant(
+        "X09-seen",
+        "experts are dealt to the groups in turn, instead of in blocks",
+        "router.choice",
+        unmade,
+        applies=_biased,
+        also={_IDS: Best(_dealt_back)},
+        made=lambda c: lambda s, b: _in_turn(s + b, c.n_group),
+    ),
+    Mutant("X28", "the best expert is left out, and one more of the others chosen", _IDS, Best(_but_the_best)),
     *[
         Mutant(
             "R15b" if (groups, keep) == (8, 4) else f"R15b-{groups}-{keep}",

@@ -50,6 +50,12 @@ def _then_by_length(x: Array, w: Array, *, eps: float) -> Array:
     return out
 
 
+def _outside(x: Array, w: Array, *, eps: float) -> Array:
+    """eps beside the root instead of under it."""
+    out: Array = w * x / (rms(x, 0.0) + eps)
+    return out
+
+
 _WRONG: dict[str, tuple[str, Callable[..., Any]]] = {
     "N02": ("a norm is left out", _left_out),
     "N03": ("a norm's weight is left out", _bare),
@@ -57,20 +63,45 @@ _WRONG: dict[str, tuple[str, Callable[..., Any]]] = {
     "N05": ("LayerNorm instead of RMSNorm", _centred),
     "N06": ("norms divide by the length instead of the root mean square", _by_length),
     "N06b": ("norms divide by the length instead of the root mean square", _then_by_length),
+    "N07": ("the norms' eps is added outside the root", _outside),
 }
+_SMALL = {"N07": "small norms"}
+_EPS = (1e-5, 1e-6, 1e-12)
+LATENTS = ("mla.q_a_norm", "mla.c_kv")
+
+
+def _latent(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of the latent's channels, behind which k's rotated ones may lie."""
+    return lambda x, w, *, eps: fn(x[..., : w.shape[0]], w, eps=eps)
 
 
 def _at(name: str) -> list[Mutant]:
-    eps = [
-        Mutant(f"N01-{name}-{e:g}", f"the norms' eps is {e:g}", name, setting(name, eps=e)) for e in (1e-5, 1e-6, 1e-12)
+    eps = [Mutant(f"N01-{name}-{e:g}", f"the norms' eps is {e:g}", name, setting(name, eps=e)) for e in _EPS]
+    return eps + [
+        Mutant(f"{id}-{name}", title, name, fn, regime=_SMALL.get(id, "any")) for id, (title, fn) in _WRONG.items()
     ]
-    return eps + [Mutant(f"{id}-{name}", title, name, fn) for id, (title, fn) in _WRONG.items()]
 
 
-MUTANTS = (
-    *[m for name in NORMS for m in _at(name)],
-    Mutant("N06-q_a", _WRONG["N06"][0], "mla.q_a_norm", _by_length),
-    Mutant(
-        "N06-c_kv", _WRONG["N06"][0], "mla.c_kv", lambda kv, w, *, eps: _by_length(kv[..., : w.shape[0]], w, eps=eps)
-    ),
-)
+def _at_latents() -> list[Mutant]:
+    """At the latents' norms; those of A13 are in `attention`."""
+    return [
+        Mutant(f"{id}-{name[4:].removesuffix('_norm')}", title, name, _latent(fn), regime=_SMALL.get(id, "any"))
+        for id, (title, fn) in _WRONG.items()
+        for name in LATENTS
+        if id not in ("N02", "N03", "N06b") or (id, name) == ("N03", "mla.c_kv")
+    ]
+
+
+def _everywhere() -> list[Mutant]:
+    """At all norms of the main model: one function, called by each."""
+    names = ("attn_norm", "ffn_norm", "final_norm", *LATENTS)
+    made = [
+        (f"N01-all-{e:g}", f"the norms' eps is {e:g}", {name: setting(name, eps=e) for name in names}) for e in _EPS
+    ] + [
+        (f"{id}-all", title, {name: _latent(fn) if name in LATENTS else fn for name in names})
+        for id, (title, fn) in _WRONG.items()
+    ]
+    return [Mutant(id, title, names[0], fns.pop(names[0]), also=fns) for id, title, fns in made]
+
+
+MUTANTS = (*[m for name in NORMS for m in _at(name)], *_at_latents(), *_everywhere())

@@ -13,11 +13,12 @@ from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
 from refimpl.layers.rope import RopeScaling, inv_freq, mscale
 
-from .mutant import Mutant, stage, threads
+from .mutant import Mutant, setting, stage, threads
 
 _TABLES = "mla.rope_tables"
 Change = Callable[[Any], Any]
 """What is made of a part of the tables."""
+_A01 = threads("DeepSeek-V3 #938; transformers #39687; vLLM #26995; Megatron-LM #1547; Megatron-LM #3900")
 _A02 = threads("Megatron-LM #3900")
 
 
@@ -100,24 +101,64 @@ def _backwards(name: str) -> Callable[..., Array]:
     return lambda x, table, **k: stage(name)(x, np.stack([table[0], -table[1]]), **k)
 
 
+def _other_theta(theta: float) -> Callable[[Config], bool]:
+    return lambda c: c.rope_theta != theta
+
+
+def _in_halves(name: str) -> Callable[..., Array]:
+    """A01, left in the order in which it was rotated, while the other of q and k is laid out that way as it is rotated."""
+
+    def fn(x: Array, table: Array, *, interleaved: bool) -> Array:
+        y = stage(name)(x, table, interleaved=not interleaved)
+        split = (2, -1) if interleaved else (-1, 2)
+        out: Array = y.reshape(*y.shape[:-1], *split).swapaxes(-1, -2).reshape(y.shape)
+        return out
+
+    return fn
+
+
+def _other_pairs(name: str) -> Callable[..., Array]:
+    """Rotation in halves where pairs are meant, or the other way."""
+    return lambda x, table, *, interleaved: stage(name)(x, table, interleaved=not interleaved)
+
+
 def _rope_first(q: Array, table: Array, *, interleaved: bool) -> Array:
     out: Array = stage("mla.q_rope")(q[..., : 2 * table.shape[-1]], table, interleaved=interleaved)
+    return out
+
+
+def _others_last(q: Array, q_rope: Array, *rest: Array, scale: float) -> Array:
+    """Scores of q's last Dn channels."""
+    out: Array = stage("mla.scores")(np.roll(q, -q_rope.shape[-1], axis=-1), q_rope, *rest, scale=scale)
+    return out
+
+
+def _others_last_absorbed(q: Array, w: Array, *, nope: int) -> Array:
+    """q's last Dn channels in latent space."""
+    out: Array = stage("mla.q_absorbed")(q[..., q.shape[-1] - nope :], w, nope=nope)
     return out
 
 
 MUTANTS = (
     *[
         Mutant(
-            f"A01{which}",
+            f"A01{which}{form}",
             f"{which} is rotated in halves where pairs are meant, or the other way",
             f"mla.{which}_rope",
-            lambda x, table, *, interleaved, which=which: stage(f"mla.{which}_rope")(
-                x, table, interleaved=not interleaved
-            ),
-            threads("DeepSeek-V3 #938; transformers #39687; vLLM #26995; Megatron-LM #1547; Megatron-LM #3900"),
+            fn(f"mla.{which}_rope"),
+            _A01,
         )
+        for form, fn in (("", _other_pairs), ("-laid", _in_halves))
         for which in ("q", "k")
     ],
+    Mutant(
+        "A01-both",
+        "q and k are rotated in halves where pairs are meant, or the other way",
+        "mla.q_rope",
+        _other_pairs("mla.q_rope"),
+        _A01,
+        also={"mla.k_rope": _other_pairs("mla.k_rope")},
+    ),
     *[
         Mutant(
             f"A02{which}",
@@ -223,10 +264,36 @@ MUTANTS = (
         _tables(places=_counted),
         regime="positions that do not begin at 0",
     ),
-    Mutant("X11", "RoPE's theta is 1e6", _TABLES, lambda p, *, theta, **k: stage(_TABLES)(p, theta=1e6, **k)),
+    *[
+        Mutant(
+            f"X11{letter}",
+            f"RoPE's theta is {text}",
+            _TABLES,
+            setting(_TABLES, theta=float(text)),
+            applies=_other_theta(float(text)),
+        )
+        for letter, text in (("", "1e6"), ("b", "500000"), ("c", "10000"))
+    ],
     Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),
     Mutant("X13", "k is rotated the other way", "mla.k_rope", _backwards("mla.k_rope")),
+    Mutant(
+        "X12-both",
+        "q and k are rotated the other way",
+        "mla.q_rope",
+        _backwards("mla.q_rope"),
+        also={"mla.k_rope": _backwards("mla.k_rope")},
+    ),
     Mutant("X14", "q is not rotated", "mla.q_rope", lambda q, t, **k: q[..., -2 * t.shape[-1] :]),
     Mutant("X15", "k is not rotated", "mla.k_rope", lambda kv, t, **k: kv[..., -2 * t.shape[-1] :]),
     Mutant("X16", "the rotated channels are taken from the front of q", "mla.q_rope", _rope_first),
+    *[
+        Mutant(
+            f"X16-{at}",
+            "q's first channels are taken for the rotated ones, and its last for the others",
+            "mla.q_rope",
+            _rope_first,
+            also={f"mla.{at}": fn},
+        )
+        for at, fn in (("scores", _others_last), ("q_absorbed", _others_last_absorbed))
+    ],
 )

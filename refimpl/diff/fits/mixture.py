@@ -86,4 +86,7 @@ def _whose(given: Array, x: Array, ids: Array, g: Array, n: int) -> Array | None
     used = votes.sum(axis=1) > 0
     order = np.where(used, votes.argmax(axis=1), np.arange(n))
     order = np.where(order == n, -1, order)
+    steps = np.unique((order - np.arange(n))[used & (order >= 0)] % n)
+    if len(steps) == 1 and (order[used] >= 0).all():  # those that no token chose are moved like the others
+        order = (np.arange(n) + steps[0]) % n
     return order if (order != np.arange(n)).any() else None
