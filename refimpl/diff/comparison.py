@@ -24,6 +24,7 @@ from .precision import Precision
 from .program import regions
 from .reading import Pick, cut
 from .replay import Step, replay
+from .shares import common
 from .supposed import SUPPOSED, by_use, supposed
 from .tolerance import Distance, distance
 
@@ -179,8 +180,8 @@ class Comparison:
             ways = (gauges.swap_pairs(x, to_interleaved=w) for w in (True, False))
             to_interleaved = sine(next(ways), other) <= sine(next(ways), other)
             taps[tap] = gauges.swap_pairs(taps[tap], to_interleaved=to_interleaved)
-        if gauges.ROOTED in what:
-            taps[tap] = taps[tap].astype(np.float32) / np.float32(self.config.softmax_scale**0.5)
+        for share in common(what):
+            taps[tap] = taps[tap].astype(np.float32) / np.float32(share.factor(self.config.softmax_scale))
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)

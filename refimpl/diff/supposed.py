@@ -19,9 +19,10 @@ from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 
 from .fused import ANGLE, replayed, sine
-from .gauges import LATER, ROOTED, SCALED_Q, SCORES, SLOTS, TURNED, UNMASKED, Alternative, by_rank, swap_pairs, unmasked
+from .gauges import LATER, SCORES, SLOTS, TURNED, UNMASKED, Alternative, by_rank, swap_pairs, unmasked
 from .lanes import Lane, Recorded
 from .program import names, owner
+from .shares import ROOTED, SCALED_K, SCALED_Q, Share, shares_of
 
 SUPPOSED = "whatever is only supposed"
 """Stands for all of it where gauges are told that are not to be tried."""
@@ -42,14 +43,24 @@ def supposed(call: Call, x: Array, exact: Array, c: Config, partner: Collection[
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
     if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
         yield (UNMASKED,), masked
-    tap, rooted = call.tap.rpartition("/")[2], ROOTED in partner or call.tap.endswith("/mla.k_rope")
-    if tap in ("mla.q", "mla.q_rope", "mla.k_rope"):
+    tap = call.tap.rpartition("/")[2]
+    if (known := _likely(tap, partner)) and SCALED_K not in partner:  # the scale is in one of them
         factor = _ratio(x, exact)
-        away = abs(np.log(factor / c.softmax_scale ** (0.5 if rooted else 1.0)))
+        share = min(known, key=lambda one: abs(np.log(factor / one.factor(c.softmax_scale))))
+        away = abs(np.log(factor / share.factor(c.softmax_scale)))
         if away < np.log(RANGE) and abs(factor - 1) > 2.0**-7:  # a wrong rotation changes no row's size
             orders = [((), x), *[((TURNED,), swap_pairs(x, to_interleaved=w)) for w in (True, False) if "rope" in tap]]
             order, y = min(orders, key=lambda one: (sine(one[1], exact) >= ANGLE, len(one[0])))
-            yield (*order, ROOTED if rooted else SCALED_Q), y / x.dtype.type(factor)
+            yield (*order, share.what), y / x.dtype.type(factor)
+
+
+def _likely(tap: str, partner: Collection[str]) -> list[Share]:
+    """Shares of the softmax scale that q or k may have, its keys' partner having been found to have its own."""
+    if tap == "mla.k_rope":
+        names = {SCALED_K, ROOTED}
+    else:
+        names = {ROOTED if ROOTED in partner else SCALED_Q} if tap in ("mla.q", "mla.q_rope") else set()
+    return [s for s in shares_of(tap) if s.what in names]
 
 
 def by_use(program: list[Call], r: Recorded, tap: str, x: Array, scale: float) -> Alternative | None:
