@@ -45,7 +45,7 @@ SHARES = (
     Share(_BASE2.format("", "q"), ("q",), 1, 1),
     Share(_BASE2.format("", "k"), ("k",), 1, 1),
     Share(_BASE2.format(" (its root)", "q and k"), ("q", "k"), 0.5, 0.5),
-    Share("scores are multiplied by log2 e, softmax is to base 2", ("scores",), 0, 1),
+    SCORES_2 := Share("scores are multiplied by log2 e, softmax is to base 2", ("scores",), 0, 1),
 )
 
 
@@ -58,6 +58,11 @@ def shares_of(tap: str) -> Iterator[Share]:
 def common(accepted: Collection[str]) -> Iterator[Share]:
     """Of what was accepted, the shares that q and k have alike."""
     return (s for s in SHARES if s.what in accepted and s.sides == ("q", "k"))
+
+
+def base2(accepted: Collection[str]) -> Share | None:
+    """The share that scores have if what was accepted of q or k holds log2 e."""
+    return SCORES_2 if any(s.base2 and s.what in accepted for s in SHARES) else None
 
 
 def whole(q: Collection[str], k: Collection[str]) -> bool:

@@ -22,7 +22,7 @@ from .fused import ANGLE, replayed, sine
 from .gauges import LATER, SCORES, SLOTS, TURNED, UNMASKED, Alternative, by_rank, swap_pairs, unmasked
 from .lanes import Lane, Recorded
 from .program import names, owner
-from .shares import ROOTED, SCALED_K, SCALED_Q, Share, shares_of
+from .shares import ROOTED, SCALED_K, SCALED_Q, Share, base2, shares_of
 
 SUPPOSED = "whatever is only supposed"
 """Stands for all of it where gauges are told that are not to be tried."""
@@ -38,11 +38,16 @@ _LINEAR = ("moe.act", "moe.down", "moe.routed", "moe.out")
 
 def supposed(call: Call, x: Array, exact: Array, c: Config, partner: Collection[str]) -> Iterator[Alternative]:
     """What to declare, and a tap that no arrangement explains in the one that it is likely to have; `partner` is what was found of
-    the rotated keys, if it is the queries.
+    the rotated keys, if it is the queries, of both, if it is the scores.
     """
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
-    if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
-        yield (UNMASKED,), masked
+    if call.stage in SCORES:
+        masked, two = unmasked(x, exact), base2(partner)
+        what, y = ((), x) if masked is None else ((UNMASKED,), masked)
+        if two:  # queries or keys hold the log2 e already
+            yield (*what, two.what), y / x.dtype.type(two.factor(c.softmax_scale))
+        elif what:
+            yield what, y
     tap = call.tap.rpartition("/")[2]
     if (known := _likely(tap, partner)) and SCALED_K not in partner:  # the scale is in one of them
         factor = _ratio(x, exact)
