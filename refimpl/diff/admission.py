@@ -68,7 +68,7 @@ def admit(
         recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
     recorded = _without_shared(recorded, c, found)
     sized = other_sizes(program, recorded, c, sizes)
-    configs = {call.tap: sized.get(owner(call.tap), c) for call in program if call.tap in recorded}
+    configs = {call.tap: sized.get(call.tap, c) for call in program if call.tap in recorded}
     shapes = {call.tap: shape_of(call, configs[call.tap], sizes) for call in program if call.tap in recorded}
     for call in [call for call in program if call.tap in recorded]:
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
@@ -117,13 +117,12 @@ def _in_form(
 
 def _sized(found: Admitted, program: list[Call], sized: Mapping[str, Config], c: Config, sizes: Sizes) -> None:
     """Where all of a unit has another number of experts a token, its ids are wrong, and the rest is judged on them."""
-    for unit, other in sized.items():
-        what = f"sized by {other.num_experts_per_tok} experts a token instead of {c.num_experts_per_tok}: judged on these ids"
-        for call in [call for call in of_slots(program, unit) if call.tap in found.taps]:
-            if call.stage == "router.ids":
-                found.flawed[call.tap] = f"shape {found.taps[call.tap].shape}, expected {shape_of(call, c, sizes)}"
-            else:
-                found.note(call.tap, what)
+    for call in [call for call in program if call.tap in sized and call.tap in found.taps]:
+        if call.stage == "router.ids":
+            found.flawed[call.tap] = f"shape {found.taps[call.tap].shape}, expected {shape_of(call, c, sizes)}"
+        else:
+            k, ours = sized[call.tap].num_experts_per_tok, c.num_experts_per_tok
+            found.note(call.tap, f"sized by {k} experts a token instead of {ours}: judged on these ids")
 
 
 def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array], k: int) -> None:
@@ -131,10 +130,8 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
     of the ids alone.
     """
     for call in program:
-        if call.stage == "router.ids" and call.tap in found.flawed:
+        if call.stage == "router.ids" and call.tap in found.flawed and call.tap not in found.taps:
             unit, slots = owner(call.tap), np.asarray(recorded[call.tap]).shape[-1:]
-            if call.tap in found.taps:
-                continue
             for other in [o for o in of_slots(program, unit) if o.tap in found.flawed and o is not call]:
                 if other.of.shape[0] == "M" or np.asarray(recorded[other.tap]).shape[-1:] == slots:
                     del found.flawed[other.tap]

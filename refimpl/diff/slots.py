@@ -19,13 +19,14 @@ from .program import owner
 
 
 def other_sizes(program: list[Call], taps: Mapping[str, Array], c: Config, sizes: Sizes) -> dict[str, Config]:
-    """Unit -> the config with the number of experts a token that its ids have, and all taps that are sized by it."""
-    found = {}
+    """Tap -> the config with the number of experts a token that the ids of its unit have, and all that is sized by it there."""
+    found: dict[str, Config] = {}
     for tap, k in [(call.tap, _slots(call, taps, c)) for call in program if call.stage == "router.ids"]:
-        other = c.replace(num_experts_per_tok=k) if k else c
-        sized = list(of_slots(program, owner(tap)))
-        if k and all(np.size(taps[one.tap]) == prod(shape_of(one, other, sizes)) for one in sized if one.tap in taps):
-            found[owner(tap)] = other
+        if k:
+            other = c.replace(num_experts_per_tok=k, n_group=1, topk_group=1)  # kept groups may have fewer
+            sized = [one for one in of_slots(program, owner(tap)) if one.tap in taps]
+            if all(np.size(taps[one.tap]) == prod(shape_of(one, other, sizes)) for one in sized):
+                found |= {one.tap: other for one in sized}
     return found
 
 
@@ -42,4 +43,5 @@ def _slots(call: Call, taps: Mapping[str, Array], c: Config) -> int:
     x = np.asarray(taps[call.tap]) if call.tap in taps else np.zeros(0)
     if x.ndim < 2 or not x.size or x.dtype.kind not in "iu" or int(x.min()) < 0 or int(x.max()) >= c.n_routed_experts:
         return 0
-    return x.shape[-1] if x.shape[-1] not in (c.num_experts_per_tok, c.n_routed_experts) else 0
+    k = x.shape[-1]
+    return k if k != c.num_experts_per_tok and k < c.n_routed_experts else 0

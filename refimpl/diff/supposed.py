@@ -28,6 +28,8 @@ SUPPOSED = "whatever is only supposed"
 """Stands for all of it where gauges are told that are not to be tried."""
 RANGE = 2.5
 """A wrong softmax scale is not further from the right one, either way; what else a tap may be multiplied by is."""
+EXACTLY = 2.0**-5
+"""A share with log2 e in it is not further off."""
 CLEARLY = 0.5
 """Of the angle between the weights recorded and those that experts were given, no more than this is left in the right order."""
 NEAR = 0.05
@@ -49,23 +51,22 @@ def supposed(call: Call, x: Array, exact: Array, c: Config, partner: Collection[
         elif what:
             yield what, y
     tap = call.tap.rpartition("/")[2]
-    if (known := _likely(tap, partner)) and SCALED_K not in partner:  # the scale is in one of them
+    if tap in ("mla.q", "mla.q_rope", "mla.k_rope") and SCALED_K not in partner:  # else the keys have it
         factor = _ratio(x, exact)
-        share = min(known, key=lambda one: abs(np.log(factor / one.factor(c.softmax_scale))))
-        away = abs(np.log(factor / share.factor(c.softmax_scale)))
+        share, away = _nearest(tap, factor, c.softmax_scale, partner)
         if away < np.log(RANGE) and abs(factor - 1) > 2.0**-7:  # a wrong rotation changes no row's size
             orders = [((), x), *[((TURNED,), swap_pairs(x, to_interleaved=w)) for w in (True, False) if "rope" in tap]]
             order, y = min(orders, key=lambda one: (sine(one[1], exact) >= ANGLE, len(one[0])))
             yield (*order, share.what), y / x.dtype.type(factor)
 
 
-def _likely(tap: str, partner: Collection[str]) -> list[Share]:
-    """Shares of the softmax scale that q or k may have, its keys' partner having been found to have its own."""
-    if tap == "mla.k_rope":
-        names = {SCALED_K, ROOTED}
-    else:
-        names = {ROOTED if ROOTED in partner else SCALED_Q} if tap in ("mla.q", "mla.q_rope") else set()
-    return [s for s in shares_of(tap) if s.what in names]
+def _nearest(tap: str, factor: float, scale: float, partner: Collection[str]) -> tuple[Share, float]:
+    """The share of the softmax scale that q or k may have which is nearest to that factor, and how far off it is (its logarithm).
+    Log2 e is in it only if it is to a few per cent: a wrong scale is not.
+    """
+    wanted = {ROOTED, SCALED_K} if tap == "mla.k_rope" else {ROOTED if ROOTED in partner else SCALED_Q}
+    away = {s: abs(float(np.log(factor / s.factor(scale)))) for s in shares_of(tap)}
+    return min([(s, d) for s, d in away.items() if s.what in wanted or d < EXACTLY], key=lambda one: one[1])
 
 
 def by_use(program: list[Call], r: Recorded, tap: str, x: Array, scale: float) -> Alternative | None:

@@ -143,7 +143,7 @@ def chosen(k, *patches):
 SETS = {"all": None, "engine": ENGINE, "no weights": (*ENGINE, "moe.down")}
 
 
-@pytest.mark.parametrize(("k", "names"), [(3, "all"), (5, "engine"), (3, "no weights"), (1, "engine")])
+@pytest.mark.parametrize(("k", "names"), [(3, "all"), (5, "engine"), (3, "no weights"), (1, "engine"), (9, "engine")])
 def test_another_number_of_experts_is_the_fault_of_the_ids_alone(k, names):
     """Catches weights, rows or their sum blamed, or not compared, for the size that the ids give them; a note that names another
     number; a tap told to be recorded that was; the number not named.
