@@ -74,7 +74,9 @@ def _groups(j: Judgement) -> list[list[Finding]]:
 
 def _held(j: Judgement) -> set[str]:
     """Taps that were recorded, if not all were compared."""
-    return {f.tap for f in j.findings}.union(*j.notes.values())
+    return {f.tap for f in j.findings}.union(
+        *[taps for what, taps in j.notes.items() if what.endswith(": not compared")]
+    )
 
 
 def _group(group: list[Finding], held: set[str]) -> Iterator[str]:

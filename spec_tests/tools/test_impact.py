@@ -173,6 +173,17 @@ def test_layers_apart():
     same(found.findings[1].alone, naive(logits(), np.asarray(second.taps["fwd/logits"])))
 
 
+def test_another_number_of_experts_has_impact():
+    """Catches ids of another size refused, or left out: alone in our run they are the candidate."""
+    ids = STAGES["router.ids"].fn
+    trace = trace_case(
+        case(), precision="float64", patches=[Patch("router.ids", lambda *a, **s: ids(*a, **s | {"k": 3}))]
+    )
+    (found,) = impacts(judge(case(), trace))
+    assert [stage_of(f) for f in found.findings] == ["router.ids"]
+    same(found.findings[0].alone, naive(logits(), np.asarray(trace.taps["fwd/logits"])))
+
+
 @pytest.mark.parametrize("k", [3, 2, 4])
 @pytest.mark.parametrize("shape", ["B S K", "M D"])
 def test_slots_and_rows_follow_their_experts(shape, k):
