@@ -63,10 +63,7 @@ def admit(
     """
     padding = padding_of(trace.header.valid, sizes)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
-    picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
-    for part in sizes.parts:
-        recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
-    recorded = _without_shared(recorded, c, found)
+    picked, recorded = parts(trace.header, c, embedded.shape[1]), _as_named(trace.taps, c, sizes, embedded, found)
     sized = other_sizes(program, recorded, c, sizes)
     configs = {call.tap: sized.get(call.tap, c) for call in program if call.tap in recorded}
     shapes = {call.tap: shape_of(call, configs[call.tap], sizes) for call in program if call.tap in recorded}
@@ -91,6 +88,15 @@ def admit(
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _as_named(
+    taps: Mapping[str, Array], c: Config, sizes: Sizes, embedded: Array, found: Admitted
+) -> Mapping[str, Array]:
+    """The taps under the names that they should have, with the slots that they should have."""
+    for part in sizes.parts:
+        taps = _unshifted(taps, c, part.name, embedded[:, part.start : part.stop], found)
+    return _without_shared(taps, c, found)
 
 
 def _stands_alone(pick: Pick, axes: list[str]) -> bool:
