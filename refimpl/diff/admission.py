@@ -22,6 +22,7 @@ from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers, owner
 from .reading import FILLED_UP, Pick, Reading, read
+from .slots import of_slots, other_sizes
 from .trace import Header, Trace
 from .wide import with_infinity
 
@@ -62,14 +63,13 @@ def admit(
     """
     padding = padding_of(trace.header.valid, sizes)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
-    picked, recorded = parts(trace.header, c, embedded.shape[1]), trace.taps
-    for part in sizes.parts:
-        recorded = _unshifted(recorded, c, part.name, embedded[:, part.start : part.stop], found)
-    recorded = _without_shared(recorded, c, found)
-    shapes = {call.tap: shape_of(call, c, sizes) for call in program if call.tap in recorded}
+    picked, recorded = parts(trace.header, c, embedded.shape[1]), _as_named(trace.taps, c, sizes, embedded, found)
+    sized = other_sizes(program, recorded, c, sizes)
+    configs = {call.tap: sized.get(call.tap, c) for call in program if call.tap in recorded}
+    shapes = {call.tap: shape_of(call, configs[call.tap], sizes) for call in program if call.tap in recorded}
     for call in [call for call in program if call.tap in recorded]:
         stage, shape, limit = call.of, shapes[call.tap], limits.get(call.stage)
-        x, done = _in_form(call, recorded, shape, padding, limit, c, packed)
+        x, done = _in_form(call, recorded, shape, padding, limit, configs[call.tap], packed)
         found.note(call.tap, *done)
         known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
@@ -84,9 +84,19 @@ def admit(
             found.mixed |= {call.tap} if _stands_alone(reading.pick, stage.shape.split()) else set()
         x = reading.array.astype(np.int64) if integers(stage) else reading.array
         found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
+    _sized(found, program, sized, c, sizes)
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _as_named(
+    taps: Mapping[str, Array], c: Config, sizes: Sizes, embedded: Array, found: Admitted
+) -> Mapping[str, Array]:
+    """The taps under the names that they should have, with the slots that they should have."""
+    for part in sizes.parts:
+        taps = _unshifted(taps, c, part.name, embedded[:, part.start : part.stop], found)
+    return _without_shared(taps, c, found)
 
 
 def _stands_alone(pick: Pick, axes: list[str]) -> bool:
@@ -111,18 +121,25 @@ def _in_form(
     return x, [*formed, *sent, *placing]
 
 
+def _sized(found: Admitted, program: list[Call], sized: Mapping[str, Config], c: Config, sizes: Sizes) -> None:
+    """Where all of a unit has another number of experts a token, its ids are wrong, and the rest is judged on them."""
+    for call in [call for call in program if call.tap in sized and call.tap in found.taps]:
+        if call.stage == "router.ids":
+            found.flawed[call.tap] = f"shape {found.taps[call.tap].shape}, expected {shape_of(call, c, sizes)}"
+        else:
+            k, ours = sized[call.tap].num_experts_per_tok, c.num_experts_per_tok
+            found.note(call.tap, f"sized by {k} experts a token instead of {ours}: judged on these ids")
+
+
 def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array], k: int) -> None:
     """Where a token has another number of experts, every array of slots or dispatched rows has another size: that is the fault
     of the ids alone.
     """
     for call in program:
-        if call.stage == "router.ids" and call.tap in found.flawed:
+        if call.stage == "router.ids" and call.tap in found.flawed and call.tap not in found.taps:
             unit, slots = owner(call.tap), np.asarray(recorded[call.tap]).shape[-1:]
-            for other in [
-                c for c in program if c.tap in found.flawed and c.tap.startswith(f"{unit}/") and c is not call
-            ]:
-                shape, axes = np.asarray(recorded[other.tap]).shape, other.of.shape.split()
-                if (axes[-1] == "K" and shape[-1:] == slots) or axes[0] == "M":
+            for other in [o for o in of_slots(program, unit) if o.tap in found.flawed and o is not call]:
+                if other.of.shape[0] == "M" or np.asarray(recorded[other.tap]).shape[-1:] == slots:
                     del found.flawed[other.tap]
                     what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
                     found.note(other.tap, what)

@@ -24,6 +24,7 @@ from .precision import Precision
 from .program import regions
 from .reading import Pick, cut
 from .replay import Step, replay
+from .shares import common
 from .supposed import SUPPOSED, by_use, supposed
 from .tolerance import Distance, distance
 
@@ -74,14 +75,16 @@ class Comparison:
         inside, stage_of = self._regions(program), {c.tap: c.stage for c in program}
         for call in track(program[start:stop]):
             if call.tap in a.flawed:
+                alone = () if call.tap in a.taps else (call.tap,)  # what others are judged on was computed by no stage
                 self.findings.append(
-                    Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap], region=(call.tap,))
+                    Finding(call.tap, call.stage, False, np.inf, note=a.flawed[call.tap], region=alone)
                 )
-            if call.tap in a.taps:
+            step = next(walk) if call.tap in a.taps else None
+            if step and call.tap not in a.flawed:
                 region = inside[call.tap]
                 coarsest = max(map(self.precision.unit, region))
                 units = Units(self.precision.unit(call.tap), coarsest, tuple([stage_of[t] for t in region]))
-                self.findings.append(replace(self._find(next(walk), units, program), region=region))
+                self.findings.append(replace(self._find(step, units, program), region=region))
                 self.pages.read(a.taps[call.tap].nbytes)
                 if call.tap in self.recorded.withdrawn:  # what follows spans it
                     inside = self._regions(program)
@@ -164,8 +167,11 @@ class Comparison:
                 yield *used, False
         for what, other in gauges.alternatives(call, x, exact, self.config):
             yield what, other, True
-        partner = self.accepted.get(gauges.partner_of(call.tap), ())
-        for what, other in supposed(call, x, exact, self.config, partner):
+        beside = (
+            [call.tap.replace("mla.scores", t) for t in gauges.ROPE_TAPS[:2]] if call.stage in gauges.SCORES else []
+        )
+        found = [self.accepted.get(t, ()) for t in (*beside, gauges.partner_of(call.tap))]
+        for what, other in supposed(call, x, exact, self.config, set[str]().union(*found)):
             self.supposable = True
             if guess:
                 yield what, other, False
@@ -179,8 +185,8 @@ class Comparison:
             ways = (gauges.swap_pairs(x, to_interleaved=w) for w in (True, False))
             to_interleaved = sine(next(ways), other) <= sine(next(ways), other)
             taps[tap] = gauges.swap_pairs(taps[tap], to_interleaved=to_interleaved)
-        if gauges.ROOTED in what:
-            taps[tap] = taps[tap].astype(np.float32) / np.float32(self.config.softmax_scale**0.5)
+        for share in common(what):
+            taps[tap] = taps[tap].astype(np.float32) / np.float32(share.factor(self.config.softmax_scale))
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)

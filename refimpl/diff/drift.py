@@ -16,7 +16,9 @@ SOME = 8
 
 
 def drift(x: Array | Wide, ours: Array | Wide) -> float:
-    """|x - ours| / |ours| of the whole tap, or of some of its blocks."""
+    """|x - ours| / |ours| of the whole tap, or of some of its blocks; infinite if they are of other shapes."""
+    if x.shape != ours.shape:
+        return math.inf
     room = np.empty(BLOCK, np.float32)  # fresh memory costs more than a difference does
     found = np.zeros(2)
     for _, theirs, mine in paired(x, ours, SOME):

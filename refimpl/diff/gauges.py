@@ -18,14 +18,13 @@ from refimpl.layers.stage import Call
 
 from .likelihoods import as_logits
 from .lse import LSE, in_other_units
+from .shares import shares_of, whole
 from .wide import MASKED
 
 Alternative = tuple[tuple[str, ...], Array]
 """What to declare, one gauge or two at once, and the tap in our arrangement."""
 SLOTS = "routing weights in another order than the ids: matched by value"
 TURNED = "rotated channels in the other order"
-SCALED_Q = "the softmax scale is multiplied into q"
-ROOTED = "the root of the softmax scale is multiplied into q and k"
 LATER = "the routed scaling factor is applied after the experts"
 UNMASKED = "scores are those before the mask"
 SCORES = ("mla.scores", "mla.scores_absorbed")
@@ -43,8 +42,6 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
     for what, y in orders:
         for more, factor in factors:
             yield (what, more), y * x.dtype.type(factor)
-    if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
-        yield (UNMASKED,), masked
     if call.stage == "logits":
         yield from _each(as_logits(x, exact))
     if call.stage == LSE:
@@ -58,23 +55,21 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
 
 
 def _orders(call: Call, x: Array, exact: Array) -> Iterator[tuple[str, Array]]:
-    """Orders of the last axis."""
+    """Orders of the last axis, and what hides some of it."""
     if call.stage == "router.weights":
         yield SLOTS, by_rank(x, exact)
     if call.tap.rpartition("/")[2] in ROPE_TAPS:
         for to_interleaved in (True, False):
             yield TURNED, swap_pairs(x, to_interleaved=to_interleaved)
+    if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
+        yield UNMASKED, masked
 
 
 def _factors(call: Call, c: Config) -> Iterator[tuple[str, float]]:
     """What a tap that was divided by something, or not multiplied by it, is to be multiplied by."""
-    tap = call.tap.rpartition("/")[2]
     if call.stage == "router.weights" and c.routed_scaling_factor != 1:
         yield LATER, c.routed_scaling_factor
-    if tap in ("mla.q_rope", "mla.q"):
-        yield SCALED_Q, 1 / c.softmax_scale
-    if tap in ("mla.q_rope", "mla.k_rope", "mla.q"):
-        yield ROOTED, 1 / c.softmax_scale**0.5
+    yield from ((s.what, 1 / s.factor(c.softmax_scale)) for s in shares_of(call.tap))
 
 
 def _each(found: Iterable[tuple[str, Array]]) -> Iterator[Alternative]:
@@ -110,11 +105,14 @@ def partner_of(tap: str) -> str:
 
 
 def broken(accepted: Mapping[str, tuple[str, ...]], taps: Collection[str]) -> set[str]:
-    """Rotated taps whose order is not that of their partner: q in the other order and k not, or the other way. `accepted` is
-    tap -> what was accepted of it.
+    """Rotated taps that were not turned, or not scaled, as their partner is: q in the other order and k not, the scale in both of
+    them. `accepted` is tap -> what was accepted of it.
     """
-    turned, found = {t for t in accepted if TURNED in accepted[t]}, set[str]()
-    for tap in taps:
-        if (partner := partner_of(tap)) in taps and (tap in turned) != (partner in turned):
-            found |= {tap, partner} & turned
+    found = set[str]()
+    for q, k in [(t, partner_of(t)) for t in taps if partner_of(t) in taps]:
+        of_q, of_k = (accepted.get(t, ()) for t in (q, k))
+        if (TURNED in of_q) != (TURNED in of_k):
+            found |= {t for t, what in ((q, of_q), (k, of_k)) if TURNED in what}
+        if not whole(of_q, of_k):
+            found |= {q, k} & set(accepted)
     return found

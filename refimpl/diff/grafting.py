@@ -74,7 +74,7 @@ def _against(g: Grounds, tap: str, e: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class _Difference:
-    """x and e (of one shape) and, where slots or dispatched rows depend on them, the ids that they belong to."""
+    """x and e (of one shape, or ids) and, where slots or dispatched rows depend on them, the ids that they belong to."""
 
     x: Array
     e: Array
@@ -89,6 +89,8 @@ class _Difference:
             assert now is not None
             x, e = (rearranged(a, STAGES[call.stage].shape, self.ids, now) for a in (x, e))
         if STAGES[call.stage].compare == "set":
+            if x.shape != ours.shape:  # another number of experts a token
+                return x
             same = (np.sort(x, axis=-1) == np.sort(e, axis=-1)).all(axis=-1, keepdims=True)
             return np.where(same, ours, x)
         if ours.dtype.kind in "iub":
@@ -113,13 +115,15 @@ def _ids(call: Call, lane: Lane, r: Recorded) -> Array | None:
 
 
 def rearranged(a: Array, shape: str, before: Array, now: Array) -> Array:
-    """An array whose slots or rows belong to the experts `before`, for the experts `now`; 0 where a token had not that expert."""
-    n, k = int(np.prod(before.shape[:-1])), before.shape[-1]
+    """An array whose slots or rows belong to the experts `before`, for the experts `now`, of which a token may have another number;
+    0 where it had not that expert.
+    """
+    n, k, m = int(np.prod(before.shape[:-1])), before.shape[-1], now.shape[-1]
     rows = shape.split()[0] == "M"
     flat = a if rows else a.reshape(n * k)[np.argsort(before, axis=None, kind="stable")]
     place = np.full((n, int(max(before.max(), now.max())) + 1), len(flat))
     order = np.argsort(before, axis=None, kind="stable")
     place[order // k, before.reshape(-1)[order]] = np.arange(n * k)
-    wanted = np.argsort(now, axis=None, kind="stable") if rows else np.arange(n * k)
-    found = np.concatenate([flat, np.zeros_like(flat[:1])])[place[wanted // k, now.reshape(-1)[wanted]]]
-    return found if rows else found.reshape(a.shape)
+    wanted = np.argsort(now, axis=None, kind="stable") if rows else np.arange(n * m)
+    found = np.concatenate([flat, np.zeros_like(flat[:1])])[place[wanted // m, now.reshape(-1)[wanted]]]
+    return found if rows else found.reshape(now.shape)

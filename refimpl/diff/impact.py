@@ -18,7 +18,6 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import tap_matches
 from refimpl.model.phases import in_part
 
-from .compare import Finding
 from .corpus import MUTANTS
 from .grafting import Graft, differences, grafted, of_mistake
 from .grounds import Grounds
@@ -124,19 +123,14 @@ def _groups(j: Judgement, patterns: list[str], *, by_layer: bool) -> list[tuple[
     forward, why = [f for f in j.findings if in_part(f.tap)], _mistakes(j)  # a gradient moves no logit of its own run
     assert j.grounds is not None
     forward = [f for f in forward if set(f.region) <= set(j.grounds.calls)]  # codes have no place there
-    blamed = [f for f in forward if not f.ok]
-    wanted = [f for f in forward if any(tap_matches(f.tap, p) for p in patterns)] if patterns else _usable(blamed)
+    usable = [f for f in forward if f.tap in j.grounds.admitted.taps and np.isfinite(f.allowed)]
+    wanted = [f for f in usable if (any(tap_matches(f.tap, p) for p in patterns) if patterns else not f.ok)]
     none = f"no recorded tap matches {', '.join(patterns)} (gradients and updates move no logit of their run)"
     require(wanted or not patterns, none)
     found: dict[str, list[str]] = {}
     for f in wanted:
         found.setdefault(f.tap if by_layer else why.get(f.tap, f.stage), []).append(f.tap)
     return [tuple(taps) for taps in found.values()]
-
-
-def _usable(findings: list[Finding]) -> list[Finding]:
-    """Those whose array can be used at all."""
-    return [f for f in findings if f.region and np.isfinite(f.allowed)]
 
 
 def _mistakes(j: Judgement) -> dict[str, str]:

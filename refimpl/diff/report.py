@@ -44,8 +44,8 @@ def render(j: Judgement, *, everything: bool = False, stages: int = MOST) -> str
     lines += _causes(j)
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
-    groups = _groups(j)
-    lines += [line for group in groups[:stages] for line in _group(group)]
+    groups, held = _groups(j), _held(j)
+    lines += [line for group in groups[:stages] for line in _group(group, held)]
     if len(groups) > stages:
         lines += ["", f"  ... and {len(groups) - stages} more stages (--all lists every tap)"]
     return "\n".join([*lines, *_next(j), "", _verdict(j)])
@@ -72,7 +72,14 @@ def _groups(j: Judgement) -> list[list[Finding]]:
     return list(found.values())
 
 
-def _group(group: list[Finding]) -> Iterator[str]:
+def _held(j: Judgement) -> set[str]:
+    """Taps that were recorded, if not all were compared."""
+    return {f.tap for f in j.findings}.union(
+        *[taps for what, taps in j.notes.items() if what.endswith(": not compared")]
+    )
+
+
+def _group(group: list[Finding], held: set[str]) -> Iterator[str]:
     """A stage, its layers, and its worst tap: how far off, how far it may be, where."""
     worst = max(group, key=lambda f: f.error / f.allowed if f.allowed else f.error)
     yield from (
@@ -80,7 +87,7 @@ def _group(group: list[Finding]) -> Iterator[str]:
         f"  {folded([f.tap for f in group])}   error {worst.error:.1e}   allowed {worst.allowed:.1e}{_why(worst)}",
     )
     at = f"{worst.tap}: " if len(group) > 1 else ""
-    yield from (f"    {at}{worst.note}", *_region(worst))
+    yield from (f"    {at}{worst.note}", *_region(worst, held))
 
 
 def _next(j: Judgement) -> Iterator[str]:
@@ -91,7 +98,7 @@ def _next(j: Judgement) -> Iterator[str]:
 
 def next_tap(j: Judgement) -> str:
     """The tap whose recording would tell most, "" if nothing is open."""
-    recorded = {f.tap for f in j.findings}
+    recorded = _held(j)
     widest = max((f.region for f in j.culprits), key=len, default=())
     inner = [t for t in widest if t not in recorded and not t.endswith(("/mask", "/mla.rope_tables"))]
     if inner:
@@ -168,13 +175,14 @@ def _where(taps: list[str]) -> str:
     return f": {', '.join(taps[:3])}{f' and {len(taps) - 3} more' if len(taps) > 3 else ''}" if taps else ""
 
 
-def _region(f: Finding) -> Iterator[str]:
+def _region(f: Finding, held: set[str]) -> Iterator[str]:
     """Which stages a difference may lie in, where more than one was computed for the tap."""
     inner = [t for t in f.region if t != f.tap]
     if inner:
         names = ", ".join(t.removeprefix("fwd/") for t in inner[-6:])
         more = "..., " if len(inner) > 6 else ""
-        yield f"    in one of {len(f.region)} stages that were not recorded apart: {more}{names}, itself"
+        what = "compared" if held.intersection(inner) else "recorded"
+        yield f"    in one of {len(f.region)} stages that were not {what} apart: {more}{names}, itself"
 
 
 def _row(f: Finding) -> str:

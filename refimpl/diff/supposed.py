@@ -19,14 +19,17 @@ from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import Call
 
 from .fused import ANGLE, replayed, sine
-from .gauges import LATER, ROOTED, SCALED_Q, SCORES, SLOTS, TURNED, UNMASKED, Alternative, by_rank, swap_pairs, unmasked
+from .gauges import LATER, SCORES, SLOTS, TURNED, UNMASKED, Alternative, by_rank, swap_pairs, unmasked
 from .lanes import Lane, Recorded
 from .program import names, owner
+from .shares import ROOTED, SCALED_K, SCALED_Q, Share, base2, shares_of
 
 SUPPOSED = "whatever is only supposed"
 """Stands for all of it where gauges are told that are not to be tried."""
 RANGE = 2.5
 """A wrong softmax scale is not further from the right one, either way; what else a tap may be multiplied by is."""
+EXACTLY = 2.0**-5
+"""A share with log2 e in it is not further off."""
 CLEARLY = 0.5
 """Of the angle between the weights recorded and those that experts were given, no more than this is left in the right order."""
 NEAR = 0.05
@@ -37,19 +40,33 @@ _LINEAR = ("moe.act", "moe.down", "moe.routed", "moe.out")
 
 def supposed(call: Call, x: Array, exact: Array, c: Config, partner: Collection[str]) -> Iterator[Alternative]:
     """What to declare, and a tap that no arrangement explains in the one that it is likely to have; `partner` is what was found of
-    the rotated keys, if it is the queries.
+    the rotated keys, if it is the queries, of both, if it is the scores.
     """
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
-    if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
-        yield (UNMASKED,), masked
-    tap, rooted = call.tap.rpartition("/")[2], ROOTED in partner or call.tap.endswith("/mla.k_rope")
-    if tap in ("mla.q", "mla.q_rope", "mla.k_rope"):
+    if call.stage in SCORES:
+        masked, two = unmasked(x, exact), base2(partner)
+        what, y = ((), x) if masked is None else ((UNMASKED,), masked)
+        if two:  # queries or keys hold the log2 e already
+            yield (*what, two.what), y / x.dtype.type(two.factor(c.softmax_scale))
+        elif what:
+            yield what, y
+    tap = call.tap.rpartition("/")[2]
+    if tap in ("mla.q", "mla.q_rope", "mla.k_rope") and SCALED_K not in partner:  # else the keys have it
         factor = _ratio(x, exact)
-        away = abs(np.log(factor / c.softmax_scale ** (0.5 if rooted else 1.0)))
+        share, away = _nearest(tap, factor, c.softmax_scale, partner)
         if away < np.log(RANGE) and abs(factor - 1) > 2.0**-7:  # a wrong rotation changes no row's size
             orders = [((), x), *[((TURNED,), swap_pairs(x, to_interleaved=w)) for w in (True, False) if "rope" in tap]]
             order, y = min(orders, key=lambda one: (sine(one[1], exact) >= ANGLE, len(one[0])))
-            yield (*order, ROOTED if rooted else SCALED_Q), y / x.dtype.type(factor)
+            yield (*order, share.what), y / x.dtype.type(factor)
+
+
+def _nearest(tap: str, factor: float, scale: float, partner: Collection[str]) -> tuple[Share, float]:
+    """The share of the softmax scale that q or k may have which is nearest to that factor, and how far off it is (its logarithm).
+    Log2 e is in it only if it is to a few per cent: a wrong scale is not.
+    """
+    wanted = {ROOTED, SCALED_K} if tap == "mla.k_rope" else {ROOTED if ROOTED in partner else SCALED_Q}
+    away = {s: abs(float(np.log(factor / s.factor(scale)))) for s in shares_of(tap)}
+    return min([(s, d) for s, d in away.items() if s.what in wanted or d < EXACTLY], key=lambda one: one[1])
 
 
 def by_use(program: list[Call], r: Recorded, tap: str, x: Array, scale: float) -> Alternative | None:

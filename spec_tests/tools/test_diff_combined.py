@@ -76,6 +76,10 @@ SCALE = case().config.softmax_scale
 HALF = each(halves, "mla.q_rope", "mla.k_rope")
 SCALED = each(lambda t, a, taps: a * np.float32(SCALE), "mla.q_rope", "mla.q")
 ROOTED = each(lambda t, a, taps: a * np.float32(SCALE**0.5), "mla.q_rope", "mla.k_rope", "mla.q")
+SCALED_K = each(lambda t, a, taps: a * np.float32(SCALE), "mla.k_rope")
+INTO_EXP2 = each(lambda t, a, taps: a * np.float32(SCALE / np.log(2)), "mla.q_rope")
+EXP2 = each(lambda t, a, taps: a * np.float32(1 / np.log(2)), "mla.scores")
+"""As kernels that compute 2^x have them."""
 BEFORE = each(unmasked, "mla.scores")
 LATER = each(lambda t, a, taps: a / np.float32(2.5), "router.weights")
 FLAT = each(
@@ -84,6 +88,7 @@ FLAT = each(
 """Tokens one behind the other."""
 
 TURNED, INTO_Q, INTO_BOTH = "rotated channels in the other order", "multiplied into q", "into q and k"
+INTO_K, BASE_2, SCORES_2 = "multiplied into k", "log2 e is multiplied into q", "scores are multiplied by log2 e"
 UNSEEN, MATCHED, AFTER, DIALECT = (
     "before the mask",
     "another order than the ids",
@@ -94,6 +99,8 @@ ATTENTION = {
     "half": (HALF, [TURNED]),
     "scaled q": (SCALED, [INTO_Q]),
     "scaled q and k": (ROOTED, [INTO_BOTH]),
+    "scaled k": (SCALED_K, [INTO_K]),
+    "scaled q, base 2": (chain(INTO_EXP2, EXP2), [BASE_2, SCORES_2]),
     "before the mask": (BEFORE, [UNSEEN]),
     "half, scaled q": (chain(HALF, SCALED), [TURNED, INTO_Q]),
     "half, before the mask": (chain(HALF, BEFORE), [TURNED, UNSEEN]),
@@ -109,7 +116,7 @@ ROUTER = {
 }
 ARRANGED = ATTENTION | ROUTER
 DTYPES = ("float32", "bf16")
-ROUNDED_TWICE = {(how, "bf16") for how in ARRANGED if "scaled q" in how}
+ROUNDED_TWICE = {(how, "bf16") for how in ARRANGED if "scaled" in how and "later" not in how}
 """A candidate's scores are made of the scaled queries that it rounded; ours were made before they are scaled and rounded here."""
 
 
@@ -226,6 +233,25 @@ def test_the_region_that_is_blamed_holds_the_mistake_with_an_engine_s_taps(bug, 
     tap = STAGES[BUGS[bug][0]].tap
     assert all(any(t.endswith(f"/{tap}") for t in f.region) for f in judgement.culprits), render(judgement)
     assert judgement.exit_code == 1, render(judgement)
+
+
+def test_a_scale_in_both_of_q_and_k_is_a_mistake():
+    """Catches the softmax scale multiplied in twice excused as two gauges, seen by the scores or by nothing behind them."""
+    trace = arranged("", "scaled k", "float32")
+    wrong = SCALED(each(lambda t, a, taps: a * np.float32(SCALE), "mla.scores")(trace.taps))
+    assert judge(case(), Trace(trace.header, wrong)).exit_code == 1
+    some = {t: a for t, a in wrong.items() if "/L0/" in t and t.endswith(("attn_norm", "mla.q_rope", "mla.k_rope"))}
+    judgement = judge(case(), Trace(trace.header, some))
+    assert {f.stage for f in judgement.culprits} <= {"mla.q_rope", "mla.k_rope"} and judgement.exit_code == 1
+
+
+@pytest.mark.parametrize("factor", [SCALE**0.75, SCALE * 1.05, SCALE / np.log(2) ** 2])
+def test_a_wrong_factor_in_the_keys_is_a_mistake(factor):
+    """Catches any factor of the keys taken for a share of the softmax scale."""
+    wrong = each(lambda t, a, taps: a * np.float32(factor), "mla.k_rope")
+    trace = recorded("", "float32", False)
+    judgement = judge(case(), Trace(trace.header, wrong(dict(trace.taps))))
+    assert judgement.exit_code == 1 and {f.stage for f in judgement.culprits} <= {"mla.k_rope", "mla.scores"}
 
 
 def test_a_factor_that_shows_nowhere_else_is_no_gauge():

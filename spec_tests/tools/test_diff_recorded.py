@@ -10,9 +10,11 @@ import pytest
 from refimpl.diff import Trace, render
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.judge import judge
-from refimpl.layers.stage import Patch
+from refimpl.diff.report import next_tap
+from refimpl.layers.stage import STAGES, Patch
 from refimpl.record import trace_case
 
+from .test_diff_combined import ENGINE
 from .test_diff_partial import case
 
 
@@ -132,21 +134,51 @@ def test_other_tokens_than_the_first_and_wrong_ones_are_seen():
     assert "fwd/L1/ffn_norm" in {f.tap for f in judged(some(slice(None), slice(0, 10), wrong)).culprits}
 
 
-@pytest.mark.parametrize("k", [3, 5])
-def test_another_number_of_experts_is_the_fault_of_the_ids_alone(k):
-    """Catches weights and rows blamed for the size that the ids give them; a note that names another number."""
+def chosen(k, *patches):
+    """A run in which every token has another number of experts."""
+    ids = STAGES["router.ids"].fn
+    return trace_case(case(), patches=[Patch("router.ids", lambda *a, **s: ids(*a, **s | {"k": k})), *patches])
 
-    def sized(t, a):
-        if t.endswith(("router.ids", "router.weights")):
-            return np.concatenate([a, a], axis=-1)[..., :k]
-        return (
-            np.concatenate([a, a])[: len(a) * k // 4]
-            if t.endswith(("moe.rows", "moe.gate", "moe.up", "moe.act", "moe.down"))
-            else a
-        )
 
-    judgement = judged(sized)
+SETS = {"all": None, "engine": ENGINE, "no weights": (*ENGINE, "moe.down")}
+
+
+@pytest.mark.parametrize(("k", "names"), [(3, "all"), (5, "engine"), (3, "no weights"), (1, "engine"), (9, "engine")])
+def test_another_number_of_experts_is_the_fault_of_the_ids_alone(k, names):
+    """Catches weights, rows or their sum blamed, or not compared, for the size that the ids give them; a note that names another
+    number; a tap told to be recorded that was; the number not named.
+    """
+
+    def some(t, a):
+        left_out = names == "no weights" and t.endswith("router.weights")
+        return a if not left_out and (SETS[names] is None or t.rpartition("/")[2] in SETS[names]) else None
+
+    judgement = judged(some, chosen(k))
     assert {f.tap for f in judgement.culprits} == {"fwd/L1/router.ids", "fwd/L2/router.ids"}, render(judgement)
-    (note,) = [n for n in judgement.notes if "not compared" in n]
-    assert note == f"sized by {k} experts a token instead of 4: not compared"
-    assert {t.rpartition("/")[2] for t in judgement.notes[note]} >= {"router.weights", "moe.rows", "moe.down"}
+    assert not any("not compared" in n for n in judgement.notes) and next_tap(judgement) == ""
+    assert {f.tap for f in judgement.findings} == {t for t, a in clean().taps.items() if some(t, a) is not None}
+    assert [d.title for d in judgement.causes] == [f"experts chosen by every token: {k} instead of 4"]
+    if names != "no weights":
+        taps = judgement.notes[f"sized by {k} experts a token instead of 4: judged on these ids"]
+        assert "fwd/L2/router.weights" in taps and ("fwd/L1/moe.down" in taps) == (names == "all")
+
+
+def test_a_mistake_beside_another_number_of_experts_is_blamed_too():
+    """Catches all that the ids size excused with them: weights that are not normalised, rows of another expert."""
+    weights, down = STAGES["router.weights"].fn, STAGES["moe.down"].fn
+    patches = [
+        Patch("router.weights", lambda *a, **s: weights(*a, **s | {"normalise": False})),
+        Patch("moe.down", lambda rows, *a: np.roll(down(rows, *a), 1, axis=0)),
+    ]
+    judgement = judged(lambda t, a: a, chosen(3, *patches))
+    assert {f.stage for f in judgement.culprits} == {"router.ids", "router.weights", "moe.down"}, render(judgement)
+
+
+def test_sizes_that_contradict_each_other_are_not_compared():
+    """Catches rows of four experts read by the ids of three; a recorded tap told to be recorded, or called not recorded."""
+    trace = chosen(3)
+    rows = tuple(t for t in trace.taps if t.endswith(("moe.rows", "moe.gate", "moe.up", "moe.act")))
+    judgement = judged(lambda t, a: clean().taps[t] if t in rows else a, trace)
+    assert "router.ids" in {f.stage for f in judgement.culprits}, render(judgement)
+    assert any(n == "sized by 3 experts a token instead of 4: not compared" for n in judgement.notes)
+    assert next_tap(judgement) not in trace.taps and "not recorded apart" not in render(judgement)

@@ -111,6 +111,19 @@ def test_numbers_in_the_order_of_others():
 
 TINY = PRESETS["tiny"]
 SCALE_OF = TINY.softmax_scale
+BASE_2 = 1 / math.log(2)
+SHARES_OF = {
+    side: {
+        f"the softmax scale is multiplied into {side}": SCALE_OF,
+        "the root of the softmax scale is multiplied into q and k": math.sqrt(SCALE_OF),
+        f"the softmax scale times log2 e is multiplied into {side}, softmax is to base 2": SCALE_OF * BASE_2,
+        "the softmax scale times log2 e (its root) is multiplied into q and k, softmax is to base 2": math.sqrt(
+            SCALE_OF * BASE_2
+        ),
+    }
+    for side in "qk"
+}
+"""What a candidate may have multiplied into q or k, and how much it is."""
 PAIRED = np.random.default_rng(0).standard_normal((3, 3, 2, 4))
 
 
@@ -129,7 +142,11 @@ def test_arrangements_that_a_tap_may_have():
     """
     x = PAIRED
     texts = dict(given("mla.q_rope", x))
-    half, own, root = "rotated channels in the other order", "multiplied into q", "root of the softmax scale"
+    half, own, root = (
+        "rotated channels in the other order",
+        "scale is multiplied into q",
+        "root of the softmax scale is",
+    )
     ways = [a for text, a in given("mla.q_rope", x) if text == half]
     assert len(ways) == 2 and np.array_equal(swap_pairs(ways[0].astype(float), to_interleaved=False), x)
     np.testing.assert_allclose(next(a for t, a in texts.items() if t.endswith(own)), x / SCALE_OF, rtol=1e-12)
@@ -142,19 +159,16 @@ def test_arrangements_that_a_tap_may_have():
     assert list(turned) == [f"axes in the order {' '.join(map(str, o))}" for o in orders]
     for o in orders:
         np.testing.assert_array_equal(turned[f"axes in the order {' '.join(map(str, o))}"], square.transpose(o))
-    assert [t for t, _ in given("mla.k_rope", PAIRED[:, 0, 0])] == [
-        half,
-        half,
-        both := f"the {root} is multiplied into q and k",
-        f"{half} + {both}",
-        f"{half} + {both}",
-    ]
+    factors = SHARES_OF["k"]
+    found = given("mla.k_rope", PAIRED[:, 0, 0])
+    assert [t for t, _ in found] == [half, half, *factors, *[f"{half} + {f}" for f in factors] * 2]
+    for text, factor in factors.items():
+        np.testing.assert_allclose(dict(found)[text], PAIRED[:, 0, 0] / factor, rtol=1e-12)
     two = [a for t, a in given("mla.q_rope", x) if t.startswith(half) and t.endswith(own)]
     np.testing.assert_allclose(swap_pairs(two[1].astype(float), to_interleaved=True), x / SCALE_OF, rtol=1e-12)
-    assert [t for t, _ in given("mla.q", np.ones((5, 3, 2, 4)))] == [
-        "the softmax scale is multiplied into q",
-        f"the {root} is multiplied into q and k",
-    ]
+    found = given("mla.q", np.ones((5, 3, 2, 4)))
+    assert [t for t, _ in found] == list(SHARES_OF["q"])
+    np.testing.assert_allclose([a[0, 0, 0, 0] for _, a in found], [1 / f for f in SHARES_OF["q"].values()], rtol=1e-12)
     assert given("ffn_norm", PAIRED[0, 0]) == []
 
 
@@ -167,12 +181,13 @@ def test_arrangements_of_weights_scores_and_scales():
     assert "applied after the experts" in factor and np.array_equal(b, w * TINY.routed_scaling_factor)
     scores, seen = np.arange(6.0).reshape(1, 1, 2, 3), np.array([[[[True, False, False], [True, True, False]]]])
     exact = np.where(seen, scores, -np.inf)
-    ((text, a),) = by_value("mla.scores", scores, exact)
-    assert text == "scores are those before the mask" and np.array_equal(a, exact)
-    assert by_value("mla.scores", exact, exact) == [] == by_value("mla.scores", scores, scores)
-    assert (
-        by_value("mla.scores", np.where(np.arange(3) == 2, -np.inf, scores), exact) == []
-    )  # of some keys: a wrong mask
+    found, before, two = by_value("mla.scores", scores, exact), "scores are those before the mask", "to base 2"
+    assert [(before in t, two in t) for t, _ in found] == [(True, False), (False, True), (True, True)]
+    for (_, a), ours in zip(found, (exact, scores * math.log(2), exact * math.log(2)), strict=True):
+        np.testing.assert_allclose(a, ours, rtol=1e-12)
+    some = np.where(np.arange(3) == 2, -np.inf, scores)  # of some keys: a wrong mask
+    for x, e in ((exact, exact), (scores, scores), (some, exact)):
+        assert before not in " ".join(t for t, _ in by_value("mla.scores", x, e))
     s = np.arange(6.0).reshape(1, 2, 3)
     ((text, a),) = by_value(SCALE, s)
     assert "group-major" in text
@@ -186,6 +201,16 @@ def test_an_order_of_channels_holds_for_queries_and_keys():
     both = (other, "the softmax scale is multiplied into q")
     assert broken({q: both, k: (other,)}, [q, k]) == set() == broken({}, [q, k]) == broken({q: both}, [q])
     assert broken({q: both}, [q, k]) == {q} and broken({k: (other,)}, [q, k]) == {k}
+
+
+def test_shares_of_queries_and_keys_make_one_factor():
+    """Catches a scale, or log2 e, in both of q and k excused, and a root in one alone; products counted by hand in powers."""
+    q, k, n = "fwd/L1/mla.q_rope", "fwd/L1/mla.k_rope", len(SHARES_OF["q"])
+    powers = [(0, 0), (1, 0), (0.5, 0), (1, 1), (0.5, 0.5)]  # of nothing, then of the shares in their order
+    for i, j in itertools.product(range(n + 1), repeat=2):
+        some = {t: (list(SHARES_OF[s])[m - 1],) for t, s, m in ((q, "q", i), (k, "k", j)) if m}
+        fits = all(a + b in (0, 1) for a, b in zip(powers[i], powers[j], strict=True))
+        assert broken(some, [q, k]) == (set() if fits else set(some)), some
 
 
 # ---- Holes

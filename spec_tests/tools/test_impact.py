@@ -173,11 +173,25 @@ def test_layers_apart():
     same(found.findings[1].alone, naive(logits(), np.asarray(second.taps["fwd/logits"])))
 
 
+def test_another_number_of_experts_has_impact():
+    """Catches ids of another size refused, or left out: alone in our run they are the candidate."""
+    ids = STAGES["router.ids"].fn
+    trace = trace_case(
+        case(), precision="float64", patches=[Patch("router.ids", lambda *a, **s: ids(*a, **s | {"k": 3}))]
+    )
+    (found,) = impacts(judge(case(), trace))
+    assert [stage_of(f) for f in found.findings] == ["router.ids"]
+    same(found.findings[0].alone, naive(logits(), np.asarray(trace.taps["fwd/logits"])))
+
+
+@pytest.mark.parametrize("k", [3, 2, 4])
 @pytest.mark.parametrize("shape", ["B S K", "M D"])
-def test_slots_and_rows_follow_their_experts(shape):
-    """Catches a difference put at another expert of the token: rows by naive look-up of (token, expert); 0 where none was."""
+def test_slots_and_rows_follow_their_experts(shape, k):
+    """Catches a difference put at another expert of the token, of which it has k now: rows by naive look-up of (token, expert); 0
+    where none was.
+    """
     rng = np.random.default_rng(0)
-    before, now = (np.stack([rng.permutation(7)[:3] for _ in range(10)]).reshape(2, 5, 3) for _ in range(2))
+    before, now = (np.stack([rng.permutation(7)[:n] for _ in range(10)]).reshape(2, 5, n) for n in (3, k))
 
     def rows(ids):
         return sorted((int(e), 5 * b + s, k, b, s) for (b, s, k), e in np.ndenumerate(ids))
@@ -189,7 +203,7 @@ def test_slots_and_rows_follow_their_experts(shape):
     else:
         a = rng.normal(size=(2, 5, 3))
         held = {(b, s, int(e)): a[b, s, k] for (b, s, k), e in np.ndenumerate(before)}
-        expected = np.zeros((2, 5, 3))
+        expected = np.zeros((2, 5, k))
         for (b, s, k), e in np.ndenumerate(now):
             expected[b, s, k] = held.get((b, s, int(e)), 0.0)
     assert np.array_equal(rearranged(a, shape, before, now), expected)
