@@ -17,23 +17,8 @@ from refimpl.diff.supposed import fitted
 from refimpl.layers.stage import STAGES, Call, Patch
 from refimpl.record import trace_case
 
+from .test_diff_fits import ENGINE
 from .test_diff_partial import TINY, case
-
-ENGINE = (
-    *(
-        "attn_norm",
-        "mla.q",
-        "mla.c_kv",
-        "mla.q_rope",
-        "mla.k_rope",
-        "mla.ctx",
-        "attn_out",
-        "resid",
-        "resid_mid",
-        "ffn_norm",
-    ),
-    *("router.logits", "router.ids", "router.weights", "moe.routed", "moe.shared", "ffn_out", "final_norm", "logits"),
-)
 
 
 class OnActivation(Case):
