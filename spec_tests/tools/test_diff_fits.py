@@ -19,9 +19,10 @@ from .test_diff_partial import case, recording
 
 FN = {name: stage.fn for name, stage in STAGES.items()}
 NOPE = 12
-ENGINE = tuple(
-    "attn_norm ffn_norm final_norm mla.q mla.c_kv mla.q_rope mla.k_rope mla.ctx attn_out resid_mid resid "
-    "router.logits router.weights router.ids moe.routed moe.shared ffn_out logits".split()
+ENGINE = (
+    *("attn_norm", "ffn_norm", "final_norm", "mla.q", "mla.c_kv", "mla.q_rope", "mla.k_rope", "mla.ctx", "attn_out"),
+    *("resid_mid", "resid", "router.logits", "router.weights", "router.ids", "moe.routed", "moe.shared", "ffn_out"),
+    "logits",
 )
 """What an engine with fused kernels shows."""
 
