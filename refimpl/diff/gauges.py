@@ -26,6 +26,7 @@ Alternative = tuple[tuple[str, ...], Array]
 SLOTS = "routing weights in another order than the ids: matched by value"
 TURNED = "rotated channels in the other order"
 LATER = "the routed scaling factor is applied after the experts"
+MEANS = "group scores are the mean of the two best, whose sum orders groups alike"
 UNMASKED = "scores are those before the mask"
 SCORES = ("mla.scores", "mla.scores_absorbed")
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
@@ -69,6 +70,8 @@ def _factors(call: Call, c: Config) -> Iterator[tuple[str, float]]:
     """What a tap that was divided by something, or not multiplied by it, is to be multiplied by."""
     if call.stage == "router.weights" and c.routed_scaling_factor != 1:
         yield LATER, c.routed_scaling_factor
+    if call.stage == "router.group_scores":
+        yield MEANS, 2.0
     yield from ((s.what, 1 / s.factor(c.softmax_scale)) for s in shares_of(call.tap))
 
 

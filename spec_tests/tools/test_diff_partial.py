@@ -151,6 +151,7 @@ ARRANGEMENTS = {
     "a small finite mask": lambda t, a: np.maximum(a, a.dtype.type(-1e4)) if t in ("mask", "mla.scores") else a,
     "ids in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.ids" else a,
     "weights in another order": lambda t, a: np.sort(a, axis=-1) if t == "router.weights" else a,
+    "means of groups": lambda t, a: a / 2 if t == "router.group_scores" else a,
     "half pairs": lambda t, a: halves(a) if t in ("mla.q_rope", "mla.k_rope") else a,
     "padded to 32": lambda t, a: padded(a) if t in ("resid", "attn_norm") else a,
     "keys padded to 128": lambda t, a: keys(a, t) if t in ("mask", "mla.scores", "mla.probs") else a,
