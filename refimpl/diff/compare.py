@@ -45,6 +45,11 @@ class Finding:
     elements: tolerance.Elements | None = None
     picture: Picture | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def culprits(self) -> tuple[str, ...]:
+        """Where its fault may lie: the region; of what nothing was computed for (ids of another number of experts) itself."""
+        return self.region or (self.tap,)
+
 
 @dataclass(frozen=True)
 class Units:

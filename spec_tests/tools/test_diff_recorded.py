@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
+import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.diff import Trace, render
+from refimpl.diff import Trace, render, to_json
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.judge import judge
 from refimpl.diff.report import next_tap
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.record import trace_case
 
-from .test_diff_combined import ENGINE
+from .test_diff_fits import ENGINE
 from .test_diff_partial import case
 
 
@@ -156,6 +157,8 @@ def test_another_number_of_experts_is_the_fault_of_the_ids_alone(k, names):
     judgement = judged(some, chosen(k))
     assert {f.tap for f in judgement.culprits} == {"fwd/L1/router.ids", "fwd/L2/router.ids"}, render(judgement)
     assert not any("not compared" in n for n in judgement.notes) and next_tap(judgement) == ""
+    told = [f["region"] for f in json.loads(to_json(judgement))["findings"] if not f["ok"]]
+    assert told == [["fwd/L1/router.ids"], ["fwd/L2/router.ids"]]
     assert {f.tap for f in judgement.findings} == {t for t, a in clean().taps.items() if some(t, a) is not None}
     assert [d.title for d in judgement.causes] == [f"experts chosen by every token: {k} instead of 4"]
     if names != "no weights":
