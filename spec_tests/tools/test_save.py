@@ -557,7 +557,7 @@ def test_a_power_cut_leaves_the_old_the_new_or_nothing(tmp_path, weights, layout
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("layout", MANY_FILES)
+@pytest.mark.parametrize("layout", [pytest.param(MANY_FILES[0], marks=pytest.mark.slow), MANY_FILES[1]])
 def test_a_rename_that_fails_is_undone(tmp_path, weights, layout, monkeypatch):
     """Catches: the old checkpoint lost because the last of the new files could not be put in place."""
     real = os.replace
