@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +341,8 @@ def test_a_run_under_mpi_is_stopped_and_nothing_is_lost(tmp_path, how):
     if how == "Ctrl-C":
         start = [*simulator[:-3], str(tmp_path / "mpi"), "--mpi", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(start, cwd=ROOT, **pipes, start_new_session=True) as job:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background are started deaf to it
+    with subprocess.Popen(start, cwd=ROOT, **pipes, start_new_session=True, preexec_fn=heard) as job:
         for line in job.stdout:
             if line.startswith("step 3/"):
                 break
