@@ -18,6 +18,7 @@ from refimpl.layers.stage import Call
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
 from .fits import Seen, fitted
+from .fits.evidence import Evidence
 from .hypothesis import readings, reproduces, rerun, theirs, with_mistake
 from .lanes import Recorded
 from .narrow import narrower
@@ -77,7 +78,7 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
         tried += [(m, Diagnosis(m.id, m.title, m.threads, (f.tap,))) for f, m in fits]
         found = _best(tried, blamed, calls, r)
     rest = [f for f in _unnamed(blamed, found) if f.tap in held]
-    if title := narrower(rest, calls, r):
+    if title := narrower([Evidence(f, calls, r, c) for f in rest]):
         found.append(Diagnosis("", title, (), tuple([f.tap for f in rest])))
     return sorted(found, key=lambda d: -len(d.taps))
 

@@ -29,8 +29,6 @@ from .tolerance import distance, row_errors, strays
 
 REFUSED = (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError)
 """What a mutant raises that does not take its inputs."""
-
-
 FLIPPED = 1 / 16
 """Share of tokens whose experts rounding may choose: 2 % of those of bfloat16 recordings of preset tiny."""
 SURE = 0.25
