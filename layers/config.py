@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from refimpl.autograd.errors import SpecError, require
 
-from .families import check_family
+from .families import check_described, check_family
 from .rope import RopeScaling
 
 
@@ -119,6 +119,12 @@ class Config:
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 1
     dialect: Dialect = Dialect()
+
+    @classmethod
+    def described(cls, d: Mapping[str, Any]) -> Config:
+        """`from_dict` of a file that has to say which model it is: of an empty one, defaults would make DeepSeek-V3."""
+        check_described(d)
+        return cls.from_dict(d)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Config:

@@ -14,7 +14,6 @@ from typing import Any
 
 from refimpl.autograd.errors import where
 from refimpl.layers.config import Config
-from refimpl.layers.families import check_described
 from refimpl.model import expected_tensors
 
 from .checks import Report, check, count_dtypes, scan_nonfinite
@@ -76,8 +75,7 @@ def describe(path: str | os.PathLike[str], *, scan: bool = False, progress: Prog
     config = None
     if ckpt.config is not None:
         with where(f"while reading the config.json of {path}"):
-            check_described(ckpt.config)
-            config = Config.from_dict(ckpt.config)
+            config = Config.described(ckpt.config)
     layers = config.num_hidden_layers if config else 0
     mtp = any((layer_of(name) or 0) >= layers for name in (*ckpt, *ckpt.absent)) if config else False
     report = check(expected_tensors(config, mtp=mtp), ckpt) if config else None

@@ -21,13 +21,10 @@ def model_config(args: argparse.Namespace) -> Config:
     """The model of --config, or of --preset; SpecError for what is neither."""
     from refimpl.checkpoint import json_object
     from refimpl.layers import PRESETS, Config
-    from refimpl.layers.families import check_described
 
     if args.config:
         with where(f"while reading {args.config}"):
-            told = json_object(args.config)
-            check_described(told)
-            return Config.from_dict(told)
+            return Config.described(json_object(args.config))
     require(args.preset in PRESETS, f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
     return PRESETS[args.preset]
 

@@ -31,15 +31,12 @@ def run(args: argparse.Namespace) -> int:
     from refimpl.checkpoint import json_object
     from refimpl.checkpoint.info import count_parameters, describe, render, render_counts, to_json
     from refimpl.layers import PRESETS, Config
-    from refimpl.layers.families import check_described
 
     path = Path(args.checkpoint)
     known = PRESETS.get(args.checkpoint) if not path.exists() else None
     if known is None and path.suffix == ".json" and path.is_file() and not path.name.endswith(".index.json"):
         with where(f"while reading {path}"):
-            told = json_object(path)
-            check_described(told)
-            known = Config.from_dict(told)
+            known = Config.described(json_object(path))
     if known is not None:
         counts = count_parameters(known)
         print(json.dumps(asdict(counts), indent=1) if args.json else "\n".join(render_counts(counts)))
