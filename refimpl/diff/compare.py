@@ -46,7 +46,7 @@ class Finding:
     picture: Picture | None = field(default=None, repr=False, compare=False)
 
     @property
-    def culprits(self) -> tuple[str, ...]:
+    def places(self) -> tuple[str, ...]:
         """Where its fault may lie: the region; of what nothing was computed for (ids of another number of experts) itself."""
         return self.region or (self.tap,)
 

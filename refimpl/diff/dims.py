@@ -11,6 +11,8 @@ from refimpl.layers.stage import Call, Stage
 from refimpl.model.phases import Part, parts_of
 
 _TERM = re.compile(r"(\d+)?([A-Z][a-z]?)?(?:([+*-])(\w+))?")
+TOKEN_AXES = ("S", "T", "S-k")
+"""Letters of tokens: queries, keys, and those of a module that looks k ahead."""
 
 
 @dataclass(frozen=True)

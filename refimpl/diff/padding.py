@@ -11,7 +11,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
-from .dims import Sizes, depth_of
+from .dims import TOKEN_AXES, Sizes, depth_of
 
 PACKED = "tokens are one behind the other, without padding: put in their places"
 FILLED = "tokens are one behind the other, without padding of sequences, then rows of no token: put in their places"
@@ -46,7 +46,7 @@ def rows_at(axes: Sequence[str]) -> tuple[int, int] | None:
     """Which axes of a tap are sequences and tokens, or keys of a cache; None if tokens have no rows, or a number each."""
     for before, place in ((["B"], (0, 1)), (["B", "H"], (0, 2)), (["2", "B"], (1, 2))):
         n = len(before)
-        if list(axes[:n]) == before and len(axes) > n + 1 and axes[n] in ("S", "T", "S-k"):
+        if list(axes[:n]) == before and len(axes) > n + 1 and axes[n] in TOKEN_AXES:
             return place
     return None
 

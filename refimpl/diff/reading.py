@@ -15,6 +15,7 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 
+from .dims import TOKEN_AXES
 from .marks import marks_of
 
 Pick = Mapping[int, slice | list[int]]
@@ -29,7 +30,6 @@ def cut(a: Array, pick: Pick) -> Array:
 
 
 FILLED_UP = "tokens are flattened and padded"
-_TOKENS = ("S", "T", "S-k")
 LOOK, _FEW = 1 << 14, 1 << 9
 """Numbers that are looked at at a time."""
 
@@ -96,7 +96,7 @@ def _declared(x: Array, shape: tuple[int, ...], axes: list[str], dims: str) -> R
 
 def unflattened(terms: list[str], axes: list[str]) -> list[str]:
     """Declared axes with the sequences and tokens that N stands for among these axes."""
-    flat = next((axes[i : i + 2] for i, a in enumerate(axes[:-1]) if a == "B" and axes[i + 1] in _TOKENS), ["N"])
+    flat = next((axes[i : i + 2] for i, a in enumerate(axes[:-1]) if a == "B" and axes[i + 1] in TOKEN_AXES), ["N"])
     return [a for t in terms for a in (flat if t == "N" and "N" not in axes else [t])]
 
 

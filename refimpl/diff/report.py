@@ -242,7 +242,7 @@ def to_json(j: Judgement) -> str:
         for f in j.findings:
             numbers = {k: number(getattr(f, k)) for k in NUMBERS}
             about = {"tap": f.tap, "stage": f.stage, "ok": f.ok, "open": f.open, "note": f.note}
-            yield about | {"region": list(f.culprits)} | numbers
+            yield about | {"region": list(f.places)} | numbers
 
     gates = [{"name": g.name, "state": g.state, "text": g.text, "details": list(g.details)} for g in j.gates]
     body = {"schema": "refimpl-diff/1", "version": __version__, "verdict": j.verdict, "exit_code": j.exit_code}

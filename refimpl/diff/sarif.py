@@ -100,7 +100,7 @@ def _findings(j: Judgement) -> Iterator[dict[str, Any]]:
         if known := [{"id": id, "toolComponent": {"name": CORPUS}} for d in found for id in d.ids]:
             result["taxa"] = known
         numbers = {k: getattr(f, k) for k in ("error", "allowed", "lean", "upright")}
-        result["properties"] = {k: x for k, x in numbers.items() if math.isfinite(x)} | {"region": list(f.culprits)}
+        result["properties"] = {k: x for k, x in numbers.items() if math.isfinite(x)} | {"region": list(f.places)}
         yield result
 
 

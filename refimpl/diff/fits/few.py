@@ -12,13 +12,13 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
 
 from ..compare import Finding
+from ..dims import TOKEN_AXES
 from ..hypothesis import theirs
 from ..lanes import Recorded
 from ..program import names
 
 TOKENS = 64
 """Of the first sequence; a stage knows nothing of tokens behind."""
-_TOKENS = ("S", "T", "S-k")
 
 
 def first_tokens(f: Finding, calls: Mapping[str, Call], r: Recorded) -> Recorded | None:
@@ -42,9 +42,9 @@ def first_tokens(f: Finding, calls: Mapping[str, Call], r: Recorded) -> Recorded
 
 def _before(x: Array, axes: Sequence[str]) -> bool:
     """Whether there are more keys than queries, or few tokens."""
-    sizes = [x.shape[i] for i, letter in enumerate(axes) if letter in _TOKENS]
+    sizes = [x.shape[i] for i, letter in enumerate(axes) if letter in TOKEN_AXES]
     return len(set(sizes)) != 1 or sizes[0] <= TOKENS
 
 
 def _cut(x: Array, axes: Sequence[str]) -> Array:
-    return x[tuple([slice(1) if a == "B" else slice(TOKENS) if a in _TOKENS else slice(None) for a in axes])]
+    return x[tuple([slice(1) if a == "B" else slice(TOKENS) if a in TOKEN_AXES else slice(None) for a in axes])]

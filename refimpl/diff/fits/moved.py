@@ -11,6 +11,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
+from ..dims import TOKEN_AXES
 from ..gauges import by_rank
 from .evidence import Evidence, guess, near
 from .words import order_in_words
@@ -47,7 +48,7 @@ def late_in_words(by: int, edge: str) -> str:
 
 def shifted(ev: Evidence) -> Iterator[Mutant]:
     """The output one token late or early."""
-    axis = next((i for i, letter in enumerate(ev.letters) if letter in ("S", "S-k", "T")), None)
+    axis = next((i for i, letter in enumerate(ev.letters) if letter in TOKEN_AXES), None)
     if axis is None or not ev.whole or ev.letters[-1] == "T" or not ev.everywhere:
         return
     (x, e), name = (np.moveaxis(y, axis, 0) for y in (ev.x, ev.e)), ev.call.stage

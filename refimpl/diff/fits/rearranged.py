@@ -14,6 +14,7 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..dims import TOKEN_AXES
 from ..program import names
 from .evidence import Evidence, guess, short
 from .moved import EDGES, late, late_in_words
@@ -68,7 +69,7 @@ def only_reader(ev: Evidence, name: str) -> bool:
 
 def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
     """Tokens that are those before or behind."""
-    axis = next((a for a, letter in enumerate(axes) if letter in ("S", "T", "S-k")), None)
+    axis = next((a for a, letter in enumerate(axes) if letter in TOKEN_AXES), None)
     for by in (1, -1) if axis is not None and axes[-1] != "T" else ():
         for edge in EDGES:
             yield late_in_words(by, edge), partial(late, axis=axis or 0, by=by, edge=edge)
