@@ -359,13 +359,11 @@ FOUND = importlib.util.find_spec("mpi4py") is not None and (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FOUND, reason="mpi4py or mpiexec is not installed; the extra `mpi` brings both")
 @pytest.mark.parametrize(
     "args",
-    [
-        ("pp=2,ep=2", "dualpipe", "4"),
-        *[pytest.param(a, marks=pytest.mark.slow) for a in (("pp=2,tp=2", "zb1p", "4"), ("pp=4", "dualpipe", "8"))],
-    ],
+    [("pp=2,ep=2", "dualpipe", "4"), ("pp=2,tp=2", "zb1p", "4"), ("pp=4", "dualpipe", "8")],
 )
 def test_training_on_four_processes_gives_the_bits_of_the_simulator(args):
     """Catches anything of the above that only works where ranks share a process."""

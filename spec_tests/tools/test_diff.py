@@ -95,7 +95,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_known_mistake_is_located_at_its_stage_and_nowhere_else(case, name, precision):
     """Catches a diff that blames later stages for earlier ones, or that needs float32 to see a bug."""

@@ -422,7 +422,7 @@ def test_what_a_product_reads_wrongly_is_named(case, traces, id, mistake, name):
     assert d.title == MUTANTS[f"{id}-{name}"].title, render(judgement)
 
 
-@pytest.mark.parametrize("id", ["F09", "F13", "F13b"])
+@pytest.mark.parametrize("id", ["F09", *[pytest.param(i, marks=pytest.mark.slow) for i in ("F13", "F13b")]])
 def test_bugs_of_powers_of_two_are_named(case, id):
     """Catches F09 taken for a wrong scale (its scales are right), and a rounding rule that nobody knows."""
     m = MUTANTS[id]

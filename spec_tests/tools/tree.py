@@ -56,6 +56,7 @@ def tree_of(file: pathlib.Path) -> ast.Module:
     try:
         return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     finally:
+        gc.freeze()  # it is kept to the end, and there are hundreds
         gc.enable()
 
 
