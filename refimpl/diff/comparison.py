@@ -15,13 +15,16 @@ from refimpl.layers.stage import Call
 from . import gauges
 from .admission import Admitted
 from .compare import Finding, Units, compare, settled_rows
+from .dims import Sizes, letters
+from .fp8_rules import RULES
 from .fused import sine
 from .lanes import Recorded
 from .names import by_value
 from .pages import Pages
+from .pattern import Scene, pattern
 from .picture import picture
 from .precision import Precision
-from .program import regions
+from .program import owner, regions
 from .reading import Pick, cut
 from .replay import Step, replay
 from .shares import common
@@ -96,7 +99,7 @@ class Comparison:
         self.recorded.placed |= {t for t, what in self.accepted.items() if gauges.SLOTS in what}
         fit = [f.tap for f in self.findings if f.ok and not f.open and f.tap not in self.either]
         for tap in gauges.broken(self.accepted, fit):
-            self.findings = [self.plain[tap] if f.tap == tap else f for f in self.findings]
+            self.findings = [replace(self.plain[tap], region=f.region) if f.tap == tap else f for f in self.findings]
             del self.accepted[tap]
 
     def _regions(self, program: list[Call]) -> dict[str, tuple[str, ...]]:
@@ -190,9 +193,30 @@ class Comparison:
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)
+        if (
+            not found.ok
+            and step.call.stage not in RULES
+            and (over := pattern(self._scene(step, x, found, units, pick)))
+        ):
+            found = replace(found, note=f"{found.note}{':' if found.note.endswith('affected') else ';'} {over}")
         if not self.pictures:
             return found
         return replace(found, picture=picture(step.call.of, x, step.exact, settled_rows(step, pick), pick))
+
+    def _scene(self, step: Step, x: Array, found: Finding, units: Units, pick: Pick) -> Scene:
+        stage, tap, whole = step.call.of, step.call.tap, step.exact
+        routed = any(s.startswith(("router.", "moe.")) for s in units.stages)
+        return Scene(
+            stage,
+            x,
+            cut(whole, pick),
+            entries=[np.arange(n)[pick.get(i, slice(None))] for i, n in enumerate(whole.shape)],
+            settled=settled_rows(step, pick),
+            limit=found.allowed,
+            widths=letters(self.config, stage, tap, Sizes.whole(1, 1))
+            | dict(zip(stage.shape.split(), whole.shape, strict=True)),
+            ids=self.recorded.taps.get(f"{owner(tap)}/router.ids") if routed else None,
+        )
 
     def _watch(self, tap: str, ours: Array) -> None:
         if tap not in self.admitted.taps:

@@ -22,7 +22,7 @@ from .corpus import MUTANTS
 from .grafting import Graft, differences, grafted, of_mistake
 from .grounds import Grounds
 from .judge import Judgement
-from .report import folded
+from .spans import folded
 
 
 @dataclass(frozen=True)

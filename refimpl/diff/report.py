@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from statistics import median
 
 from refimpl.version import __version__
@@ -13,6 +13,7 @@ from refimpl.version import __version__
 from .compare import Finding
 from .diagnose import Diagnosis
 from .judge import Judgement
+from .spans import folded, over_layers
 from .tolerance import reason
 
 DRIFT = 100.0
@@ -45,7 +46,7 @@ def render(j: Judgement, *, everything: bool = False, stages: int = MOST) -> str
     if everything:
         lines += ["", f"  {'tap':<30} {'error':>9} {'allowed':>9} {'chained':>9}", *map(_row, j.findings)]
     groups, held = _groups(j), _held(j)
-    lines += [line for group in groups[:stages] for line in _group(group, held)]
+    lines += [line for group in groups[:stages] for line in _group(group, j, held)]
     if len(groups) > stages:
         lines += ["", f"  ... and {len(groups) - stages} more stages (--all lists every tap)"]
     return "\n".join([*lines, *_next(j), "", _verdict(j)])
@@ -79,13 +80,12 @@ def _held(j: Judgement) -> set[str]:
     )
 
 
-def _group(group: list[Finding], held: set[str]) -> Iterator[str]:
+def _group(group: list[Finding], j: Judgement, held: set[str]) -> Iterator[str]:
     """A stage, its layers, and its worst tap: how far off, how far it may be, where."""
     worst = max(group, key=lambda f: f.error / f.allowed if f.allowed else f.error)
-    yield from (
-        "",
-        f"  {folded([f.tap for f in group])}   error {worst.error:.1e}   allowed {worst.allowed:.1e}{_why(worst)}",
-    )
+    layers = over_layers(group, j.findings)
+    where = folded([f.tap for f in group]) + (f" ({layers})" if layers else "")
+    yield from ("", f"  {where}   error {worst.error:.1e}   allowed {worst.allowed:.1e}{_why(worst)}")
     at = f"{worst.tap}: " if len(group) > 1 else ""
     yield from (f"    {at}{worst.note}", *_region(worst, held))
 
@@ -127,31 +127,6 @@ def _causes(j: Judgement) -> Iterator[str]:
     rest = [f.tap for f in j.culprits if f.tap not in named]
     if rest:
         yield f"{'cause':<10}{'':<5} no known mistake reproduces {folded(rest)}"
-
-
-def folded(taps: Sequence[str]) -> str:
-    """Taps by name, their layers together, and their phases if there are several: `router.weights in L1-L2 of fwd, dec8`."""
-    places: dict[str, list[tuple[str, str]]] = {}
-    for tap in taps:
-        phase, _, rest = tap.partition("/")
-        unit, _, name = rest.rpartition("/")
-        places.setdefault(name, []).append((phase, unit))
-    parts = [f"{name}{_placed(found)}" for name, found in places.items()]
-    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
-
-
-def _placed(found: list[tuple[str, str]]) -> str:
-    """The layers and phases of a name."""
-    phases, units = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
-    return (f" in {_span(units)}" if any(units) else "") + (f" of {', '.join(phases)}" if len(phases) > 1 else "")
-
-
-def _span(units: list[str]) -> str:
-    """`L1-L3` where the layers follow each other, else each: `L0, L2, mtp1`."""
-    numbers = [int(u[1:]) for u in units if u[:1] == "L"]
-    if len(units) > 1 and len(numbers) == len(units) and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return f"{units[0]}-{units[-1]}"
-    return ", ".join(u for u in units if u)
 
 
 def _recognised(j: Judgement) -> Iterator[str]:

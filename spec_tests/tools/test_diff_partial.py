@@ -22,7 +22,8 @@ from refimpl.diff.lanes import Recorded
 from refimpl.diff.precision import declared_precision
 from refimpl.diff.program import last_use, names, program_of, regions
 from refimpl.diff.reading import read
-from refimpl.diff.report import folded, next_tap, wrapped
+from refimpl.diff.report import next_tap, wrapped
+from refimpl.diff.spans import folded
 from refimpl.diff.tolerance import Noise
 from refimpl.layers.precision import FLOAT32
 from refimpl.layers.stage import STAGES, Call, Patch
@@ -562,7 +563,9 @@ def test_the_report_is_one_screen_and_wraps_at_words():
     judgement = judge(case(), trace_case(case(), patches=patches))
     text = render(judgement)
     assert (
-        "  attn_norm in L0-L2   error" in text and "  ffn_norm in L0-L2   error" in text and len(text.splitlines()) < 24
+        "  attn_norm in L0-L2 (all layers compared)   error" in text
+        and "  ffn_norm in L0-L2 (all layers compared)   error" in text
+        and len(text.splitlines()) < 24
     )
     assert text.splitlines()[-1].startswith("DIVERGES")
     narrow = wrapped(text, 60)
