@@ -154,20 +154,28 @@ def _members(s: Scene, shape: tuple[int, ...]) -> Array:
 
 def _over_entries(s: Scene, off: Array) -> str:
     """Which channels, experts, keys are off in the rows that are."""
-    letter, entries = s.axes[-1], s.entries[-1]
+    letter, entries, wrong = s.axes[-1], s.entries[-1], np.zeros(0, bool)
     if s.stage.compare == "set":
         letter = "G" if s.stage.name == "router.groups" else "E"
-        entries = np.union1d(s.x[off], s.e[off])
-        theirs, ours = ((a[off][..., None] == entries).any(axis=-2) for a in (s.x, s.e))
-        wrong: Array | None = (theirs != ours).any(axis=0)
+        entries, wrong = _chosen(s, off)
     elif s.exactly:
-        wrong = (s.x != s.e)[off].any(axis=0)
+        wrong = np.asarray((s.x != s.e)[off].any(axis=0))
     else:
         wrong = _clear(np.sqrt(np.mean(np.square(_elements(s, off)), axis=0)), s.limit)
-    if wrong is None or (off.sum() < FEW_ROWS and 4 * wrong.sum() > 3 * len(wrong)):
+    if off.sum() < FEW_ROWS and 4 * wrong.sum() > 3 * len(wrong):
         return ""
     one = {"T": "key", "V": "logit", "Dr/2": "frequency"}.get(letter) or WORDS.get(letter, "channel")
     return in_words(wrong, one, entries, _parts(letter, s.widths))
+
+
+def _chosen(s: Scene, off: Array) -> tuple[Array, Array]:
+    """Ids that are chosen in rows that are off, and which of them one of the two alone chose; none if these are most, since with
+    an expert too many there is one too few.
+    """
+    ids = np.union1d(s.x[off], s.e[off])
+    theirs, ours = ((a[off][..., None] == ids).any(axis=-2) for a in (s.x, s.e))
+    found = np.asarray((theirs != ours).any(axis=0))
+    return ids, found & (2 * found.sum() <= len(found))
 
 
 def _elements(s: Scene, off: Array) -> Array:
@@ -178,13 +186,13 @@ def _elements(s: Scene, off: Array) -> Array:
     return np.minimum(element_errors(s.stage.name, x, e), 1e30)
 
 
-def _clear(errors: Array, limit: float) -> Array | None:
-    """Which of these are off, if some are within the limit and the others far beyond what those are."""
+def _clear(errors: Array, limit: float) -> Array:
+    """Which of these are off, if some are within the limit and the others far beyond what those are, else none."""
     errors = np.maximum(errors, 1e-3 * limit)
     order = np.sort(errors)
     steps = np.where(order[:-1] <= limit, order[1:] / order[:-1], 0)
     if not steps.size or steps.max() < GAP:
-        return None
+        return np.zeros(len(errors), bool)
     return np.asarray(errors > order[int(np.argmax(steps))])
 
 
@@ -212,8 +220,7 @@ def _over_distances(s: Scene, off: Array) -> str:
     away = s.entries[-2][:, None] + s.widths["T"] - s.widths["S"] - s.entries[-1]
     distances = np.unique(away[counted])
     worst = np.array([error[away == d].max() for d in distances])
-    wrong = worst > 0 if s.exactly else _clear(worst, s.limit)
-    words = in_words(wrong, "distance", distances) if wrong is not None else ""
+    words = in_words(worst > 0 if s.exactly else _clear(worst, s.limit), "distance", distances)
     return f"keys at {words} (query - key)" if words else ""
 
 
