@@ -10,7 +10,6 @@ import numpy as np
 
 from refimpl.autograd.errors import where
 from refimpl.autograd.tensor import Array
-from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
@@ -34,7 +33,7 @@ from .optimizer import Inputs as Read
 from .padding import padding_of
 from .pages import Pages
 from .precision import Precision
-from .program import program_of
+from .program import placeholder, program_of
 from .reading import Pick
 from .spread import Pool
 from .streamed import StageWeights
@@ -75,7 +74,7 @@ class Run:
         return self.programs[config]
 
     def _program(self, config: Config) -> tuple[list[Call], Inputs]:
-        case, t, n_mtp = self.case, self.training, _n_mtp(config, self.case.checkpoint)
+        case, t, n_mtp = self.case, self.training, self.n_mtp
         labels = t.targets(case.tokens, case.valid) if t else None
         with where(f"in {case.path / 'tokens.json'}"):
             inputs = read_inputs(config, case.tokens, case.positions, case.valid, labels=labels)
@@ -95,6 +94,13 @@ class Run:
     def weights(self) -> StageWeights:
         """The case's weights, as the candidate holds them."""
         return StageWeights(self.case.checkpoint, self.rounded)
+
+    @cached_property
+    def n_mtp(self) -> int:
+        """How many MTP modules the weights have, under any dialect; SpecError where names or shapes are not the model's."""
+        checkpoint = self.case.checkpoint
+        shapes = {n: placeholder(checkpoint.shape(n)) for n in checkpoint}
+        return ForCausalLM.from_weights(self.case.config, shapes).n_mtp
 
     @cached_property
     def training(self) -> Training | None:
@@ -208,9 +214,3 @@ class Run:
             odd={t: np.asarray(self.trace.taps[t]) for t in a.flawed if t.endswith(CHOSEN) and t in self.trace.taps},
             padding=padding_of(self.case.valid, self.sizes),
         )
-
-
-def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
-    """How many MTP modules the weights have; SpecError where names or shapes are not the model's."""
-    shapes = {n: np.broadcast_to(np.zeros((), np.float32), checkpoint.shape(n)) for n in checkpoint}
-    return ForCausalLM.from_weights(config, shapes).n_mtp
