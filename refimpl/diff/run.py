@@ -117,7 +117,7 @@ class Run:
 
     def differing(self, a: Config, b: Config) -> set[str]:
         """Taps that two configs compute by other calls."""
-        first, second = ({c.tap: replace(c, own=None) for c in self.program(config)[0]} for config in (a, b))
+        first, second = ({c.tap: (c.stage, c.args, c.static) for c in self.program(config)[0]} for config in (a, b))
         return {tap for tap, call in first.items() if second.get(tap) != call}
 
     def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
