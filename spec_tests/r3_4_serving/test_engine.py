@@ -1,5 +1,7 @@
 """R 3.4: the batching engine. Any schedule gives each request what it gets alone; in the batch-invariant mode to the last bit."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -73,13 +75,19 @@ SCHEDULES = {
 }
 
 
+@functools.cache
+def without_pages():
+    """The model, requests, and the tokens that the loop without pages gives each."""
+    it, requests = impl(0), mixed()
+    return it, requests, [c.tokens for c in generate(it, requests)]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("policy", [*POLICIES.values(), ByComplexity(short=6, long=5, limit=20)], ids=str)
 def test_any_schedule_gives_each_request_the_tokens_it_gets_alone(schedule, policy):
     """Catches a neighbour's latents, positions or draws, a token run twice or never, a mask that is off in a piece; against the
     loop without pages, in float64, where rounding decides nothing."""
-    it, (pages, limits), requests = impl(0), SCHEDULES[schedule], mixed()
-    expected = [c.tokens for c in generate(it, requests)]
+    (it, requests, expected), (pages, limits) = without_pages(), SCHEDULES[schedule]
     engine = Engine(it, Pages(it, **pages), limits=Limits(**limits), policy=policy)
     assert served(engine, requests) == expected
     assert engine.pages.blocks.free == pages["blocks"] and len(engine) == 0
