@@ -1,5 +1,6 @@
 """R 3.4: the batching engine. Any schedule gives each request what it gets alone; in the batch-invariant mode to the last bit."""
 
+import contextlib
 import functools
 
 import numpy as np
@@ -42,8 +43,8 @@ def served(engine, requests):
     return list(found.values())
 
 
-@pytest.fixture
-def bits(monkeypatch):
+@contextlib.contextmanager
+def noted():
     """The logits of every decision as bytes, by request: filled by whatever is served."""
     seen, decide = {}, Row.decide
 
@@ -51,8 +52,15 @@ def bits(monkeypatch):
         seen.setdefault(self.number, []).append(logits.tobytes())
         return decide(self, logits, tally)
 
-    monkeypatch.setattr(Row, "decide", note)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Row, "decide", note)
+        yield seen
+
+
+@pytest.fixture
+def bits():
+    with noted() as seen:
+        yield seen
 
 
 def alone(it, requests, bits, **how):
@@ -94,12 +102,19 @@ def test_any_schedule_gives_each_request_the_tokens_it_gets_alone(schedule, poli
     assert (engine.counts.preempted > 0) == (schedule in ("sent away", "blocks of one"))
 
 
+@functools.cache
+def each_alone():
+    """A model, requests, and each one's logits when the engine has nothing else to do."""
+    it, requests = model(), mixed()
+    with noted() as seen:
+        return it, requests, alone(it, requests, seen)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_in_the_invariant_mode_the_logits_are_the_same_bits(schedule, bits):
     """Catches a product whose shape depends on the batch, a sum over padding, a prompt's arithmetic that differs from decoding's, a
     cached prefix that is not what would have been computed."""
-    it, (pages, limits), requests = model(), SCHEDULES[schedule], mixed()
-    expected = alone(it, requests, bits)
+    (it, requests, expected), (pages, limits) = each_alone(), SCHEDULES[schedule]
     bits.clear()
     served(Engine(it, Pages(it, **pages), limits=Limits(**limits), invariant=TILE), requests)
     assert [bits[i] for i in range(len(requests))] == expected
