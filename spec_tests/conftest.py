@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items if by > 1 else ():
         draw_more(getattr(item, "function", None), by)
     kept = sections.mark(items, pytest, config.getoption("--section"))
-    config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+    here = set(kept)
+    config.hook.pytest_deselected(items=[i for i in items if i not in here])
     items[:] = kept
 
 

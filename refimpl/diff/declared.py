@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from refimpl.autograd.errors import require, where
+from refimpl.autograd.errors import SpecError, require, where
 from refimpl.layers.config import Config, Dialect
 from refimpl.layers.stage import STAGES, Call
 from refimpl.model.phases import is_part
@@ -88,7 +88,8 @@ class Declared:
         for p in told:
             met = [tap for tap in taps if meant_by(tap, p)]
             known = met or any(fnmatchcase(s.tap, p) for s in STAGES.values())
-            require(known, f"precision {p!r} means no tap of this run{_near(p, [*_names(ours), *ours])}")
+            if not known:  # names that are near are looked for when there is something to say
+                raise SpecError(f"precision {p!r} means no tap of this run{_near(p, [*_names(ours), *ours])}")
             if not any(tap in self.trace.taps for tap in met):
                 notes[f"precision {p!r} means no tap that was recorded"] = []
 
@@ -147,10 +148,8 @@ class Declared:
         for tap in unused:
             phase, unit, name = _place(tap)
             known = (is_part(phase) or phase in PHASES) and (unit in units or unit.startswith("mtp"))
-            require(
-                tap in calls or tap in h.expected or (known and {name, f"mtp.{name}"} & stages),
-                f"dims of {tap!r}, which is no tap here{_near(tap, [*taps, *calls])}",
-            )
+            if not (tap in calls or tap in h.expected or (known and {name, f"mtp.{name}"} & stages)):
+                raise SpecError(f"dims of {tap!r}, which is no tap here{_near(tap, [*taps, *calls])}")
         if unused:
             notes["dims are declared of taps that were not recorded"] = unused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Precision:
     seen: Mapping[str, str]
     note: str = ""
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         """The precision plan of the twins: storage "float32", "bfloat16", "float64" or a plan's name; float16 runs as float32
         whose values are moved as float16's would be.

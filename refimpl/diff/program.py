@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,33 @@ from refimpl.model.phases import Part, run_parts
 
 from .dims import Sizes, shape_of
 
+_ZERO = bytes(4)
+"""The memory of every placeholder."""
+
 
 def program_of(
     c: Config, inputs: Inputs, *, n_mtp: int, parts: Sequence[Part], losses: Mapping[str, float] | None = None
 ) -> list[Call]:
-    """The stage calls of a run of this config on these inputs, with the losses if their weights are given: the model is called,
-    its stages are not.
-    """
-    model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: _placeholder(unset.shape))
+    """The stage calls of a run of this config on inputs of these shapes, with the losses if their weights are given."""
+    shapes = tuple([(name, array.shape) for name, array in inputs.named()])
+    return list(_program(c, shapes, n_mtp, tuple(parts), None if losses is None else tuple(losses.items())))
+
+
+@lru_cache(maxsize=64)
+def _program(
+    c: Config,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    n_mtp: int,
+    parts: tuple[Part, ...],
+    losses: tuple[tuple[str, float], ...] | None,
+) -> tuple[Call, ...]:
+    """The model is called, its stages are not: which stages run depends on no value, so one run serves all of its shapes."""
+    inputs = Inputs(**{name: np.zeros(shape, np.int64) for name, shape in shapes})
+    model = ForCausalLM(c, n_mtp=n_mtp).map(lambda _, unset: placeholder(unset.shape))
     recorder = Recorder()
     with observing(_Dry(c, Sizes(len(inputs.tokens), parts)), recorder):
-        run_parts(model, inputs, parts, recorder, with_mtp=bool(n_mtp), losses=losses)
-    return recorder.program
+        run_parts(model, inputs, parts, recorder, with_mtp=bool(n_mtp), losses=None if losses is None else dict(losses))
+    return tuple(recorder.program)
 
 
 class _Dry:
@@ -37,11 +53,12 @@ class _Dry:
 
     def __call__(self, stage: Stage, run: Callable[..., Any], /, *args: Any, **static: Any) -> Array:
         shape = shape_of(Call(stage.name, tap_name(stage), (), static), self.config, self.sizes)
-        return _placeholder(shape)
+        return placeholder(shape)
 
 
-def _placeholder(shape: tuple[int, ...]) -> Array:
-    return np.broadcast_to(np.zeros((), np.float32), shape)
+def placeholder(shape: tuple[int, ...]) -> Array:
+    """Zeros of a shape, in no memory."""
+    return np.ndarray(shape, np.float32, _ZERO, strides=(0,) * len(shape))
 
 
 def integers(stage: Stage) -> bool:

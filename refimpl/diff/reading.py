@@ -6,6 +6,7 @@ before tokens where there are as many heads as tokens) is settled by value later
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
@@ -76,7 +77,7 @@ def _declared_parts(
     here = {axes.index(a): entries for a, entries in part.items() if a in axes}
     picks = [dict(some) for n in range(len(here), -1, -1) for some in combinations(here.items(), n)]
     shapes = [tuple([len(p[i]) if i in p else n for i, n in enumerate(shape)]) for p in picks]
-    exact = [x.size == int(np.prod(few)) for few in shapes]
+    exact = [x.size == math.prod(few) for few in shapes]
     for pick, few, fits in zip(picks, shapes, exact, strict=True):
         if pick and (fits or not any(exact)):
             yield pick, few

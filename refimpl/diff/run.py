@@ -10,7 +10,6 @@ import numpy as np
 
 from refimpl.autograd.errors import where
 from refimpl.autograd.tensor import Array
-from refimpl.checkpoint import Checkpoint
 from refimpl.layers.config import Config
 from refimpl.layers.mla import Attend
 from refimpl.layers.module import is_buffer
@@ -34,7 +33,7 @@ from .optimizer import Inputs as Read
 from .padding import padding_of
 from .pages import Pages
 from .precision import Precision
-from .program import program_of
+from .program import placeholder, program_of
 from .reading import Pick
 from .spread import Pool
 from .streamed import StageWeights
@@ -75,7 +74,7 @@ class Run:
         return self.programs[config]
 
     def _program(self, config: Config) -> tuple[list[Call], Inputs]:
-        case, t, n_mtp = self.case, self.training, _n_mtp(config, self.case.checkpoint)
+        case, t, n_mtp = self.case, self.training, self.n_mtp
         labels = t.targets(case.tokens, case.valid) if t else None
         with where(f"in {case.path / 'tokens.json'}"):
             inputs = read_inputs(config, case.tokens, case.positions, case.valid, labels=labels)
@@ -97,6 +96,13 @@ class Run:
         return StageWeights(self.case.checkpoint, self.rounded)
 
     @cached_property
+    def n_mtp(self) -> int:
+        """How many MTP modules the weights have, under any dialect; SpecError where names or shapes are not the model's."""
+        checkpoint = self.case.checkpoint
+        shapes = {n: placeholder(checkpoint.shape(n)) for n in checkpoint}
+        return ForCausalLM.from_weights(self.case.config, shapes).n_mtp
+
+    @cached_property
     def training(self) -> Training | None:
         """The training step, if the trace has something of one."""
         return training_of(self.trace.header, self.trace.taps)
@@ -111,7 +117,7 @@ class Run:
 
     def differing(self, a: Config, b: Config) -> set[str]:
         """Taps that two configs compute by other calls."""
-        first, second = ({c.tap: replace(c, own=None) for c in self.program(config)[0]} for config in (a, b))
+        first, second = ({c.tap: (c.stage, c.args, c.static) for c in self.program(config)[0]} for config in (a, b))
         return {tap for tap, call in first.items() if second.get(tap) != call}
 
     def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
@@ -208,9 +214,3 @@ class Run:
             odd={t: np.asarray(self.trace.taps[t]) for t in a.flawed if t.endswith(CHOSEN) and t in self.trace.taps},
             padding=padding_of(self.case.valid, self.sizes),
         )
-
-
-def _n_mtp(config: Config, checkpoint: Checkpoint) -> int:
-    """How many MTP modules the weights have; SpecError where names or shapes are not the model's."""
-    shapes = {n: np.broadcast_to(np.zeros((), np.float32), checkpoint.shape(n)) for n in checkpoint}
-    return ForCausalLM.from_weights(config, shapes).n_mtp

@@ -6,6 +6,7 @@ after the other, in each of its lanes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,19 +55,20 @@ class StageWeights:
 
     def __call__(self, name: str, plan: Plan) -> Any:
         """The weight, or a `Streamed` one."""
+        key = (name, plan.name)
+        if key in self.held:
+            return self.held[key]
         stage = re.sub(r"\.experts\.\d+", "", name).rpartition(".")[0]
         if stage != self.stage:
             self.stage = stage
             if self.size > BUDGET:
                 self.held, self.size = {}, 0
         shape = self.checkpoint.shape(name)
-        size, least = int(np.prod(shape)), EXPERT if ".experts." in name else LARGE
+        size, least = math.prod(shape), EXPERT if ".experts." in name else LARGE
         if size >= least and len(shape) == 2 and not plan.gemms and _READ_BY_ROWS.search(name):
             return Streamed(self, name, plan, (shape[0], shape[1]), NEAR)
-        key = (name, plan.name)
-        if key not in self.held:
-            self.held[key] = self.read(name, plan, 0, shape[0] if shape else 1)
-            self.size += self.held[key].nbytes
+        self.held[key] = self.read(name, plan, 0, shape[0] if shape else 1)
+        self.size += self.held[key].nbytes
         return self.held[key]
 
     def read(self, name: str, plan: Plan, start: int, stop: int) -> Array:

@@ -6,6 +6,7 @@ is half of all the work of a causal model, and what is left of a block stays in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,7 @@ class Wide:
     @property
     def size(self) -> int:
         """How many numbers it has."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         whole = np.full(self.shape, self.fill, dtype or self.dtype)
@@ -113,7 +114,7 @@ class Wide:
 
 def is_large(shape: tuple[int, ...]) -> bool:
     """Whether an array is worth being taken apart."""
-    return len(shape) == 4 and int(np.prod(shape)) >= LEAST
+    return len(shape) == 4 and math.prod(shape) >= LEAST
 
 
 def places(shape: tuple[int, ...]) -> Iterator[Place]:

@@ -57,7 +57,8 @@ def pytest_collection_modifyitems(config, items):
     regimes = [r for r in config.getoption("--regimes").split(",") if r]
     claims = [i for i in items if _mark(i)]  # those of other profiles, too: an exception of theirs is not stale
     kept = [i for i in items if not foreign(config) or (_mark(i) and _asked(_facts(i), asked, regimes))]
-    config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+    here = set(kept)
+    config.hook.pytest_deselected(items=[i for i in items if i not in here])
     items[:] = kept
     for item in items:
         if _mark(item):

@@ -201,7 +201,7 @@ def test_e2m1_is_ml_dtypes_cast_but_for_nan():
 
 
 @each_float
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_float64_is_rounded_once(fmt, data):
     """Catches: float64 to float32 to the format, which turns what is just above a tie into the tie."""
@@ -286,7 +286,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @each_float
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(x=st.lists(finite, min_size=2, max_size=40))
 def test_encoding_is_monotone_and_odd(fmt, x):
     """Catches: an exponent's part of the code that overtakes its fraction, a sign that changes the rounding."""
@@ -297,7 +297,7 @@ def test_encoding_is_monotone_and_odd(fmt, x):
 
 
 @each_float
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(x=st.lists(finite, min_size=1, max_size=40))
 def test_the_error_is_half_a_quantum(fmt, x):
     """Catches: a quantum of the binade below or above. 2^-M of the binade's lower end, or the smallest subnormal."""

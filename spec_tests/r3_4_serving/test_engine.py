@@ -1,5 +1,8 @@
 """R 3.4: the batching engine. Any schedule gives each request what it gets alone; in the batch-invariant mode to the last bit."""
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 
@@ -40,8 +43,8 @@ def served(engine, requests):
     return list(found.values())
 
 
-@pytest.fixture
-def bits(monkeypatch):
+@contextlib.contextmanager
+def noted():
     """The logits of every decision as bytes, by request: filled by whatever is served."""
     seen, decide = {}, Row.decide
 
@@ -49,8 +52,15 @@ def bits(monkeypatch):
         seen.setdefault(self.number, []).append(logits.tobytes())
         return decide(self, logits, tally)
 
-    monkeypatch.setattr(Row, "decide", note)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Row, "decide", note)
+        yield seen
+
+
+@pytest.fixture
+def bits():
+    with noted() as seen:
+        yield seen
 
 
 def alone(it, requests, bits, **how):
@@ -73,25 +83,38 @@ SCHEDULES = {
 }
 
 
+@functools.cache
+def without_pages():
+    """The model, requests, and the tokens that the loop without pages gives each."""
+    it, requests = impl(0), mixed()
+    return it, requests, [c.tokens for c in generate(it, requests)]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("policy", [*POLICIES.values(), ByComplexity(short=6, long=5, limit=20)], ids=str)
 def test_any_schedule_gives_each_request_the_tokens_it_gets_alone(schedule, policy):
     """Catches a neighbour's latents, positions or draws, a token run twice or never, a mask that is off in a piece; against the
     loop without pages, in float64, where rounding decides nothing."""
-    it, (pages, limits), requests = impl(0), SCHEDULES[schedule], mixed()
-    expected = [c.tokens for c in generate(it, requests)]
+    (it, requests, expected), (pages, limits) = without_pages(), SCHEDULES[schedule]
     engine = Engine(it, Pages(it, **pages), limits=Limits(**limits), policy=policy)
     assert served(engine, requests) == expected
     assert engine.pages.blocks.free == pages["blocks"] and len(engine) == 0
     assert (engine.counts.preempted > 0) == (schedule in ("sent away", "blocks of one"))
 
 
+@functools.cache
+def each_alone():
+    """A model, requests, and each one's logits when the engine has nothing else to do."""
+    it, requests = model(), mixed()
+    with noted() as seen:
+        return it, requests, alone(it, requests, seen)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_in_the_invariant_mode_the_logits_are_the_same_bits(schedule, bits):
     """Catches a product whose shape depends on the batch, a sum over padding, a prompt's arithmetic that differs from decoding's, a
     cached prefix that is not what would have been computed."""
-    it, (pages, limits), requests = model(), SCHEDULES[schedule], mixed()
-    expected = alone(it, requests, bits)
+    (it, requests, expected), (pages, limits) = each_alone(), SCHEDULES[schedule]
     bits.clear()
     served(Engine(it, Pages(it, **pages), limits=Limits(**limits), invariant=TILE), requests)
     assert [bits[i] for i in range(len(requests))] == expected

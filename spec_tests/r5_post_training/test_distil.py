@@ -61,7 +61,7 @@ def test_what_is_refused():
         distil.forward_kl(student, teacher, labels * 0 - 100)
 
 
-@pytest.mark.parametrize("loss", [distil.forward_kl, distil.reverse_kl])
+@pytest.mark.parametrize("loss", [distil.forward_kl, pytest.param(distil.reverse_kl, marks=pytest.mark.slow)])
 def test_a_student_learns_from_logits(loss):
     """From random weights to what the teacher does, without ever seeing which label is right. Catches a step away from it."""
     teacher, rng = toys.both(), np.random.default_rng(0)

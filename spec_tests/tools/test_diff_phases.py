@@ -22,12 +22,12 @@ from refimpl.diff.judge import explain, judge
 from refimpl.diff.precision import declared_precision
 from refimpl.diff.run import Run
 from refimpl.diff.training import Training, read_training
-from refimpl.layers import PRESETS
 from refimpl.layers.stage import STAGES, Patch
 from refimpl.model import ForCausalLM
 from refimpl.model.phases import parts_of
-from refimpl.record import new_case, trace_case
+from refimpl.record import trace_case
 from refimpl.spec_tests import golden
+from refimpl.spec_tests.cases.mtp import mtp_case
 
 from .test_diff_partial import case, drawn, only, recording
 
@@ -43,15 +43,9 @@ def cut(phases, precision="float32", attend="auto", patch=None):
         return trace_case(case(), precision=precision, phases=phases, attend=attend, patches=patches)
 
 
-@functools.cache
-def mtp_case(tmp=None):
-    folder = pathlib.Path(tmp) / "mtp"
-    return Case.read(new_case(folder, PRESETS["tiny"].replace(num_nextn_predict_layers=1), seed=1, length=12, mtp=True))
-
-
 @pytest.fixture(scope="session")
-def mtp(tmp_path_factory):
-    return mtp_case(str(tmp_path_factory.mktemp("phases")))
+def mtp():
+    return mtp_case()
 
 
 def step(c, precision="float32", patch=None, **changes):
@@ -70,8 +64,15 @@ def test_parts_end_where_the_next_begins():
             parts_of(phases, 24)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("phases", [CHUNKS, STEPS], ids=["chunks", "steps"])
+@pytest.mark.parametrize(
+    ("phases", "precision"),
+    [
+        pytest.param(CHUNKS, "bf16", id="chunks-bf16"),
+        pytest.param(STEPS, "float32", id="steps-float32"),
+        pytest.param(CHUNKS, "float32", id="chunks-float32", marks=pytest.mark.slow),
+        pytest.param(STEPS, "bf16", id="steps-bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_in_parts_conforms(phases, precision):
     """Catches masks, positions, keys and shapes of the parts that are not those of a run with a cache."""
     trace = cut(phases, precision)
@@ -102,8 +103,17 @@ def test_no_part_of_a_run_in_parts_is_called_wrong(phases, precision, seed, shar
     assert not judgement.culprits, render(judgement)
 
 
-@pytest.mark.parametrize("attend", ["expanded", "absorbed"])
-@pytest.mark.parametrize("id", ["A18", "A18b", "A20"])
+@pytest.mark.parametrize(
+    ("id", "attend"),
+    [
+        ("A18", "expanded"),
+        ("A18b", "absorbed"),
+        ("A20", "expanded"),
+        ("A20", "absorbed"),
+        pytest.param("A18", "absorbed", marks=pytest.mark.slow),
+        pytest.param("A18b", "expanded", marks=pytest.mark.slow),
+    ],
+)
 def test_bugs_between_cache_and_tokens_are_named(id, attend):
     """Catches bugs that only a later chunk shows: invisible in one pass, placed and named in two."""
     name = id + ("-absorbed" if attend == "absorbed" else "")

@@ -10,14 +10,15 @@ import pytest
 
 from refimpl.autograd import SpecError
 from refimpl.cli import main
-from refimpl.diff import Case, Trace
+from refimpl.diff import Trace
 from refimpl.diff.corpus import MUTANTS
 from refimpl.diff.grafting import differences, grafted, rearranged
 from refimpl.diff.impact import impacts, impacts_to_json, render_impacts
 from refimpl.diff.judge import judge
-from refimpl.layers import PRESETS, STAGES
+from refimpl.layers import STAGES
 from refimpl.layers.stage import Patch
-from refimpl.record import new_case, trace_case
+from refimpl.record import trace_case
+from refimpl.spec_tests.cases.mtp import mtp_case
 
 from .test_diff_partial import TINY, case, only, recording
 
@@ -257,9 +258,8 @@ def test_nothing_blamed_is_said():
 
 
 @pytest.fixture(scope="module")
-def mtp(tmp_path_factory):
-    config = PRESETS["tiny"].replace(num_nextn_predict_layers=1)
-    return Case.read(new_case(tmp_path_factory.mktemp("mtp"), config, seed=1, length=12, mtp=True))
+def mtp():
+    return mtp_case()
 
 
 def test_modules_of_mtp_have_their_own_logits(mtp):

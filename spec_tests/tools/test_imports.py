@@ -42,17 +42,20 @@ INSIDE_FUNCTIONS = {
 
 
 @functools.cache
-def imports(module: str, file: pathlib.Path) -> list[tuple[str, int, bool]]:
+def import_statements(file: pathlib.Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import of a file, and whether that happens inside a function."""
+    return [
+        (n, inside) for n, inside in _statements(tree_of(file), False) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+
+
+def imports(module: str, file: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
     """(what is imported, line, whether that happens inside a function) for every import."""
-    return list(_imports(module, file))
-
-
-def _imports(module: str, file: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
-    for node, inside in _statements(tree_of(file), False):
+    for node, inside in import_statements(file):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno, inside
-        elif isinstance(node, ast.ImportFrom):
+        else:
             source = source_of(node, module, file)
             for alias in node.names:  # `from refimpl import layers` imports refimpl.layers
                 full = f"{source}.{alias.name}"
@@ -160,10 +163,10 @@ def graph(files: dict[str, pathlib.Path]) -> dict[str, set[str]]:
     edges = {}
     for module, file in files.items():
         found = set()
-        for node in ast.walk(tree_of(file)):
+        for node, _ in import_statements(file):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 source = source_of(node, module, file)
                 found |= {f"{source}.{a.name}" if f"{source}.{a.name}" in files else source for a in node.names}
         edges[module] = {m for m in found if m in files and m != module}
@@ -221,7 +224,7 @@ def test_private_names_stay_in_their_room():
     taken = [
         f"{shown(file)}:{node.lineno}: {alias.name} of {source}"
         for module, file in FILES.items()
-        for node in ast.walk(tree_of(file))
+        for node, _ in import_statements(file)
         if isinstance(node, ast.ImportFrom)
         for source in [source_of(node, module, file)]
         for alias in node.names

@@ -14,18 +14,19 @@ import pytest
 
 from refimpl.autograd import SpecError
 from refimpl.cli import main
-from refimpl.diff import Case, Trace
+from refimpl.diff import Trace
 from refimpl.diff.examined import examine, examined
 from refimpl.diff.judge import judge
 from refimpl.diff.plain import HEAD, function_of, literal, plain
 from refimpl.diff.repro import repro
-from refimpl.layers import PRESETS, STAGES
+from refimpl.layers import STAGES
 from refimpl.layers.precision import FLOAT64
 from refimpl.layers.rope import RopeScaling
 from refimpl.layers.stage import Patch, observing
 from refimpl.model import ForCausalLM, effective
-from refimpl.record import new_case, trace_case
+from refimpl.record import trace_case
 from refimpl.spec_tests.cases import variants
+from refimpl.spec_tests.cases.mtp import mtp_case
 
 from .test_diff_partial import TINY, case, only, recording
 
@@ -51,10 +52,8 @@ NO_TAP = {
 
 
 @pytest.fixture(scope="module")
-def mtp(tmp_path_factory):
-    config = PRESETS["tiny"].replace(num_nextn_predict_layers=1)
-    made = Case.read(new_case(tmp_path_factory.mktemp("mtp"), config, seed=1, length=12, mtp=True))
-    return dataclasses.replace(made, valid=VALID)
+def mtp():
+    return dataclasses.replace(mtp_case(), valid=VALID)
 
 
 # ---- Plain NumPy
