@@ -21,7 +21,7 @@ from ..corpus import Mutant
 from ..fp8_rules import RULES
 from ..hypothesis import REFUSED, reproduces, rerun
 from ..lanes import Recorded
-from . import added, exchanged, masks, mixture, moved, rearranged, rotary, settings, sums
+from . import added, blocks, columns, exchanged, masks, mixture, moved, rearranged, rotary, settings, sums
 from .evidence import Evidence, Fit, finite
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
@@ -29,6 +29,7 @@ TIERS: tuple[tuple[Fit, ...], ...] = (
     (moved.permuted, exchanged.experts, mixture.experts, added.bias, rotary.positions, rotary.frequencies, sums.factor),
     (rearranged.arguments, rearranged.outputs, rearranged.again),
     (sums.weighed, sums.with_others, sums.capped, rearranged.tokens, masks.scale, mixture.dropped, moved.scrambled),
+    (columns.scales, blocks.factors, columns.products),
 )
 """Those that leave least open first; what one of a row finds, no later row is asked for."""
 CHOICES: tuple[Fit, ...] = (
