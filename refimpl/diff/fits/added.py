@@ -1,4 +1,4 @@
-"""A number added to every expert, the same for all tokens: a bias that counts twice, in another order, or where none belongs."""
+"""A vector added, the same for all tokens: a selection bias that counts twice, or in another order; a bias where none belongs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .words import order_in_words
 
 def bias(ev: Evidence) -> Iterator[Mutant]:
     """What is chosen by is s + c b, or s plus the biases of other experts; or an output has a vector too much."""
-    if not ev.whole or ev.letters[-1:] != ["E"]:
+    if not ev.whole or ev.letters[:2] != ["B", "S"] or ev.letters[2:] == ["K"]:
         if any(c.stage == "router.choice" for c in ev.region):
             yield guess("the selection bias counts 2 times", "router.choice", lambda s, b: s + 2 * b)
         return
@@ -29,8 +29,12 @@ def bias(ev: Evidence) -> Iterator[Mutant]:
     if name == "router.choice":
         b = np.asarray(ev.args[1], np.float64)
         yield from _of_bias(b, extra)
-    words = ", ".join([f"{v:.3g}" for v in extra[:4]])
-    yield guess(f"{name} has a vector too much, the same for every token: {words} ...", name, _plus(name, extra))
+    number = float(f"{extra.mean():.6g}")
+    if near(extra, number + 0 * extra, 1e-2):
+        yield guess(f"{ev.call.of.tap} has {number:g} added to every number", name, _plus(name, number + 0 * extra))
+    words = ", ".join([f"{v:.3g}" for v in extra.flat[:4]])
+    title = f"{ev.call.of.tap} has a vector too much, the same for every token: {words} ..."
+    yield guess(title, name, _plus(name, extra))
 
 
 def _of_bias(b: Array, extra: Array) -> Iterator[Mutant]:

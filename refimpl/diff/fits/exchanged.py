@@ -12,7 +12,7 @@ from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
-from ..program import owner
+from ..program import names, owner
 from .evidence import Evidence, guess, near, short, weights_of
 from .rearranged import EXPERTS, suspects
 from .sums import stream_before
@@ -41,10 +41,19 @@ def _alike(ev: Evidence, name: str) -> Iterator[str]:
     """Recorded taps that may stand for another."""
     unit, tap = owner(ev.call.tap), ev.call.tap
     own = [t for t in ev.recorded.taps if owner(t) == unit]
-    stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed"))]
+    stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed", name.rpartition("/")[2]))]
     order = [t for t in dict.fromkeys([stream_before(ev, unit), *own, *stream]) if t in ev.calls]
-    place = {t: i for i, t in enumerate(ev.calls)}
-    yield from (t for t in order if t not in (name, tap) and place[t] < place[tap])
+    behind = _made_of(ev, tap)
+    yield from (t for t in order if t != name and t not in behind)
+
+
+def _made_of(ev: Evidence, tap: str) -> set[str]:
+    """The tap, and all that is computed of it."""
+    found = {tap}
+    for call in ev.calls.values():
+        if not found.isdisjoint(names(call.args)):
+            found.add(call.tap)
+    return found
 
 
 def _called(ev: Evidence, tap: str) -> str:
@@ -109,6 +118,21 @@ def _sources(ev: Evidence, call: Call) -> Iterator[Call]:
             or (there == unit and other.stage == end)
         ):
             yield other
+
+
+def gains(ev: Evidence) -> Iterator[Mutant]:
+    """A norm with another norm's weight: by what it multiplies its rows, channel by channel."""
+    if ev.call.static.keys() != {"eps"} or not ev.whole:
+        return
+    w = ev.args[1]
+    bare = ev.call.of.fn(ev.args[0], np.ones_like(w), **ev.call.static).reshape(-1, len(w))
+    x = ev.x.reshape(bare.shape)
+    gain = (x * bare).sum(axis=0) / np.maximum((bare * bare).sum(axis=0), np.finfo(float).tiny)
+    for other in [c for c in ev.calls.values() if c.static.keys() == {"eps"} and len(c.args) == 2]:
+        (v,) = _held(ev, other)
+        if v.shape == w.shape and other is not ev.call and near(gain, v, ev.limit) and not near(w, v, ev.limit):
+            whose = other.tap.partition("/")[2]
+            yield guess(f"{ev.call.of.tap} has the weight of {whose}", ev.call.stage, _with(ev.call.stage, [1], [v]))
 
 
 def experts(ev: Evidence) -> Iterator[Mutant]:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..corpus.norms import rms
 from ..dims import TOKEN_AXES
 from ..program import names
-from .evidence import Evidence, guess, short
+from .evidence import Evidence, guess, short, weights_of
 from .moved import EDGES, late, late_in_words
 
 Change = Callable[[Array], Array]
@@ -31,9 +33,13 @@ def arguments(ev: Evidence) -> Iterator[Mutant]:
         for i, name in enumerate(call.args):
             known = call.stage in EXPERTS and i == 1
             if isinstance(name, str) and not name.startswith("w/") and not known and not only_reader(ev, name):
+                beside = _readers(ev, call, name)
                 for said, change in changes(ev.axes_of(name), ev):
-                    title = f"{call.of.tap} reads {short(name)} with {said}"
-                    yield guess(title, call.stage, _reading(call, [i], change))
+                    fn = _reading(call, [i], change)
+                    if beside:
+                        also = {c.stage: _reading(c, [c.args.index(name)], change) for c in beside}
+                        yield guess(f"{short(name)} is read with {said}", call.stage, fn, also)
+                    yield guess(f"{call.of.tap} reads {short(name)} with {said}", call.stage, fn)
         at = [i for i, name in enumerate(call.args) if isinstance(name, str) and name.startswith("w/")]
         for said, change in MATRIX if at else ():
             yield guess(f"{call.of.tap}'s weight {said}", call.stage, _reading(call, at, change))
@@ -67,6 +73,12 @@ def only_reader(ev: Evidence, name: str) -> bool:
     return name in ev.finding.region and sum([name in names(c.args) for c in ev.calls.values()]) == 1
 
 
+def _readers(ev: Evidence, call: Call, name: str) -> list[Call]:
+    """The other stages that read a tap and are blamed, or were computed for the tap at hand."""
+    suspected = {*ev.blamed, *ev.finding.region}
+    return [c for c in ev.calls.values() if name in c.args and c.tap in suspected and c.stage != call.stage]
+
+
 def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
     """Tokens that are those before or behind."""
     axis = next((a for a, letter in enumerate(axes) if letter in TOKEN_AXES), None)
@@ -90,6 +102,11 @@ def again(ev: Evidence) -> Iterator[Mutant]:
         for i, name in enumerate(call.args):
             if isinstance(name, str) and not name.startswith("w/"):
                 yield guess(f"{call.of.tap} is {short(name)} as it is", call.stage, lambda *args, i=i, **_: args[i] * 1)
+                if (made := ev.calls.get(name)) and name not in ev.finding.region and len(weights_of(made)) == 1:
+                    (w,) = [ev.recorded.weights(n[2:], FLOAT64) for n in weights_of(made)]
+                    more = partial(_once_more, made=made, w=w)
+                    title = f"{call.of.tap} reads {short(name)} applied twice"
+                    yield guess(title, call.stage, _reading(call, [i], more))
 
 
 def suspects(ev: Evidence) -> list[Call]:
@@ -117,6 +134,14 @@ def _twice(name: str) -> Callable[..., Any]:
         return STAGES[name].fn(y, *args, **static)
 
     return fn
+
+
+def _once_more(x: Array, made: Call, w: Array) -> Array:
+    """A stage of one weight applied to what it gave."""
+    out: Array = made.of.fn(x, w, **made.static)
+    if out.shape != x.shape:
+        raise ValueError("what it gives it does not take")
+    return out
 
 
 def _halves(x: Array) -> Array:
@@ -160,6 +185,9 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "the largest slot first", lambda x: -np.sort(-x, axis=-1)
         yield "the smallest slot first", lambda x: np.sort(x, axis=-1)
         yield "its slots in reverse order", lambda x: x[..., ::-1]
+        yield "its slots one late", lambda x: np.roll(x, 1, -1)
+        yield "its slots one early", lambda x: np.roll(x, -1, -1)
+        yield "every number squared", lambda x: x * x
     elif axes and axes[-1] not in ("S", "T"):
         for n in _cuts(axes[-1], ev):
             yield f"its first {n} channels behind the others", partial(np.roll, shift=-n, axis=-1)
@@ -167,6 +195,7 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its halves in pairs", _paired
         yield "its pairs in halves", _split
         yield "its channels in reverse order", lambda x: x[..., ::-1]
+        yield "its rows divided by their root mean square", lambda x: x / rms(x, ev.config.rms_norm_eps)
 
 
 def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
@@ -176,6 +205,9 @@ def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its heads one late", lambda x: np.roll(x, 1, axis)
         yield "its heads one early", lambda x: np.roll(x, -1, axis)
     yield "the first head's numbers in all heads", lambda x: np.take(x, [0], axis) + 0 * x
+    heads = ev.config.num_attention_heads
+    for n in [n for n in range(2, heads) if heads % n == 0]:
+        yield f"the first one's numbers in every {n} heads", lambda x, n=n: np.take(x, np.arange(heads) // n * n, axis)
 
 
 def _parts(x: Array, n: int) -> Array:

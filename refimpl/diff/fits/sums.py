@@ -15,7 +15,7 @@ from refimpl.layers.stage import STAGES
 from ..corpus import Mutant
 from ..program import owner
 from .evidence import Evidence, guess, near, short
-from .words import DIGITS, likely, rounded
+from .words import DIGITS, likely
 
 _SUMS = ("resid", "resid_mid", "moe.out")
 SCORES = ("mla.scores", "mla.scores_absorbed")
@@ -169,33 +169,18 @@ def _terms(names: list[str], c: Array) -> str:
     )
 
 
-def capped(ev: Evidence) -> Iterator[Mutant]:
-    """The output squeezed between -c and c: c tanh(y / c)."""
-    if not ev.whole or ev.call.stage not in ("logits", *SCORES):
-        return
-    finite = np.isfinite(ev.x) & np.isfinite(ev.e)
-    x, e, name = ev.x[finite], ev.e[finite], ev.call.stage
-    low, high = math.log(np.abs(x).max() * 1.0000001), math.log(1e3 * np.abs(e).max())
-
-    def far(exponent: float) -> float:
-        c = math.exp(exponent)
-        return float(np.linalg.norm(c * np.tanh(e / c) - x))
-
-    for v in rounded(math.exp(least(far, low, high))):
-        yield guess(f"{ev.call.of.tap} is capped at {v:g}", name, _capped(name, v))
-
-
-def _capped(name: str, c: float) -> Callable[..., Any]:
-    def fn(*args: Any, **static: Any) -> Array:
-        y = STAGES[name].fn(*args, **static)
-        return np.where(np.isneginf(y), y, c * np.tanh(y / c))
-
-    return fn
-
-
 def least(far: Callable[[float], float], low: float, high: float, turns: int = 60) -> float:
     """Where between two numbers a function that has one minimum is smallest: the golden section."""
+    part = (math.sqrt(5) - 1) / 2
+    a, b = high - part * (high - low), low + part * (high - low)
+    at_a, at_b = far(a), far(b)
     for _ in range(turns):
-        a, b = high - 0.618 * (high - low), low + 0.618 * (high - low)
-        low, high = (low, b) if far(a) < far(b) else (a, high)
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - part * (high - low)
+            at_a = far(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + part * (high - low)
+            at_b = far(b)
     return (low + high) / 2
