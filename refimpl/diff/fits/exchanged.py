@@ -37,6 +37,21 @@ def taps(ev: Evidence) -> Iterator[Mutant]:
                     yield guess(title, call.stage, _with(call.stage, [i], [z]))
 
 
+def inner(ev: Evidence) -> Iterator[Mutant]:
+    """Another recorded tap read where stages that were computed for this one read a recorded tap, all of them."""
+    calls = suspects(ev)
+    for name in {n: None for c in calls for n in names(c.args) if n in ev.calls and n not in ev.finding.region}:
+        mine = ev.held(name)
+        readers = [c for c in calls if name in c.args]
+        for t in _alike(ev, name) if mine is not None and len(ev.region) > 1 else ():
+            z = ev.held(t)
+            if z is not None and z.shape == mine.shape and all(t not in names(c.args) for c in readers):
+                also = {c.stage: _with(c.stage, [c.args.index(name)], [z]) for c in readers}
+                who = " and ".join([c.of.tap for c in readers])
+                title = f"{who} read{'s' if len(readers) == 1 else ''} {_called(ev, t)} instead of {short(name)}"
+                yield guess(title, readers[0].stage, also.pop(readers[0].stage), also)
+
+
 def _alike(ev: Evidence, name: str) -> Iterator[str]:
     """Recorded taps that may stand for another."""
     unit, tap = owner(ev.call.tap), ev.call.tap

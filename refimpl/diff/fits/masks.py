@@ -14,7 +14,7 @@ from ..corpus import Mutant
 from ..tolerance import row_errors
 from ..wide import MASKED
 from .evidence import Evidence, guess
-from .sums import SCORES
+from .sums import PARTS, SCORES
 
 
 def window(ev: Evidence) -> Iterator[Mutant]:
@@ -33,6 +33,19 @@ def window(ev: Evidence) -> Iterator[Mutant]:
         furthest = int(late.argmax()) - 1 if late.any() else -1
     if furthest >= 0:
         yield guess(f"keys more than {furthest} places back are masked", scores, _masked(scores, furthest))
+
+
+def halves(ev: Evidence) -> Iterator[Mutant]:
+    """Scores that were not recorded and lack a part: q k of nope channels, or of rotated ones."""
+    for call in [c for c in ev.region[:-1] if c.stage in SCORES]:
+        for i, said in enumerate(PARTS):
+            yield guess(f"mla.scores is {said} alone", call.stage, _alone(call.stage, i))
+
+
+def _alone(name: str, part: int) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(
+        *[a * 0 if i == 1 - part else a for i, a in enumerate(args)], **static
+    )
 
 
 def _back(queries: int, keys: int) -> Array:

@@ -30,7 +30,7 @@ REGION = 10
 def arguments(ev: Evidence) -> Iterator[Mutant]:
     """One argument in another arrangement, its kinds of weight all at once."""
     for call in suspects(ev):
-        for i, name in enumerate(call.args):
+        for i, name in sorted(enumerate(call.args), key=lambda one: _whole_numbers(ev, one[1])):
             known = call.stage in EXPERTS and i == 1
             if isinstance(name, str) and not name.startswith("w/") and not known and not only_reader(ev, name):
                 beside = _readers(ev, call, name)
@@ -71,6 +71,11 @@ def _moves(x: Array, change: Change) -> bool:
 def only_reader(ev: Evidence, name: str) -> bool:
     """Whether a tap was computed for this one, and no other stage reads it: what it is read as, it is."""
     return name in ev.finding.region and sum([name in names(c.args) for c in ev.calls.values()]) == 1
+
+
+def _whole_numbers(ev: Evidence, name: Any) -> bool:
+    """Whether a tap holds choices, which are as good as in order if the weights are."""
+    return isinstance(name, str) and name in ev.calls and ev.calls[name].of.compare in ("exact", "set")
 
 
 def _readers(ev: Evidence, call: Call, name: str) -> list[Call]:
@@ -176,9 +181,12 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield from _heads(axes.index("H"), ev)
     if list(axes[-2:-1]) == ["H"]:
         yield "heads and channels laid out the other way round", _exchanged(-2, -1)
+        yield "heads and channels cut the other way round", _cut_across
         for n in _cuts(axes[-1], ev):
             yield f"the first {n} channels of all heads before the others of all", partial(_parts, n=n)
             yield f"heads cut as if the first {n} channels of all stood before", partial(_parted, n=n)
+    if axes[:1] == ["B"]:
+        yield "the first sequence's numbers in every sequence", lambda x: x[:1] + 0 * x
     if list(axes[1:3]) in (["S", "H"], ["T", "H"]):
         yield "heads and tokens laid out the other way round", _exchanged(1, 2)
     if axes[-1:] == ["K"]:
@@ -208,6 +216,11 @@ def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
     heads = ev.config.num_attention_heads
     for n in [n for n in range(2, heads) if heads % n == 0]:
         yield f"the first one's numbers in every {n} heads", lambda x, n=n: np.take(x, np.arange(heads) // n * n, axis)
+
+
+def _cut_across(x: Array) -> Array:
+    """Channels of all heads read as if every head's n-th stood beside the others' n-th."""
+    return np.swapaxes(x.reshape(*x.shape[:-2], x.shape[-1], x.shape[-2]), -2, -1)
 
 
 def _parts(x: Array, n: int) -> Array:

@@ -19,6 +19,8 @@ from .words import DIGITS, likely
 
 _SUMS = ("resid", "resid_mid", "moe.out")
 SCORES = ("mla.scores", "mla.scores_absorbed")
+PARTS = ("q k of nope channels", "q k of rotated ones")
+"""What scores are the sum of."""
 Weighing = Callable[[list[Any], Array], list[Any]]
 """The arguments of a stage that is a sum, with its parts multiplied by numbers."""
 
@@ -37,9 +39,7 @@ def parts_of(ev: Evidence) -> Parts | None:
     if name in _SUMS and all(isinstance(a, np.ndarray) for a in args):
         return Parts([short(n) for n in ev.call.args], lambda args, c: [a * k for a, k in zip(args, c, strict=True)])
     if name in SCORES:
-        return Parts(
-            ["q k of latents" if "absorbed" in name else "q k of nope channels", "q k of rotated ones"], _scores
-        )
+        return Parts(["q k of latents" if "absorbed" in name else PARTS[0], PARTS[1]], _scores)
     if name == "moe.routed" and args[2] is not None:
         return Parts([f"slot {k}" for k in range(args[2].shape[-1])], lambda a, c: [a[0], a[1], a[2] * c])
     return None
