@@ -32,7 +32,8 @@ def bias(ev: Evidence) -> Iterator[Mutant]:
     number = float(f"{extra.mean():.6g}")
     if near(extra, number + 0 * extra, 1e-2):
         yield guess(f"{ev.call.of.tap} has {number:g} added to every number", name, _plus(name, number + 0 * extra))
-    words = ", ".join([f"{v:.3g}" for v in extra.flat[:4]])
+    least = 1e-6 * np.abs(extra).max()
+    words = ", ".join([f"{v:.3g}" for v in np.where(np.abs(extra) > least, extra, 0).flat[:4]])
     title = f"{ev.call.of.tap} has a vector too much, the same for every token: {words} ..."
     yield guess(title, name, _plus(name, extra))
 

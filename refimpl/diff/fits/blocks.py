@@ -1,4 +1,4 @@
-"""Factors that are constant in blocks along an axis: a scale of 128 channels that was not applied, a factor of every head or expert.
+"""Factors that are constant in blocks along an axis: a scale of 128 channels that was not applied, a factor of every head.
 
 Of an entry c of an axis the tap tells one number, f_c = <x_c, e_c> / <e_c, e_c>, over all other axes. The longest period is said in
 whose blocks x = f e holds with one f a block; factors of single channels are said nowhere, since anything fits them.
@@ -31,8 +31,8 @@ COUNTS = 1e-3
 
 @dataclass(frozen=True)
 class Axis:
-    """What its entries are called, `size` of them, the least period that is said; which axes of the tap they are, and of every place
-    there which entry it is.
+    """What its entries are called, `size` of them, the least period that is said; which axes of the tap they are, and of every
+    place there which entry it is.
     """
 
     what: str

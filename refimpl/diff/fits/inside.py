@@ -32,8 +32,8 @@ BETTER = 0.5
 
 @dataclass(frozen=True)
 class Number:
-    """What is said, with {} for the number; the stages that it may be in; a stage's function with it, of its name and the number; the
-    smallest and largest that is looked for; a few that are tried first.
+    """What is said, with {} for the number; the stages that it may be in; a stage's function with it, of its name and the number;
+    the smallest and largest that is looked for; a few that are tried first.
     """
 
     said: str

@@ -36,8 +36,8 @@ def _of_part(ev: Evidence, name: str, x: Array, e: Array, made: Callable[..., Ar
     r = np.vecdot(x, e) / np.maximum(np.vecdot(e, e), np.finfo(float).tiny)
     if not near(x, r[..., None] * e, ev.limit):
         return
-    low, high = (f"{v:.3g}" for v in (r.min(), r.max()))
-    title = f"{name} is multiplied by a number of every token's own in {ev.call.of.tap}, {low} to {high}"
+    where = f" in {ev.call.of.tap}" if name != ev.call.of.tap else ""
+    title = f"{name} is multiplied by a number of every token's own{where}"
 
     def fn(*args: Any, **static: Any) -> Array:
         y = STAGES[ev.call.stage].fn(*args, **static)
@@ -65,7 +65,7 @@ def dropout(ev: Evidence) -> Iterator[Mutant]:
     if k <= 1 or abs(p - (1 - 1 / k)) > 4 * np.sqrt(p * (1 - p) / n) or not near(ev.x[kept], k * ev.e[kept], ev.limit):
         return
     for v in rounded(1 - 1 / k):
-        title = f"dropout: {p:.0%} of {ev.call.of.tap}'s numbers are 0, the others are divided by {1 - v:.9g}"
+        title = f"dropout: {v:.4g} of {ev.call.of.tap}'s numbers are 0, the others are divided by {1 - v:.9g}"
         yield guess(title, ev.call.stage, _dropping(ev.call.stage, kept / (1 - v)))
 
 
