@@ -52,7 +52,9 @@ TIERS: tuple[tuple[Fit, ...], ...] = (
         mixture.matrices,
         moved.scrambled,
     ),
-    (rotary.pairs, columns.scales, blocks.factors, columns.products, own.rows, own.dropout),
+    (rotary.pairs, columns.scales),
+    (blocks.factors, columns.products),
+    (own.rows, own.dropout),
 )
 """Those that leave least open first; what one of a row finds, no later row is asked for."""
 CHOICES: tuple[Fit, ...] = (

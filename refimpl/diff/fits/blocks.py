@@ -48,6 +48,13 @@ class Axis:
             shape[axis] = n
         return f[self.at].reshape(shape)
 
+    def wholly(self, period: int) -> bool:
+        """Whether of every block all entries were recorded, or none."""
+        there = np.bincount(self.at.ravel(), minlength=self.size) > 0
+        starts = np.arange(0, self.size, period)
+        counts, sizes = (np.add.reduceat(a, starts) for a in (there.astype(int), np.ones(self.size, int)))
+        return bool(((counts == 0) | (counts == sizes)).all())
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -81,9 +88,9 @@ def factors(ev: Evidence) -> Iterator[Mutant]:
         sums = sums_of(axis, ev)
         if sums.fit(ev.limit):
             yield from _few(ev, axis, sums)
-            period = next((p for p in periods(axis) if _steps(sums, p, ev)), 0)
+            period = next((p for p in periods(axis) if axis.wholly(p) and _steps(sums, p, ev)), 0)
             if period:
-                yield from _of_blocks(ev, axis, period, sums.joined(period).factors)
+                yield from _of_blocks(ev, axis, period, sums.joined(period))
 
 
 def axes_of(ev: Evidence) -> Iterator[Axis]:
@@ -144,11 +151,14 @@ def _few(ev: Evidence, axis: Axis, sums: Sums) -> Iterator[Mutant]:
     k = float(sums.xe[odd].sum() / sums.ee[odd].sum())
     if np.abs(f[odd] - k).max() > tolerance * abs(k):
         return
+    they = "they" if len(odd) > 1 else "it"
     said = f"{axis.what} {odd[0]}-{odd[-1]} are" if len(odd) > 1 else f"{axis.what[:-1]} {odd[0]} is"
     for digits in (1, 2, 3, 5, 9):
         v, each = float(f"{k:.{digits - 1}e}"), np.ones(axis.size)
         each[odd] = v
-        yield guess(f"{ev.call.of.tap}: {said} {v:g} times what it should be", ev.call.stage, _times(ev, axis, each))
+        yield guess(
+            f"{ev.call.of.tap}: {said} {v:g} times what {they} should be", ev.call.stage, _times(ev, axis, each)
+        )
 
 
 def _steps(entries: Sums, period: int, ev: Evidence) -> bool:
@@ -162,11 +172,12 @@ def _steps(entries: Sums, period: int, ev: Evidence) -> bool:
     return is_staircase(f[blocks.ee > 0], max(STEP * float(spread.max(initial=0)), ev.finding.allowed))
 
 
-def _of_blocks(ev: Evidence, axis: Axis, period: int, f: Array) -> Iterator[Mutant]:
+def _of_blocks(ev: Evidence, axis: Axis, period: int, blocks: Sums) -> Iterator[Mutant]:
+    f, seen = blocks.factors, blocks.ee > 0
     for digits in (2, 3, 5, 9):
         short = np.array([float(f"{v:.{digits - 1}e}") for v in f])
         each = np.repeat(short, period)[: axis.size]
-        title = f"{ev.call.of.tap}: {in_words(axis.what, period, short)}"
+        title = f"{ev.call.of.tap}: {in_words(axis.what, period, np.where(seen, short, np.nan))}"
         yield guess(title, ev.call.stage, _times(ev, axis, each))
 
 
@@ -179,10 +190,11 @@ def is_staircase(f: Array, tolerance: float) -> bool:
 
 
 def in_words(what: str, period: int, f: Array) -> str:
-    """`channels in blocks of 128 are multiplied by factors of their own: 1.7, 0.6, ...`."""
+    """`channels in blocks of 128 are multiplied by factors of their own: 1.7, 0.6, ...`; ? of what was not recorded."""
     more = f" and {len(f) - SHOWN} more" if len(f) > SHOWN else ""
     blocks = f" in blocks of {period}" if period > 1 else ""
-    return f"{what}{blocks} are multiplied by factors of their own: {', '.join([f'{v:g}' for v in f[:SHOWN]])}{more}"
+    numbers = ", ".join(["?" if np.isnan(v) else f"{v:g}" for v in f[:SHOWN]])
+    return f"{what}{blocks} are multiplied by factors of their own: {numbers}{more}"
 
 
 def _times(ev: Evidence, axis: Axis, f: Array) -> Callable[..., Any]:
