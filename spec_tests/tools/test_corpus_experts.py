@@ -68,6 +68,7 @@ def routed():
     yield "R09b", (down, ids, None), {}, 2.5 * out(lambda t, k: 1)
     yield "R20", (down, ids, weights), {}, out(lambda t, k: weights[0, t, k] if ids[0, t, k] == max(ids[0, t]) else 0)
     yield "R20", (down, ids, None), {}, out(lambda t, k: ids[0, t, k] == max(ids[0, t]))
+    yield "X46", (down, ids, weights), {}, out(lambda t, k: weights[0, t, k] ** 2)
     yield "X01", (down, ids, weights), {}, out(lambda t, k: 1)
     yield "X45/moe.routed", (down, ids, weights), {}, out(lambda t, k: 1)
     x = random(1, 3, C)

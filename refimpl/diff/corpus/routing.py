@@ -105,6 +105,11 @@ def _last_wins(down: Array, ids: Array, weights: Array | None) -> Array:
     return out
 
 
+def _twice(down: Array, ids: Array, weights: Array | None) -> Array:
+    out: Array = stage("moe.routed")(down, ids, None if weights is None else weights * weights)
+    return out
+
+
 def _unweighted(down: Array, ids: Array, weights: Array | None) -> Array:
     out: Array = stage("moe.routed")(down, ids, np.ones(ids.shape, down.dtype))
     return out
@@ -219,6 +224,7 @@ MUTANTS = (
     Mutant(
         "R20", "of a token's experts only the last one counts", "moe.routed", _last_wins, threads("Megatron-LM #175")
     ),
+    Mutant("X46", "the routing weights are applied twice", "moe.routed", _twice),
     Mutant("X01", "the routed experts are not weighted", "moe.routed", _unweighted),
     Mutant("X04", "the weights are normalised over all experts", _WEIGHTS, _over_all),
     Mutant("X05", "the router reads the residual before the norm", "router.logits", _unnormed, reads=("resid_mid",)),

@@ -13,7 +13,7 @@ from refimpl.layers.stage import STAGES
 from ..corpus import Mutant
 from .evidence import Evidence, guess, near
 from .moved import origin
-from .words import order_in_words
+from .words import order_in_words, rounded
 
 
 def bias(ev: Evidence) -> Iterator[Mutant]:
@@ -23,15 +23,15 @@ def bias(ev: Evidence) -> Iterator[Mutant]:
             yield guess("the selection bias counts 2 times", "router.choice", lambda s, b: s + 2 * b)
         return
     extra = (ev.x - ev.e).mean(axis=(0, 1))
-    if not near(ev.x, ev.e + extra, ev.limit):
+    if not near(ev.x, ev.e + extra, ev.limit) or not ev.explained(ev.e + extra):
         return
     name = ev.call.stage
     if name == "router.choice":
         b = np.asarray(ev.args[1], np.float64)
         yield from _of_bias(b, extra)
-    number = float(f"{extra.mean():.6g}")
-    if near(extra, number + 0 * extra, 1e-2):
-        yield guess(f"{ev.call.of.tap} has {number:g} added to every number", name, _plus(name, number + 0 * extra))
+    if near(extra, extra.mean() + 0 * extra, 0.1):
+        for v in rounded(float(extra.mean())):
+            yield guess(f"{ev.call.of.tap} has {v:g} added to every number", name, _plus(name, v + 0 * extra))
     least = 1e-6 * np.abs(extra).max()
     words = ", ".join([f"{v:.3g}" for v in np.where(np.abs(extra) > least, extra, 0).flat[:4]])
     title = f"{ev.call.of.tap} has a vector too much, the same for every token: {words} ..."

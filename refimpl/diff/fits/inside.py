@@ -18,16 +18,14 @@ from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
 from ..hypothesis import rerun, theirs
-from .evidence import Evidence, finite, guess
+from .evidence import LEFT, Evidence, finite, guess
 from .sums import SCORES, least, scaled
 from .words import likely
 
-STEPS, TURNS = 12, 24
+STEPS, TURNS = 12, 40
 """Steps in which a number is looked for, then so many of the golden section."""
-ALONG = 0.5
+ALONG = 0.35
 """Cosine between what is off and what the number does at one of the tries, from which on it is looked for."""
-BETTER = 0.5
-"""Of the distance without the number no more than this is left at the best step, or there is none."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,6 @@ def _guesses(ev: Evidence, x: Array, n: Number, made: Callable[[float], Mutant],
     low, high = math.log(n.low), math.log(n.high)
     step = (high - low) / (2 * STEPS)
     best = min(np.linspace(low, high, 2 * STEPS + 1), key=far)
-    if far(best) <= BETTER * unchanged:
+    if far(best) <= LEFT * unchanged:
         for v, said in likely(math.exp(least(far, best - step, best + step, TURNS)), ev.config):
             yield replace(made(v), title=n.said.format(said))

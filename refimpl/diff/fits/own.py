@@ -34,7 +34,7 @@ def rows(ev: Evidence) -> Iterator[Mutant]:
 
 def _of_part(ev: Evidence, name: str, x: Array, e: Array, made: Callable[..., Array]) -> Iterator[Mutant]:
     r = np.vecdot(x, e) / np.maximum(np.vecdot(e, e), np.finfo(float).tiny)
-    if not near(x, r[..., None] * e, ev.limit):
+    if not near(x, r[..., None] * e, ev.limit) or not ev.explained(ev.x - x + r[..., None] * e):
         return
     where = f" in {ev.call.of.tap}" if name != ev.call.of.tap else ""
     title = f"{name} is multiplied by a number of every token's own{where}"

@@ -195,7 +195,6 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its slots in reverse order", lambda x: x[..., ::-1]
         yield "its slots one late", lambda x: np.roll(x, 1, -1)
         yield "its slots one early", lambda x: np.roll(x, -1, -1)
-        yield "every number squared", lambda x: x * x
     elif axes and axes[-1] not in ("S", "T"):
         for n in _cuts(axes[-1], ev):
             yield f"its first {n} channels behind the others", partial(np.roll, shift=-n, axis=-1)
