@@ -21,8 +21,8 @@ from .mutant import Best, Mutant
 _FILES = (
     routing,
     groups,
-    tables,
     rope,
+    tables,
     scores,
     attention,
     cached,

@@ -214,7 +214,12 @@ def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
     yield "the first head's numbers in all heads", lambda x: np.take(x, [0], axis) + 0 * x
     heads = ev.config.num_attention_heads
     for n in [n for n in range(2, heads) if heads % n == 0]:
-        yield f"the first one's numbers in every {n} heads", lambda x, n=n: np.take(x, np.arange(heads) // n * n, axis)
+        yield f"the first one's numbers in every {n} heads", partial(_first_of, n=n, axis=axis)
+
+
+def _first_of(x: Array, n: int, axis: int) -> Array:
+    """Of every n heads the first."""
+    return np.take(x, np.arange(x.shape[axis]) // n * n, axis)
 
 
 def _cut_across(x: Array) -> Array:
