@@ -45,7 +45,12 @@ def inner(ev: Evidence) -> Iterator[Mutant]:
         readers = [c for c in calls if name in c.args]
         for t in _alike(ev, name) if mine is not None and len(ev.region) > 1 else ():
             z = ev.held(t)
-            if mine is not None and z is not None and z.shape == mine.shape and all(t not in names(c.args) for c in readers):
+            if (
+                mine is not None
+                and z is not None
+                and z.shape == mine.shape
+                and all(t not in names(c.args) for c in readers)
+            ):
                 also = {c.stage: _with(c.stage, [c.args.index(name)], [z]) for c in readers}
                 who = " and ".join([c.of.tap for c in readers])
                 title = f"{who} read{'s' if len(readers) == 1 else ''} {_called(ev, t)} instead of {short(name)}"

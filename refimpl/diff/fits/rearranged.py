@@ -23,8 +23,8 @@ from .moved import EDGES, late, late_in_words
 
 Change = Callable[[Array], Array]
 EXPERTS = ("moe.gate", "moe.up", "moe.down")
-REGION = 10
-"""Stages computed for a tap up to which each of them is suspected."""
+REGION = 22
+"""Stages computed for a tap up to which each of them is suspected: a dense layer's, from stream to stream."""
 
 
 def arguments(ev: Evidence) -> Iterator[Mutant]:
