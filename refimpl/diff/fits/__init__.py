@@ -41,7 +41,8 @@ from .evidence import Evidence, Fit, finite
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
     (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.gains, exchanged.taps, masks.window),
-    (rotary.positions, moved.permuted, exchanged.experts, mixture.experts, added.bias, rotary.frequencies, sums.factor),
+    (rotary.positions, rotary.frequencies, rotary.single, moved.permuted, exchanged.experts, mixture.experts),
+    (added.bias, sums.factor),
     (rearranged.arguments, rearranged.outputs, rearranged.again, formulas.weights, exchanged.inner, masks.halves),
     (
         sums.weighed,

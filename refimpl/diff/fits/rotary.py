@@ -57,7 +57,7 @@ def _complex(x: Array, pairs: bool) -> Array:
 
 
 def positions(ev: Evidence) -> Iterator[Mutant]:
-    """Positions that are off by a number, in the tables or where q or k is turned; other positions of single tokens."""
+    """Positions that are off by a number, in the tables or where q or k is turned; none, or the last stale."""
     if _TABLES in [c.stage for c in ev.region[:-1]] and ev.call.stage not in _TURNED:
         yield guess("all positions are 0", _TABLES, _at_positions(lambda p: p * 0))
         yield guess("the last token has the position of the one before", _TABLES, _at_positions(_stale))
@@ -74,18 +74,21 @@ def positions(ev: Evidence) -> Iterator[Mutant]:
         name = ev.call.stage
         if name in _TURNED:
             yield guess(f"{name[4]} is rotated by positions that are {side}", name, _turned(name, by * freq))
-    elif in_tables:
-        yield from _single(ev, found[0], np.asarray(ev.recorded.inputs[str(call.args[0])]), freq)
 
 
 def _stale(p: Array) -> Array:
     return np.minimum(p, p.max(axis=-1, keepdims=True) - 1)
 
 
-def _single(ev: Evidence, turn: Array, right: Array, freq: Array) -> Iterator[Mutant]:
-    """Positions of tokens one by one: those by which each turn (S, F) of the first sequence is explained, if all sequences' are."""
+def single(ev: Evidence) -> Iterator[Mutant]:
+    """Positions of tokens one by one: those by which each turn (B, S, F) is explained, if all are."""
+    found, call = turns_of(ev), _tables_of(ev)
+    if found is None or call is None or call not in ev.region:
+        return
+    turn, right = found[0], np.asarray(ev.recorded.inputs[str(call.args[0])])
     if turn.shape[1] > TOKENS or right.shape != turn.shape[:2]:
         return
+    freq = inv_freq(call.static["dim"], call.static["theta"], call.static["yarn"])
     at = np.arange(2 * TOKENS)
     fit = (np.exp(-1j * at[:, None] * freq) @ turn.swapaxes(1, 2)).real  # (B, places, S)
     own = fit.argmax(axis=1)
