@@ -57,7 +57,8 @@ def products(ev: Evidence) -> Iterator[Mutant]:
         grid = np.stack([f for f, _ in fs])
         if max(far for _, far in fs) <= ev.limit and is_staircase(grid.ravel(), ev.limit):
             rows_, columns = (_period(np.moveaxis(grid, axis, 0), ev.limit) for axis in (0, 1))
-            yield from _of_weight(ev, grid[::rows_, ::columns], (rows_ * period, columns * period))
+            if rows_ < grid.shape[0] and columns < grid.shape[1]:  # else it is none of the weight's blocks
+                yield from _of_weight(ev, grid[::rows_, ::columns], (rows_ * period, columns * period))
             return
 
 
