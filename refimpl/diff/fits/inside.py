@@ -84,7 +84,13 @@ def _swish(name: str, v: float) -> Callable[..., Any]:
     return lambda gate, up, *rest: STAGES[name].fn(gate, up * nn_ops.sigmoid(v * gate) / nn_ops.sigmoid(gate), *rest)
 
 
+def _times(name: str, v: float) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(*args, **static) * v
+
+
 _ACTS = ("mlp.act", "shared.act", "moe.act")
+_BRANCHES = ("attn_out", "moe.routed", "moe.shared")
+"""What is added to something else, so that a factor of it is none of the sum."""
 NUMBERS = (
     Number("the softmax scale is {} times what it should be", SCORES, scaled, 1e-2, 1e2),
     Number("mla.scores is capped at {}", SCORES, _capped, 0.3, 1e3, (2.0, 10.0)),
@@ -106,6 +112,7 @@ NUMBERS = (
     Number("up is clamped to +-{}", _ACTS, _clamped, 1e-2, 1e2, (0.3, 1.0, 4.0)),
     Number("gate is clamped to {} at most", _ACTS, _gate_clamped, 1e-2, 1e2, (0.3, 1.0, 4.0)),
     Number("SiLU is x sigmoid({} x)", _ACTS, _swish, 1e-1, 1e1, (1.5,)),
+    *[Number(f"{name} is {{}} times what it should be", (name,), _times, 1e-2, 1e2) for name in _BRANCHES],
 )
 
 

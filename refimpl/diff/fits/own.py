@@ -21,7 +21,7 @@ WIDTH = 8
 
 def rows(ev: Evidence) -> Iterator[Mutant]:
     """The output, or one of the parts that it is the sum of, with every row multiplied by a number of its own."""
-    if not ev.whole or ev.letters[:2] != ["B", "S"] or ev.e.shape[-1] < WIDTH:
+    if not ev.whole or not ev.everywhere or ev.letters[:2] != ["B", "S"] or ev.e.shape[-1] < WIDTH:
         return
     parts = parts_of(ev)
     if parts is None or len(parts.names) != len(ev.args):  # no sum of its arguments

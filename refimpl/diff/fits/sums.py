@@ -54,7 +54,7 @@ def factor(ev: Evidence) -> Iterator[Mutant]:
     if not ev.whole or ev.call.of.compare in ("exact", "set"):
         return
     (k,) = solved([ev.e], ev.x)
-    if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit):
+    if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit) or not ev.explained(k * ev.e):
         return
     name = ev.call.stage
     for value, said in likely(k, ev.config):
@@ -82,6 +82,8 @@ def weighed(ev: Evidence) -> Iterator[Mutant]:
     with np.errstate(all="ignore"):
         each = [STAGES[name].fn(*parts.weigh(ev.args, one), **ev.call.static) for one in np.eye(n)]
         numbers = solved(each, ev.x)
+        if not ev.explained(sum((k * part for k, part in zip(numbers, each, strict=True)), np.zeros(()))):
+            return
     for c in _few_digits(numbers):
         odd = [ev.calls[t] for t, k in zip(ev.call.args, c, strict=False) if k != 1 and t in ev.finding.region]
         if name in _SUMS and len(odd) == 1 and (c != 1).sum() == 1:  # a part that was not recorded
@@ -103,7 +105,8 @@ def with_others(ev: Evidence) -> Iterator[Mutant]:
     one = f"{ev.call.of.tap} is"
     for called, z in others(ev):
         c = solved([*ev.args, z], ev.x)
-        if np.abs(c[-1]) > 1e-3 and near(ev.x, sum(k * a for k, a in zip(c, [*ev.args, z], strict=True)), ev.limit):
+        y = sum((k * a for k, a in zip(c, [*ev.args, z], strict=True)), np.zeros(()))
+        if np.abs(c[-1]) > 1e-3 and near(ev.x, y, ev.limit) and ev.explained(y):
             for k in _few_digits(c):
                 yield guess(f"{one} {_terms([*own, called], k)}", ev.call.stage, _with(z, k))
 
