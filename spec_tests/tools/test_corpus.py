@@ -238,7 +238,7 @@ def test_a_common_cause_is_said_once():
 
 def test_what_nobody_knows_is_said_to_be_unknown():
     """Catches a tool that always has an answer."""
-    strange = Patch("moe.shared", lambda *a: STAGES["moe.shared"].fn(*a) + 0.01 * np.sin(np.arange(48)))
+    strange = Patch("moe.shared", lambda *a: STAGES["moe.shared"].fn(*a) + 0.01 * np.sin(np.arange(48) * a[0][..., :1]))
     judgement = judge(case(), trace_case(case(), patches=[strange]))
     assert judgement.exit_code == 1 and judgement.causes == []
     assert "no known mistake reproduces moe.shared in L1-L2" in render(judgement)

@@ -21,7 +21,7 @@ def test_every_known_bug_has_a_formula():
 
 YARN = {"A04", "A05", "A09b", "A06", "A06b", "A11", "A10", "A11b"}
 UNEVEN = {"A05b", "A06c", "A11c"}
-BIAS, GROUPS = {"R01", "R05", "R14", "R18", "X03"}, {"R02", "R03", "R04c", "R15", "R15c", "X06", "X09"}
+BIAS, GROUPS = {"R01", "R05", "R14", "R18", "X03", "X44"}, {"R02", "R03", "R04c", "R15", "R15c", "X06", "X09"}
 BOTH = {"X08", "X08-seen", "X09-seen"}
 """What takes groups and a bias."""
 SHARED, MTP = {"R16", "R17", "X32", "X33", "X41"}, {"T01", "T03", "T08"}
@@ -54,7 +54,7 @@ MODELS = {
     "YaRN of factor 1": ({"rope_scaling": RopeScaling(factor=1.0, mscale=0.7, mscale_all_dim=1.0)}, YARN, set()),
     "uneven mscales": ({"rope_scaling": RopeScaling(factor=4.0, mscale=0.7, mscale_all_dim=1.0)}, set(), UNEVEN),
     "another theta": ({"rope_theta": 5e5}, {"X11b"}, {"X11c"}),
-    "softmax": ({"scoring_func": "softmax"}, set(), {"R04b"}),
+    "softmax": ({"scoring_func": "softmax"}, {"X44"}, {"R04b"}),
     "greedy": ({"topk_method": "greedy"}, BIAS | GROUPS | BOTH, set()),
     "greedy, one group": ({"topk_method": "greedy"} | ONE_GROUP, BIAS | GROUPS | BOTH, set()),
     "groups without bias": ({"topk_method": "group_limited_greedy"}, BIAS | BOTH, set()),

@@ -51,6 +51,7 @@ def router():
     yield "R05", (s, bias), {}, s + bias.astype(bfloat16).astype(float)
     yield "R18", (s, bias), {}, s
     yield "X03", (s, bias), {}, s - bias
+    yield "X44", (s, bias), {}, 1 / (1 + np.exp(-(z + bias)))
     x, w, before = random(B, S, C), random(6, C), random(B, S, C, 1)[..., 0]
     yield "X05", (x, w), {"reads": (before,)}, np.einsum("bsd,ed->bse", before, w)
 
@@ -67,7 +68,12 @@ def routed():
     yield "R09b", (down, ids, None), {}, 2.5 * out(lambda t, k: 1)
     yield "R20", (down, ids, weights), {}, out(lambda t, k: weights[0, t, k] if ids[0, t, k] == max(ids[0, t]) else 0)
     yield "R20", (down, ids, None), {}, out(lambda t, k: ids[0, t, k] == max(ids[0, t]))
+    yield "X46", (down, ids, weights), {}, out(lambda t, k: weights[0, t, k] ** 2)
     yield "X01", (down, ids, weights), {}, out(lambda t, k: 1)
+    yield "X45/moe.routed", (down, ids, weights), {}, out(lambda t, k: 1)
+    x = random(1, 3, C)
+    sent = [weights[0, t, list(ids[0, t]).index(e)] * x[0, t] for e, t in sorted(row, key=row.get)]
+    yield "X45", (x, ids), {"n_experts": 3, "reads": (weights,)}, np.array(sent)
 
 
 def choice():

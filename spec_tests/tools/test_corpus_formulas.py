@@ -148,6 +148,8 @@ def norms():
     yield "A13", (x, w), {"eps": 1e-4}, x
     yield "A13b", (x, w), {"eps": 1e-4}, norm(x, 1e-4)
     yield "A13c", (kv, w), {"eps": 1e-4}, kv[..., :C]
+    every = np.sqrt(sum(kv[..., i] ** 2 for i in range(C + R)) / (C + R) + 1e-4)
+    yield "A13f", (kv, w), {"eps": 1e-4}, kv[..., :C] * w / every[..., None]
 
 
 def rotation():
@@ -246,6 +248,8 @@ def tables():
     ):
         angle = places[..., None] * freq
         yield id, (at,), static, np.stack([np.cos(angle), np.sin(angle)]) * factor
+    coarse = (narrow[..., None] * slow.astype(bfloat16).astype(float)).astype(bfloat16).astype(float)
+    yield "A14c", (at,), static, np.stack([np.cos(coarse), np.sin(coarse)]) * ratio
 
 
 PARTS = (scores, attention, queries, norms, rotation, tables)

@@ -83,6 +83,11 @@ def _padding_seen(positions: Array, valid: Array | None, *documents: Array | Non
     return out
 
 
+def _over_all(kv: Array, w: Array, *, eps: float) -> Array:
+    out: Array = w * kv[..., : w.shape[0]] / rms(kv, eps)
+    return out
+
+
 def _normed_queries(x: Array, w: Array, *, n_heads: int) -> Array:
     q: Array = stage("mla.q")(x, w, n_heads=n_heads)
     return q / rms(q, 1e-6)
@@ -110,6 +115,7 @@ MUTANTS = (
         lambda x, w, *, eps: x / rms(x, eps),
     ),
     Mutant("A13c", "the key-value latent is not normalised", "mla.c_kv", lambda kv, w, *, eps: kv[..., : w.shape[0]]),
+    Mutant("A13f", "the key-value latent's norm counts the rotated channels too", "mla.c_kv", _over_all),
     Mutant(
         "A13d",
         "queries of full rank are normalised, head by head",

@@ -1,69 +1,17 @@
-"""Mistakes of RoPE and YaRN."""
+"""Mistakes of how q and k are rotated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from refimpl.autograd.tensor import Array
-from refimpl.layers.config import Config
-from refimpl.layers.numerics.formats import to_bf16
-from refimpl.layers.rope import RopeScaling, inv_freq, mscale
 
-from .mutant import Mutant, setting, stage, threads
+from .mutant import Mutant, stage, threads
 
-_TABLES = "mla.rope_tables"
-Change = Callable[[Any], Any]
-"""What is made of a part of the tables."""
 _A01 = threads("DeepSeek-V3 #938; transformers #39687; vLLM #26995; Megatron-LM #1547; Megatron-LM #3900")
 _A02 = threads("Megatron-LM #3900")
-
-
-def yarn(c: Config) -> bool:
-    """Whether YaRN stretches anything."""
-    return c.yarn is not None and c.yarn.factor > 1
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-def _factor(scaling: RopeScaling | None) -> float:
-    return scaling.attention_factor if scaling else 1.0
-
-
-def _one(scaling: RopeScaling | None) -> float:
-    return 1.0
-
-
-def uneven(c: Config) -> bool:
-    """Whether YaRN multiplies cos and sin by a factor that is not 1."""
-    return yarn(c) and c.yarn is not None and c.yarn.attention_factor != 1
-
-
-def _tables(
-    *, places: Change = _same, scaling: Change = _same, freq: Change = _same, factor: Change = _factor
-) -> Callable[..., Array]:
-    """Tables with changed positions, YaRN settings of the frequencies, frequencies, or factor of YaRN's settings on cos and sin."""
-
-    def fn(positions: Array, *, dim: int, theta: float, yarn: RopeScaling | None, dtype: Any) -> Array:
-        angle = places(positions.astype(np.float64))[..., None] * freq(inv_freq(dim, theta, scaling(yarn)))
-        out: Array = (np.stack([np.cos(angle), np.sin(angle)]) * factor(yarn)).astype(dtype)
-        return out
-
-    return fn
-
-
-def _counted(positions: Array) -> Array:
-    """0, 1, 2, ... whatever is given."""
-    return np.arange(positions.shape[1], dtype=np.float64) + 0 * positions
-
-
-def _narrow(x: Array) -> Array:
-    return to_bf16(x.astype(np.float32)).astype(np.float64)
 
 
 def _laid_out_for_halves(name: str) -> Callable[..., Array]:
@@ -99,10 +47,6 @@ def _next_row(name: str) -> Callable[..., Array]:
 def _backwards(name: str) -> Callable[..., Array]:
     """Rotation by -theta."""
     return lambda x, table, **k: stage(name)(x, np.stack([table[0], -table[1]]), **k)
-
-
-def _other_theta(theta: float) -> Callable[[Config], bool]:
-    return lambda c: c.rope_theta != theta
 
 
 def _in_halves(name: str) -> Callable[..., Array]:
@@ -169,110 +113,11 @@ MUTANTS = (
         )
         for which, name in (("q", "mla.q_rope"), ("k", "mla.k_rope"))
     ],
-    Mutant(
-        "A06",
-        "cos and sin are multiplied by one mscale instead of the ratio of two",
-        _TABLES,
-        _tables(factor=lambda y: mscale(y.factor, y.mscale or 1.0)),
-        threads("imp #880; sglang #22711; exllamav3 #259"),
-        "YaRN",
-        yarn,
-    ),
-    Mutant(
-        "A06b",
-        "cos and sin are not multiplied by the ratio of the two mscales",
-        _TABLES,
-        _tables(factor=_one),
-        regime="mscale that is not mscale_all_dim",
-        applies=yarn,
-    ),
-    Mutant(
-        "A06c",
-        "cos and sin are multiplied by one mscale as well as by the ratio of two",
-        _TABLES,
-        _tables(factor=lambda y: mscale(y.factor, y.mscale or 1.0) * y.attention_factor),
-        regime="mscale that is not mscale_all_dim",
-        applies=uneven,
-    ),
-    Mutant(
-        "A11",
-        "the frequencies are those without YaRN",
-        _TABLES,
-        _tables(scaling=lambda y: None),
-        threads("deepseek.cpp #15"),
-        "long positions",
-        yarn,
-    ),
-    Mutant(
-        "A11c",
-        "there is no YaRN in the rotary tables, neither its frequencies nor its factor",
-        _TABLES,
-        _tables(scaling=lambda y: None, factor=_one),
-        regime="mscale that is not mscale_all_dim",
-        applies=uneven,
-    ),
-    Mutant(
-        "A10",
-        "YaRN starts from max_position_embeddings instead of the original length",
-        _TABLES,
-        _tables(
-            scaling=lambda y: replace(
-                y, original_max_position_embeddings=int(y.original_max_position_embeddings * y.factor)
-            )
-        ),
-        threads("Megatron-LM #1418; Pai-Megatron #560"),
-        "long positions",
-        yarn,
-    ),
-    Mutant(
-        "A11b",
-        "positions are divided by the factor (linear scaling instead of YaRN)",
-        _TABLES,
-        lambda p, *, yarn, **k: _tables(scaling=lambda y: None, places=lambda x: x / yarn.factor, factor=_one)(
-            p, yarn=yarn, **k
-        ),
-        regime="long positions",
-        applies=yarn,
-    ),
-    Mutant(
-        "A14",
-        "positions are rounded to bfloat16",
-        _TABLES,
-        _tables(places=_narrow),
-        threads("flashinfer #585; sglang #33117; prime-rl #3584"),
-        "positions from 256 on",
-    ),
-    Mutant(
-        "A14b",
-        "frequencies are rounded to bfloat16",
-        _TABLES,
-        _tables(freq=_narrow),
-        threads("flashinfer #585"),
-        "positions",
-    ),
     Mutant("X22", "k is rotated one position too far", "mla.k_rope", _one_step_on("mla.k_rope")),
     Mutant("X23", "q is rotated one position too far", "mla.q_rope", _one_step_on("mla.q_rope")),
     *[
         Mutant(f"X27{which}", f"{which} is rotated by the next token's tables, the last by its own", at, _next_row(at))
         for which, at in (("q", "mla.q_rope"), ("k", "mla.k_rope"))
-    ],
-    Mutant("X10", "positions begin at 1", _TABLES, _tables(places=lambda p: p + 1)),
-    Mutant(
-        "X24",
-        "positions are counted from 0, whatever they are; scores stay where all of a sequence's are off alike",
-        _TABLES,
-        _tables(places=_counted),
-        regime="positions that do not begin at 0",
-    ),
-    *[
-        Mutant(
-            f"X11{letter}",
-            f"RoPE's theta is {text}",
-            _TABLES,
-            setting(_TABLES, theta=float(text)),
-            applies=_other_theta(float(text)),
-        )
-        for letter, text in (("", "1e6"), ("b", "500000"), ("c", "10000"))
     ],
     Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),
     Mutant("X13", "k is rotated the other way", "mla.k_rope", _backwards("mla.k_rope")),

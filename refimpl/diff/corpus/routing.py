@@ -84,12 +84,29 @@ def _plain_sigmoid(z: Array, **static: Any) -> Array:
     return out
 
 
+def _before_sigmoid(s: Array, b: Array) -> Array:
+    """sigmoid(z + b), z = log(s / (1 - s))."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return 1 / (1 + (1 - s) / s * np.exp(-b))
+
+
+def _weighted_rows(x: Array, ids: Array, *, n_experts: int, reads: tuple[Array, ...]) -> Array:
+    """Rows times the weights of their slots, in the order in which they are dispatched."""
+    out: Array = stage("moe.rows")(x, ids, n_experts=n_experts)
+    return out * reads[0].ravel()[np.argsort(ids, axis=None, kind="stable")][:, None]
+
+
 def _last_wins(down: Array, ids: Array, weights: Array | None) -> Array:
     """A scatter with duplicate indices: of a token's experts only the last one counts."""
     w = np.ones(ids.shape, down.dtype) if weights is None else weights
     last = np.argmax(ids, axis=-1)[..., None]
     only = np.where(np.arange(ids.shape[-1]) == last, w, 0)
     out: Array = stage("moe.routed")(down, ids, only)
+    return out
+
+
+def _twice(down: Array, ids: Array, weights: Array | None) -> Array:
+    out: Array = stage("moe.routed")(down, ids, None if weights is None else weights * weights)
     return out
 
 
@@ -207,6 +224,7 @@ MUTANTS = (
     Mutant(
         "R20", "of a token's experts only the last one counts", "moe.routed", _last_wins, threads("Megatron-LM #175")
     ),
+    Mutant("X46", "the routing weights are applied twice", "moe.routed", _twice),
     Mutant("X01", "the routed experts are not weighted", "moe.routed", _unweighted),
     Mutant("X04", "the weights are normalised over all experts", _WEIGHTS, _over_all),
     Mutant("X05", "the router reads the residual before the norm", "router.logits", _unnormed, reads=("resid_mid",)),
@@ -225,5 +243,20 @@ MUTANTS = (
         "router.choice",
         lambda s, b: stage("router.choice")(s, -b),
         applies=_biased,
+    ),
+    Mutant(
+        "X44",
+        "the selection bias is added before the sigmoid",
+        "router.choice",
+        _before_sigmoid,
+        applies=lambda c: _biased(c) and c.scoring_func == "sigmoid",
+    ),
+    Mutant(
+        "X45",
+        "the routing weights multiply what the experts read",
+        "moe.rows",
+        _weighted_rows,
+        reads=("router.weights",),
+        also={"moe.routed": _unweighted},
     ),
 )

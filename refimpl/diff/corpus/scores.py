@@ -13,7 +13,7 @@ from refimpl.layers.config import Config
 from refimpl.layers.rope import mscale
 
 from .mutant import Mutant, always, stage, threads, unmade
-from .rope import uneven, yarn
+from .tables import uneven, yarn
 
 _SCORES, _ABSORBED = "mla.scores", "mla.scores_absorbed"
 Scale = Callable[[float, int, int], float]

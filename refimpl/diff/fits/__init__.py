@@ -21,19 +21,47 @@ from ..corpus import Mutant
 from ..fp8_rules import RULES
 from ..hypothesis import REFUSED, reproduces, rerun
 from ..lanes import Recorded
-from . import added, exchanged, masks, mixture, moved, rearranged, rotary, settings, sums
+from . import (
+    added,
+    blocks,
+    columns,
+    exchanged,
+    formulas,
+    inside,
+    masks,
+    mixture,
+    moved,
+    own,
+    rearranged,
+    rotary,
+    settings,
+    sums,
+)
 from .evidence import Evidence, Fit, finite
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
-    (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.taps, masks.window),
-    (moved.permuted, exchanged.experts, mixture.experts, added.bias, rotary.positions, rotary.frequencies, sums.factor),
-    (rearranged.arguments, rearranged.outputs, rearranged.again),
-    (sums.weighed, sums.with_others, sums.capped, rearranged.tokens, masks.scale, mixture.dropped, moved.scrambled),
+    (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.gains, exchanged.taps, masks.window),
+    (rotary.positions, rotary.frequencies, rotary.single, moved.permuted, exchanged.experts, mixture.experts),
+    (added.bias, sums.factor),
+    (rearranged.arguments, rearranged.outputs, rearranged.again, formulas.weights, exchanged.inner, masks.halves),
+    (
+        sums.weighed,
+        sums.with_others,
+        inside.numbers,
+        rearranged.tokens,
+        mixture.dropped,
+        mixture.matrices,
+        moved.scrambled,
+    ),
+    (rotary.pairs, columns.scales),
+    (blocks.factors, columns.products),
+    (own.rows, own.dropout),
 )
 """Those that leave least open first; what one of a row finds, no later row is asked for."""
 CHOICES: tuple[Fit, ...] = (
     settings.counts,
     exchanged.taps,
+    exchanged.inner,
     rearranged.arguments,
     rearranged.outputs,
     rearranged.tokens,

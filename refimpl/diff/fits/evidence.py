@@ -26,6 +26,9 @@ from .few import first_tokens
 SLACK = 4.0
 """A guess from a tap is followed up if it is this near, in what the tap is allowed; whether it is near enough the replay says."""
 
+LEFT = 0.5
+"""Of what is off no more than this may be left by numbers that were fitted to it."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -95,6 +98,13 @@ class Evidence:
         if not self.whole:
             return self.finding.error >= 0.5
         return bool((row_errors(self.call.stage, self.x, self.e) > self.finding.allowed).mean() >= 0.5)
+
+    def explained(self, y: Array) -> bool:
+        """Whether y is no further from the candidate's numbers than half of what these are off by: that what was fitted to them is
+        near says little where much is allowed.
+        """
+        off, left = (np.linalg.norm(finite(self.x - a)) for a in (self.e, y))
+        return bool(left <= LEFT * off)
 
     def axes_of(self, name: Any) -> list[str]:
         """The axes of an argument: a tap's, or of what is handed in for every token; none of a weight."""

@@ -12,7 +12,7 @@ from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
-from ..program import owner
+from ..program import names, owner
 from .evidence import Evidence, guess, near, short, weights_of
 from .rearranged import EXPERTS, suspects
 from .sums import stream_before
@@ -37,14 +37,43 @@ def taps(ev: Evidence) -> Iterator[Mutant]:
                     yield guess(title, call.stage, _with(call.stage, [i], [z]))
 
 
+def inner(ev: Evidence) -> Iterator[Mutant]:
+    """Another recorded tap read where stages that were computed for this one read a recorded tap, all of them."""
+    calls = suspects(ev)
+    for name in {n: None for c in calls for n in names(c.args) if n in ev.calls and n not in ev.finding.region}:
+        mine = ev.held(name)
+        readers = [c for c in calls if name in c.args]
+        for t in _alike(ev, name) if mine is not None and len(ev.region) > 1 else ():
+            z = ev.held(t)
+            if (
+                mine is not None
+                and z is not None
+                and z.shape == mine.shape
+                and all(t not in names(c.args) for c in readers)
+            ):
+                also = {c.stage: _with(c.stage, [c.args.index(name)], [z]) for c in readers}
+                who = " and ".join([c.of.tap for c in readers])
+                title = f"{who} read{'s' if len(readers) == 1 else ''} {_called(ev, t)} instead of {short(name)}"
+                yield guess(title, readers[0].stage, also.pop(readers[0].stage), also)
+
+
 def _alike(ev: Evidence, name: str) -> Iterator[str]:
     """Recorded taps that may stand for another."""
     unit, tap = owner(ev.call.tap), ev.call.tap
     own = [t for t in ev.recorded.taps if owner(t) == unit]
-    stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed"))]
+    stream = [t for t in ev.recorded.taps if t.endswith(("/resid", "/embed", name.rpartition("/")[2]))]
     order = [t for t in dict.fromkeys([stream_before(ev, unit), *own, *stream]) if t in ev.calls]
-    place = {t: i for i, t in enumerate(ev.calls)}
-    yield from (t for t in order if t not in (name, tap) and place[t] < place[tap])
+    behind = _made_of(ev, tap)
+    yield from (t for t in order if t != name and t not in behind)
+
+
+def _made_of(ev: Evidence, tap: str) -> set[str]:
+    """The tap, and all that is computed of it."""
+    found = {tap}
+    for call in ev.calls.values():
+        if not found.isdisjoint(names(call.args)):
+            found.add(call.tap)
+    return found
 
 
 def _called(ev: Evidence, tap: str) -> str:
@@ -109,6 +138,21 @@ def _sources(ev: Evidence, call: Call) -> Iterator[Call]:
             or (there == unit and other.stage == end)
         ):
             yield other
+
+
+def gains(ev: Evidence) -> Iterator[Mutant]:
+    """A norm with another norm's weight: by what it multiplies its rows, channel by channel."""
+    if ev.call.static.keys() != {"eps"} or not ev.whole:
+        return
+    w = ev.args[1]
+    bare = ev.call.of.fn(ev.args[0], np.ones_like(w), **ev.call.static).reshape(-1, len(w))
+    x = ev.x.reshape(bare.shape)
+    gain = (x * bare).sum(axis=0) / np.maximum((bare * bare).sum(axis=0), np.finfo(float).tiny)
+    for other in [c for c in ev.calls.values() if c.static.keys() == {"eps"} and len(c.args) == 2]:
+        (v,) = _held(ev, other)
+        if v.shape == w.shape and other is not ev.call and near(gain, v, ev.limit) and not near(w, v, ev.limit):
+            whose = other.tap.partition("/")[2]
+            yield guess(f"{ev.call.of.tap} has the weight of {whose}", ev.call.stage, _with(ev.call.stage, [1], [v]))
 
 
 def experts(ev: Evidence) -> Iterator[Mutant]:

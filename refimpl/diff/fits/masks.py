@@ -1,8 +1,7 @@
-"""Scores that were not recorded, or not as they should be: a window of keys that nobody asked for, another softmax scale."""
+"""Scores that were not recorded, or not as they should be: a window of keys that nobody asked for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,15 +11,10 @@ from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import STAGES
 
 from ..corpus import Mutant
-from ..hypothesis import rerun, theirs
 from ..tolerance import row_errors
 from ..wide import MASKED
 from .evidence import Evidence, guess
-from .sums import SCORES, least, scaled
-from .words import likely
-
-WIDEST, STEPS, TURNS = math.log(100), 12, 24
-"""Between a 100th and 100 times the right softmax scale, in so many steps on either side; then so many of the golden section."""
+from .sums import PARTS, SCORES
 
 
 def window(ev: Evidence) -> Iterator[Mutant]:
@@ -41,6 +35,19 @@ def window(ev: Evidence) -> Iterator[Mutant]:
         yield guess(f"keys more than {furthest} places back are masked", scores, _masked(scores, furthest))
 
 
+def halves(ev: Evidence) -> Iterator[Mutant]:
+    """Scores that were not recorded and lack a part: q k of nope channels, or of rotated ones."""
+    for call in [c for c in ev.region[:-1] if c.stage in SCORES]:
+        for i, said in enumerate(PARTS):
+            yield guess(f"mla.scores is {said} alone", call.stage, _alone(call.stage, i))
+
+
+def _alone(name: str, part: int) -> Callable[..., Any]:
+    return lambda *args, **static: STAGES[name].fn(
+        *[a * 0 if i == 1 - part else a for i, a in enumerate(args)], **static
+    )
+
+
 def _back(queries: int, keys: int) -> Array:
     """How far back every key lies.  -> (S, T)."""
     return np.arange(queries)[:, None] + keys - queries - np.arange(keys)
@@ -52,19 +59,3 @@ def _masked(name: str, furthest: int) -> Callable[..., Any]:
         return np.where(_back(*y.shape[-2:]) <= furthest, y, -np.inf)
 
     return fn
-
-
-def scale(ev: Evidence) -> Iterator[Mutant]:
-    """Another softmax scale, of scores that were not recorded: that with which the output is nearest."""
-    call = next((c for c in ev.region[:-1] if c.stage in SCORES), None)
-    if call is None or not ev.whole:
-        return
-    name, x = call.stage, np.asarray(theirs(ev.call.tap, ev.few), np.float64)
-
-    def far(exponent: float) -> float:
-        ours = rerun(ev.region, ev.few, guess("", name, scaled(name, math.exp(exponent))))
-        return float(np.linalg.norm(ours - x))
-
-    best = min(np.linspace(-WIDEST, WIDEST, 2 * STEPS + 1), key=far)
-    for k, said in likely(math.exp(least(far, best - WIDEST / STEPS, best + WIDEST / STEPS, TURNS)), ev.config):
-        yield guess(f"the softmax scale is {said} times what it should be", name, scaled(name, k))

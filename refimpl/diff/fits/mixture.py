@@ -75,6 +75,26 @@ def experts(ev: Evidence) -> Iterator[Mutant]:
         yield guess(f"experts' matrices: {order_in_words(order, 'experts')}", "moe.down", fns.pop("moe.down"), fns)
 
 
+def matrices(ev: Evidence) -> Iterator[Mutant]:
+    """Some of the experts' three matrices are those of their neighbours."""
+    by = {c.stage: c for c in ev.region}
+    if ev.call.stage != "moe.routed" or not by.keys() & set(EXPERTS):
+        return
+    n = ev.config.n_routed_experts
+    for which, some in (
+        ("down", EXPERTS[2:]),
+        ("gate", EXPERTS[:1]),
+        ("up", EXPERTS[1:2]),
+        ("gate and up", EXPERTS[:2]),
+    ):
+        for step, side in ((1, "behind"), (-1, "before")):
+            order = (np.arange(n) + step) % n
+            fns: dict[str, Callable[..., Any]] = {name: renumbered(name, order) for name in some if name in by}
+            if len(fns) == len(some):
+                title = f"experts' {which} matrices are those of their neighbour {side} (around the end)"
+                yield guess(title, some[0], fns.pop(some[0]), fns)
+
+
 def _whose(given: Array, x: Array, ids: Array, g: Array, n: int) -> Array | None:
     """Whose output each expert gives.  given (N, E, D), x (N, D), ids (N, K), g (N, K) -> (E,), -1 where it gives none."""
     votes = np.zeros((n, n + 1))

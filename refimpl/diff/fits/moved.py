@@ -16,17 +16,21 @@ from ..gauges import by_rank
 from .evidence import Evidence, guess, near
 from .words import order_in_words
 
-WHAT = {"S": "tokens", "T": "tokens", "H": "heads", "E": "experts", "G": "groups", "K": "slots"}
+WHAT = {"B": "sequences", "S": "tokens", "T": "tokens", "H": "heads", "E": "experts", "G": "groups", "K": "slots"}
 LARGEST = 1 << 22
 """Pairs of entries up to which all are compared."""
 STEPS = (1, -1, 2, -2)
 """By how many tokens a tap is looked for to be late."""
-EDGES = ("0", "their own", "the last of those there are", "those around the end")
+EDGES = ("0", "their own", "the last of those there are", "those around the end", "those of the sequence beside")
 """What tokens have that have none before them."""
 
 
 def late(x: Array, axis: int, by: int, edge: str) -> Array:
     """x with every token's entry that of the token `by` before it."""
+    if edge.startswith("those of"):  # all sequences' tokens one behind the other
+        if axis != 1 or len(x) < 2:
+            raise ValueError("there is no sequence beside")
+        return np.roll(x.reshape(-1, *x.shape[2:]), by, axis=0).reshape(x.shape)
     at = np.arange(x.shape[axis])
     source = at - by
     outside = (source < 0) | (source >= len(at))
@@ -49,14 +53,20 @@ def late_in_words(by: int, edge: str) -> str:
 def shifted(ev: Evidence) -> Iterator[Mutant]:
     """The output one token late or early."""
     axis = next((i for i, letter in enumerate(ev.letters) if letter in TOKEN_AXES), None)
-    if axis is None or not ev.whole or ev.letters[-1] == "T" or not ev.everywhere:
+    if axis is None or not (ev.whole or _numbers(ev)) or ev.letters[-1] == "T" or not ev.everywhere:
         return
-    (x, e), name = (np.moveaxis(y, axis, 0) for y in (ev.x, ev.e)), ev.call.stage
+    pair = (np.sort(y, axis=-1) if ev.call.of.compare == "set" else y for y in (ev.x, ev.e))
+    (x, e), name = (np.moveaxis(y, axis, 0) for y in pair), ev.call.stage
     for by in STEPS:
         inner = (x[by:], e[:-by]) if by > 0 else (x[:by], e[-by:])
         if len(inner[0]) > 1 and near(*inner, ev.limit):
             for edge in EDGES:
                 yield guess(f"{ev.call.of.tap} is that {late_in_words(by, edge)}", name, _late(name, axis, by, edge))
+
+
+def _numbers(ev: Evidence) -> bool:
+    """Whether the tap is whole numbers, of which the stage gives as many."""
+    return ev.e.dtype.kind in "iu" and ev.x.shape == ev.e.shape and ev.finding.tap in ev.recorded.taps
 
 
 def _late(name: str, axis: int, by: int, edge: str) -> Callable[..., Any]:

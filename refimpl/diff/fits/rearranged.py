@@ -11,29 +11,35 @@ from typing import Any
 import numpy as np
 
 from refimpl.autograd.tensor import Array
+from refimpl.layers.precision import FLOAT64
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..corpus.norms import rms
 from ..dims import TOKEN_AXES
 from ..program import names
-from .evidence import Evidence, guess, short
+from .evidence import Evidence, guess, short, weights_of
 from .moved import EDGES, late, late_in_words
 
 Change = Callable[[Array], Array]
 EXPERTS = ("moe.gate", "moe.up", "moe.down")
-REGION = 10
-"""Stages computed for a tap up to which each of them is suspected."""
+REGION = 22
+"""Stages computed for a tap up to which each of them is suspected: a dense layer's, from stream to stream."""
 
 
 def arguments(ev: Evidence) -> Iterator[Mutant]:
     """One argument in another arrangement, its kinds of weight all at once."""
     for call in suspects(ev):
-        for i, name in enumerate(call.args):
+        for i, name in sorted(enumerate(call.args), key=lambda one: _whole_numbers(ev, one[1])):
             known = call.stage in EXPERTS and i == 1
             if isinstance(name, str) and not name.startswith("w/") and not known and not only_reader(ev, name):
+                beside = _readers(ev, call, name)
                 for said, change in changes(ev.axes_of(name), ev):
-                    title = f"{call.of.tap} reads {short(name)} with {said}"
-                    yield guess(title, call.stage, _reading(call, [i], change))
+                    fn = _reading(call, [i], change)
+                    if beside:
+                        also = {c.stage: _reading(c, [c.args.index(name)], change) for c in beside}
+                        yield guess(f"{short(name)} is read with {said}", call.stage, fn, also)
+                    yield guess(f"{call.of.tap} reads {short(name)} with {said}", call.stage, fn)
         at = [i for i, name in enumerate(call.args) if isinstance(name, str) and name.startswith("w/")]
         for said, change in MATRIX if at else ():
             yield guess(f"{call.of.tap}'s weight {said}", call.stage, _reading(call, at, change))
@@ -67,6 +73,17 @@ def only_reader(ev: Evidence, name: str) -> bool:
     return name in ev.finding.region and sum([name in names(c.args) for c in ev.calls.values()]) == 1
 
 
+def _whole_numbers(ev: Evidence, name: Any) -> bool:
+    """Whether a tap holds choices, which are as good as in order if the weights are."""
+    return isinstance(name, str) and name in ev.calls and ev.calls[name].of.compare in ("exact", "set")
+
+
+def _readers(ev: Evidence, call: Call, name: str) -> list[Call]:
+    """The other stages that read a tap and are blamed, or were computed for the tap at hand."""
+    suspected = {*ev.blamed, *ev.finding.region}
+    return [c for c in ev.calls.values() if name in c.args and c.tap in suspected and c.stage != call.stage]
+
+
 def _moments(axes: Sequence[str]) -> Iterator[tuple[str, Change]]:
     """Tokens that are those before or behind."""
     axis = next((a for a, letter in enumerate(axes) if letter in TOKEN_AXES), None)
@@ -90,6 +107,11 @@ def again(ev: Evidence) -> Iterator[Mutant]:
         for i, name in enumerate(call.args):
             if isinstance(name, str) and not name.startswith("w/"):
                 yield guess(f"{call.of.tap} is {short(name)} as it is", call.stage, lambda *args, i=i, **_: args[i] * 1)
+                if (made := ev.calls.get(name)) and name not in ev.finding.region and len(weights_of(made)) == 1:
+                    (w,) = [ev.recorded.weights(n[2:], FLOAT64) for n in weights_of(made)]
+                    more = partial(_once_more, made=made, w=w)
+                    title = f"{call.of.tap} reads {short(name)} applied twice"
+                    yield guess(title, call.stage, _reading(call, [i], more))
 
 
 def suspects(ev: Evidence) -> list[Call]:
@@ -117,6 +139,14 @@ def _twice(name: str) -> Callable[..., Any]:
         return STAGES[name].fn(y, *args, **static)
 
     return fn
+
+
+def _once_more(x: Array, made: Call, w: Array) -> Array:
+    """A stage of one weight applied to what it gave."""
+    out: Array = made.of.fn(x, w, **made.static)
+    if out.shape != x.shape:
+        raise ValueError("what it gives it does not take")
+    return out
 
 
 def _halves(x: Array) -> Array:
@@ -151,15 +181,20 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield from _heads(axes.index("H"), ev)
     if list(axes[-2:-1]) == ["H"]:
         yield "heads and channels laid out the other way round", _exchanged(-2, -1)
+        yield "heads and channels cut the other way round", _cut_across
         for n in _cuts(axes[-1], ev):
             yield f"the first {n} channels of all heads before the others of all", partial(_parts, n=n)
             yield f"heads cut as if the first {n} channels of all stood before", partial(_parted, n=n)
+    if axes[:1] == ["B"]:
+        yield "the first sequence's numbers in every sequence", lambda x: x[:1] + 0 * x
     if list(axes[1:3]) in (["S", "H"], ["T", "H"]):
         yield "heads and tokens laid out the other way round", _exchanged(1, 2)
     if axes[-1:] == ["K"]:
         yield "the largest slot first", lambda x: -np.sort(-x, axis=-1)
         yield "the smallest slot first", lambda x: np.sort(x, axis=-1)
         yield "its slots in reverse order", lambda x: x[..., ::-1]
+        yield "its slots one late", lambda x: np.roll(x, 1, -1)
+        yield "its slots one early", lambda x: np.roll(x, -1, -1)
     elif axes and axes[-1] not in ("S", "T"):
         for n in _cuts(axes[-1], ev):
             yield f"its first {n} channels behind the others", partial(np.roll, shift=-n, axis=-1)
@@ -167,6 +202,7 @@ def changes(axes: Sequence[str], ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its halves in pairs", _paired
         yield "its pairs in halves", _split
         yield "its channels in reverse order", lambda x: x[..., ::-1]
+        yield "its rows divided by their root mean square", lambda x: x / rms(x, ev.config.rms_norm_eps)
 
 
 def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
@@ -176,6 +212,19 @@ def _heads(axis: int, ev: Evidence) -> Iterator[tuple[str, Change]]:
         yield "its heads one late", lambda x: np.roll(x, 1, axis)
         yield "its heads one early", lambda x: np.roll(x, -1, axis)
     yield "the first head's numbers in all heads", lambda x: np.take(x, [0], axis) + 0 * x
+    heads = ev.config.num_attention_heads
+    for n in [n for n in range(2, heads) if heads % n == 0]:
+        yield f"the first one's numbers in every {n} heads", partial(_first_of, n=n, axis=axis)
+
+
+def _first_of(x: Array, n: int, axis: int) -> Array:
+    """Of every n heads the first."""
+    return np.take(x, np.arange(x.shape[axis]) // n * n, axis)
+
+
+def _cut_across(x: Array) -> Array:
+    """Channels of all heads read as if every head's n-th stood beside the others' n-th."""
+    return np.swapaxes(x.reshape(*x.shape[:-2], x.shape[-1], x.shape[-2]), -2, -1)
 
 
 def _parts(x: Array, n: int) -> Array:

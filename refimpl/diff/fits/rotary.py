@@ -18,14 +18,17 @@ from refimpl.layers.rope import RopeScaling, inv_freq
 from refimpl.layers.stage import STAGES, Call
 
 from ..corpus import Mutant
+from ..hypothesis import readings
 from .evidence import Evidence, guess
-from .sums import least
-from .words import rounded
+from .sums import least, solved
+from .words import listed, rounded
 
 _TABLES = "mla.rope_tables"
 _TURNED = ("mla.q_rope", "mla.k_rope")
 FURTHEST = 4096
 """Positions by which others may be off."""
+TOKENS = 256
+"""Tokens of which each is asked for its own position, which is less than twice as many."""
 _ROUND = [float(1 << k) for k in range(21)]
 """What people write: powers of two."""
 STEPS = 400
@@ -54,19 +57,94 @@ def _complex(x: Array, pairs: bool) -> Array:
 
 
 def positions(ev: Evidence) -> Iterator[Mutant]:
-    """Positions that are off by a number, in the tables or where q or k is turned."""
+    """Positions that are off by a number, in the tables or where q or k is turned; none, or the last stale."""
+    if _TABLES in [c.stage for c in ev.region[:-1]] and ev.call.stage not in _TURNED:
+        yield guess("all positions are 0", _TABLES, _at_positions(lambda p: p * 0))
+        yield guess("the last token has the position of the one before", _TABLES, _at_positions(_stale))
     found, call = turns_of(ev), _tables_of(ev)
     if found is None or call is None:
         return
     freq = inv_freq(call.static["dim"], call.static["theta"], call.static["yarn"])
     by = _offset(found[0] * found[1].conj(), freq)
+    in_tables = _TABLES in [c.stage for c in ev.region]
     if by:
         side = f"{abs(by)} too {'large' if by > 0 else 'small'}"
-        if _TABLES in [c.stage for c in ev.region]:
+        if in_tables:
             yield guess(f"positions are {side}", _TABLES, _at_positions(lambda p: p + by))
         name = ev.call.stage
         if name in _TURNED:
             yield guess(f"{name[4]} is rotated by positions that are {side}", name, _turned(name, by * freq))
+
+
+def _stale(p: Array) -> Array:
+    return np.minimum(p, p.max(axis=-1, keepdims=True) - 1)
+
+
+def single(ev: Evidence) -> Iterator[Mutant]:
+    """Positions of tokens one by one: those by which each turn (B, S, F) is explained, if all are."""
+    found, call = turns_of(ev), _tables_of(ev)
+    if found is None or call is None or call not in ev.region:
+        return
+    turn, right = found[0], np.asarray(ev.recorded.inputs[str(call.args[0])])
+    if turn.shape[1] > TOKENS or right.shape != turn.shape[:2]:
+        return
+    freq = inv_freq(call.static["dim"], call.static["theta"], call.static["yarn"])
+    at = np.arange(2 * TOKENS)
+    fit = (np.exp(-1j * at[:, None] * freq) @ turn.swapaxes(1, 2)).real  # (B, places, S)
+    own = fit.argmax(axis=1)
+    if (fit.max(axis=1) < 0.99 * len(freq)).any() or (own == right).all():
+        return
+    said = "all positions are 0"
+    if own.any():
+        odd = np.flatnonzero((own != right).any(axis=0))
+        are = "s of tokens" if len(odd) > 1 else " of token"
+        said = f"position{are} {listed(odd)}: {listed(own[0, odd])} instead of {listed(right[0, odd])}"
+    yield guess(said, _TABLES, _at_positions(lambda p: own[: p.shape[0], : p.shape[1]] + 0.0 * p))
+
+
+def pairs(ev: Evidence) -> Iterator[Mutant]:
+    """Pairs (a, b) rotated by another formula: each of both is a sum of a cos, a sin, b cos, b sin."""
+    name = ev.call.stage
+    if not ev.whole or name not in _TURNED:
+        return
+    table, way = ev.args[1], ev.call.static["interleaved"]
+    a, b = _halved(ev.args[0][..., -2 * table.shape[-1] :], way)
+    cos, sin = table if a.ndim == 3 else table[:, :, :, None]
+    terms = [a * cos, a * sin, b * cos, b * sin]
+    for x in readings(ev.finding, ev.x):
+        c = np.array([solved(terms, half) for half in _halved(x, way)])
+        whole = np.round(c)
+        if np.abs(c - whole).max() < 0.05 and not (whole == _RIGHT).all():
+            said = ", ".join([_in_words(row) for row in whole])
+            yield guess(f"pairs (a, b) are rotated to ({said})", name, _rotated(name, whole))
+
+
+_RIGHT = np.array([[1, 0, 0, -1], [0, 1, 1, 0]])
+
+
+def _halved(x: Array, way: bool) -> tuple[Array, Array]:
+    z = _complex(x, way)
+    return z.real, z.imag
+
+
+def _in_words(c: Array) -> str:
+    terms = zip(c, ("a cos", "a sin", "b cos", "b sin"), strict=True)
+    said = "".join([f" {'-' if k < 0 else '+'} {'' if abs(k) == 1 else f'{abs(k):g} '}{t}" for k, t in terms if k])
+    return said.removeprefix(" + ").strip() or "0"
+
+
+def _rotated(name: str, c: Array) -> Callable[..., Any]:
+    def fn(x: Array, table: Array, *, interleaved: bool) -> Array:
+        a, b = _halved(x[..., -2 * table.shape[-1] :], interleaved)
+        cos, sin = table if a.ndim == 3 else table[:, :, :, None]
+        both = np.tensordot(c, np.stack([a * cos, a * sin, b * cos, b * sin]), 1)
+        return (
+            np.stack(list(both), axis=-1).reshape(x[..., -2 * table.shape[-1] :].shape)
+            if interleaved
+            else np.concatenate(list(both), -1)
+        )
+
+    return fn
 
 
 def _offset(turn: Array, freq: Array) -> int:

@@ -15,10 +15,12 @@ from refimpl.layers.stage import STAGES
 from ..corpus import Mutant
 from ..program import owner
 from .evidence import Evidence, guess, near, short
-from .words import DIGITS, likely, rounded
+from .words import DIGITS, likely
 
 _SUMS = ("resid", "resid_mid", "moe.out")
 SCORES = ("mla.scores", "mla.scores_absorbed")
+PARTS = ("q k of nope channels", "q k of rotated ones")
+"""What scores are the sum of."""
 Weighing = Callable[[list[Any], Array], list[Any]]
 """The arguments of a stage that is a sum, with its parts multiplied by numbers."""
 
@@ -37,9 +39,7 @@ def parts_of(ev: Evidence) -> Parts | None:
     if name in _SUMS and all(isinstance(a, np.ndarray) for a in args):
         return Parts([short(n) for n in ev.call.args], lambda args, c: [a * k for a, k in zip(args, c, strict=True)])
     if name in SCORES:
-        return Parts(
-            ["q k of latents" if "absorbed" in name else "q k of nope channels", "q k of rotated ones"], _scores
-        )
+        return Parts(["q k of latents" if "absorbed" in name else PARTS[0], PARTS[1]], _scores)
     if name == "moe.routed" and args[2] is not None:
         return Parts([f"slot {k}" for k in range(args[2].shape[-1])], lambda a, c: [a[0], a[1], a[2] * c])
     return None
@@ -54,7 +54,7 @@ def factor(ev: Evidence) -> Iterator[Mutant]:
     if not ev.whole or ev.call.of.compare in ("exact", "set"):
         return
     (k,) = solved([ev.e], ev.x)
-    if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit):
+    if abs(k - 1) < 1e-9 or not near(ev.x, k * ev.e, ev.limit) or not ev.explained(k * ev.e):
         return
     name = ev.call.stage
     for value, said in likely(k, ev.config):
@@ -82,6 +82,8 @@ def weighed(ev: Evidence) -> Iterator[Mutant]:
     with np.errstate(all="ignore"):
         each = [STAGES[name].fn(*parts.weigh(ev.args, one), **ev.call.static) for one in np.eye(n)]
         numbers = solved(each, ev.x)
+        if not ev.explained(sum((k * part for k, part in zip(numbers, each, strict=True)), np.zeros(()))):
+            return
     for c in _few_digits(numbers):
         odd = [ev.calls[t] for t, k in zip(ev.call.args, c, strict=False) if k != 1 and t in ev.finding.region]
         if name in _SUMS and len(odd) == 1 and (c != 1).sum() == 1:  # a part that was not recorded
@@ -103,7 +105,8 @@ def with_others(ev: Evidence) -> Iterator[Mutant]:
     one = f"{ev.call.of.tap} is"
     for called, z in others(ev):
         c = solved([*ev.args, z], ev.x)
-        if np.abs(c[-1]) > 1e-3 and near(ev.x, sum(k * a for k, a in zip(c, [*ev.args, z], strict=True)), ev.limit):
+        y = sum((k * a for k, a in zip(c, [*ev.args, z], strict=True)), np.zeros(()))
+        if np.abs(c[-1]) > 1e-3 and near(ev.x, y, ev.limit) and ev.explained(y):
             for k in _few_digits(c):
                 yield guess(f"{one} {_terms([*own, called], k)}", ev.call.stage, _with(z, k))
 
@@ -169,33 +172,18 @@ def _terms(names: list[str], c: Array) -> str:
     )
 
 
-def capped(ev: Evidence) -> Iterator[Mutant]:
-    """The output squeezed between -c and c: c tanh(y / c)."""
-    if not ev.whole or ev.call.stage not in ("logits", *SCORES):
-        return
-    finite = np.isfinite(ev.x) & np.isfinite(ev.e)
-    x, e, name = ev.x[finite], ev.e[finite], ev.call.stage
-    low, high = math.log(np.abs(x).max() * 1.0000001), math.log(1e3 * np.abs(e).max())
-
-    def far(exponent: float) -> float:
-        c = math.exp(exponent)
-        return float(np.linalg.norm(c * np.tanh(e / c) - x))
-
-    for v in rounded(math.exp(least(far, low, high))):
-        yield guess(f"{ev.call.of.tap} is capped at {v:g}", name, _capped(name, v))
-
-
-def _capped(name: str, c: float) -> Callable[..., Any]:
-    def fn(*args: Any, **static: Any) -> Array:
-        y = STAGES[name].fn(*args, **static)
-        return np.where(np.isneginf(y), y, c * np.tanh(y / c))
-
-    return fn
-
-
 def least(far: Callable[[float], float], low: float, high: float, turns: int = 60) -> float:
     """Where between two numbers a function that has one minimum is smallest: the golden section."""
+    part = (math.sqrt(5) - 1) / 2
+    a, b = high - part * (high - low), low + part * (high - low)
+    at_a, at_b = far(a), far(b)
     for _ in range(turns):
-        a, b = high - 0.618 * (high - low), low + 0.618 * (high - low)
-        low, high = (low, b) if far(a) < far(b) else (a, high)
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - part * (high - low)
+            at_a = far(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + part * (high - low)
+            at_b = far(b)
     return (low + high) / 2
