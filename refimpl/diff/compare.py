@@ -17,7 +17,7 @@ from .padding import along, rows_at
 from .picture import Picture
 from .reading import Pick, cut
 from .replay import Step
-from .wide import Wide, looked_at
+from .wide import Wide, looked_at, paired
 
 DOUBTFUL = "all of it is padding, or of tokens that rounding alone may have sent to other experts: record router.ids"
 
@@ -170,7 +170,7 @@ def _values(
         family, leans = max(family, its.worst), max(leans, its.lean)
         limit = tolerance.allowed(call.stage, units.own, family)
         upright = tolerance.allowed_lean(units.stages, units.region, leans, found.rows)
-    note = "" if ok else _describe(call.stage, x, np.asarray(e), limit)
+    note = "" if ok else _describe(call.stage, seen, e, limit)
     if found.worst <= limit and not ok:
         note = (
             f"every row is within what it is allowed, but all lean one way by {found.lean:.1e}, allowed {upright:.1e}"
@@ -209,16 +209,14 @@ def _sets(step: Step, x: Array, exact: Array, chained: Array, settled: Array | N
     return Finding(call.tap, call.stage, not n, n / max(wrong.size, 1), note=note, chained=flips)
 
 
-def _describe(stage: str, x: Array, e: Array, limit: float) -> str:
+def _describe(stage: str, x: Array | Wide, e: Array | Wide, limit: float) -> str:
     """Where it is worst, how much of it is off, and whether a plain factor explains it."""
-    holes = int((~np.isfinite(x) & np.isfinite(e)).sum())
+    holes = sum(int((~np.isfinite(a) & np.isfinite(b)).sum()) for _, a, b in paired(x, e))
     if holes:
         return f"{holes} elements are NaN or infinite"
-    error = tolerance.row_errors(stage, x, e)
+    error, (far, size, along) = tolerance.row_errors(stage, x, e), (float(s.sum()) for s in tolerance.sums(x, e))
     at = [int(i) for i in np.unravel_index(int(np.argmax(error)), error.shape)]
-    finite = np.isfinite(e) & np.isfinite(x)
-    a, b = x[finite].astype(np.float64), e[finite]
-    ratio = float(a @ b) / max(float(b @ b), 1e-300)
-    residual = float(np.linalg.norm(a - ratio * b)) / max(float(np.linalg.norm(b)), 1e-300)
-    fit = f"; the candidate is {ratio:.4f} x ours" if abs(ratio - 1) > 1e-3 and residual < 1e-3 else ""
+    lean = along / max(size, 1e-300)  # x = (1 + lean) e + rest
+    rest = max(far - lean * along, 0.0) / max(size, 1e-300)
+    fit = f"; the candidate is {1 + lean:.4f} x ours" if abs(lean) > 1e-3 and rest < 1e-6 else ""
     return f"worst row {at}, {int((error > limit).sum())} of {error.size} rows affected{fit}"

@@ -204,17 +204,17 @@ class Comparison:
         return replace(found, picture=picture(step.call.of, x, step.exact, settled_rows(step, pick), pick))
 
     def _scene(self, step: Step, x: Array, found: Finding, units: Units, pick: Pick) -> Scene:
-        stage, tap, whole = step.call.of, step.call.tap, step.exact
+        stage, tap, shape = step.call.of, step.call.tap, step.e.shape
         routed = any(s.startswith(("router.", "moe.")) for s in units.stages)
         return Scene(
             stage,
             x,
-            cut(whole, pick),
-            entries=[np.arange(n)[pick.get(i, slice(None))] for i, n in enumerate(whole.shape)],
+            cut(step.exact, pick) if pick else step.e,
+            entries=[np.arange(n)[pick.get(i, slice(None))] for i, n in enumerate(shape)],
             settled=settled_rows(step, pick),
             limit=found.allowed,
             widths=letters(self.config, stage, tap, Sizes.whole(1, 1))
-            | dict(zip(stage.shape.split(), whole.shape, strict=True)),
+            | dict(zip(stage.shape.split(), shape, strict=True)),
             ids=self.recorded.taps.get(f"{owner(tap)}/router.ids") if routed else None,
         )
 

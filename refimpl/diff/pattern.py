@@ -16,6 +16,7 @@ from refimpl.layers.stage import Stage
 
 from .subsets import Named, in_words
 from .tolerance import element_errors, row_errors
+from .wide import BLOCK, Wide, filled, places
 
 WORDS = {
     "B": "sequence",
@@ -58,7 +59,7 @@ class Scene:
 
     stage: Stage
     x: Array
-    e: Array
+    e: Array | Wide
     entries: Sequence[Array]
     settled: Array | None
     limit: float
@@ -78,7 +79,7 @@ class Scene:
 
 def pattern(s: Scene) -> str:
     """Over what the tap is off, "" if that is everything or nothing simple."""
-    if s.e.ndim == 0 or s.x.shape != s.e.shape or len(s.axes) != s.e.ndim:
+    if not s.axes or s.x.shape != s.e.shape or len(s.axes) != s.x.ndim:
         return ""
     with np.errstate(all="ignore"):
         errors = _row_errors(s)
@@ -94,7 +95,7 @@ def pattern(s: Scene) -> str:
 def _row_errors(s: Scene) -> Array:
     """Of every row; 1 for a row that differs where numbers are right or wrong."""
     if s.exactly:
-        x, e = (np.sort(a, axis=-1) if s.stage.compare == "set" else a for a in (s.x, s.e))
+        x, e = (np.sort(a, axis=-1) if s.stage.compare == "set" else a for a in (s.x, np.asarray(s.e)))
         found: Array = (x != e).any(axis=-1).astype(np.float64)
         return found
     return row_errors(s.stage.name, s.x, s.e).reshape(s.e.shape[:-1])
@@ -159,7 +160,7 @@ def _over_entries(s: Scene, off: Array) -> str:
         letter = "G" if s.stage.name == "router.groups" else "E"
         entries, wrong = _chosen(s, off)
     elif s.exactly:
-        wrong = np.asarray((s.x != s.e)[off].any(axis=0))
+        wrong = np.asarray((s.x != np.asarray(s.e))[off].any(axis=0))
     else:
         wrong = _clear(np.sqrt(np.mean(np.square(_elements(s, off)), axis=0)), s.limit)
     if off.sum() < FEW_ROWS and 4 * wrong.sum() > 3 * len(wrong):
@@ -172,18 +173,31 @@ def _chosen(s: Scene, off: Array) -> tuple[Array, Array]:
     """Ids that are chosen in rows that are off, and which of them one of the two alone chose; none if these are most, since with
     an expert too many there is one too few.
     """
-    ids = np.union1d(s.x[off], s.e[off])
-    theirs, ours = ((a[off][..., None] == ids).any(axis=-2) for a in (s.x, s.e))
+    x, e = s.x[off], np.asarray(s.e)[off]
+    ids = np.union1d(x, e)
+    theirs, ours = ((a[..., None] == ids).any(axis=-2) for a in (x, e))
     found = np.asarray((theirs != ours).any(axis=0))
     return ids, found & (2 * found.sum() <= len(found))
 
 
 def _elements(s: Scene, off: Array) -> Array:
     """Errors of the numbers of rows that are off, of many some all over the tap."""
-    n = s.e.shape[-1]
-    some = np.flatnonzero(off)[:: max(1, int(off.sum()) * n // LOOK)]
-    x, e = (a.reshape(-1, n)[some] for a in (s.x, s.e))
+    some = _some(s.x, s.e, off)
+    x, e = (np.concatenate(rows) for rows in zip(*some, strict=True))
     return np.minimum(element_errors(s.stage.name, x, e), 1e30)
+
+
+def _some(x: Array, e: Array | Wide, off: Array) -> Iterator[tuple[Array, Array]]:
+    """Rows of both that are off, no more numbers of them than are looked at."""
+    n = x.shape[-1]
+    if not isinstance(e, Wide):
+        some = np.flatnonzero(off)[:: -(-int(off.sum()) * n // LOOK)]
+        yield x.reshape(-1, n)[some], e.reshape(-1, n)[some]
+        return
+    found = [place for place in places(e.shape) if off[place.index].any()]
+    for place in found[:: -(-len(found) * BLOCK // LOOK)]:
+        here = off[place.index]
+        yield x[place.index][here], filled(e.block(place), n, e.fill)[here]
 
 
 def _clear(errors: Array, limit: float) -> Array:
@@ -209,13 +223,11 @@ def _parts(letter: str, widths: Mapping[str, int]) -> list[Named]:
 
 def _over_distances(s: Scene, off: Array) -> str:
     """How far before a query the keys lie that are off."""
-    if s.axes[-2:] != ["S", "T"] or s.e.size > LOOK:
+    if s.axes[-2:] != ["S", "T"] or s.x.size > LOOK:
         return ""
-    error = (s.x != s.e).astype(float) if s.exactly else np.minimum(element_errors(s.stage.name, s.x, s.e), 1e30)
-    counted = off[..., None] & (
-        (error > 0) | (s.e != np.min(s.e))
-    )  # what is masked, and is so in both, counts in neither
-    others = tuple(range(s.e.ndim - 2))
+    x, e, others = s.x, np.asarray(s.e), tuple(range(s.x.ndim - 2))
+    error = (x != e).astype(float) if s.exactly else np.minimum(element_errors(s.stage.name, x, e), 1e30)
+    counted = off[..., None] & ((error > 0) | (e != np.min(e)))  # what is masked, and is so in both, counts in neither
     error, counted = np.where(counted, error, 0).max(axis=others), counted.any(axis=others)
     away = s.entries[-2][:, None] + s.widths["T"] - s.widths["S"] - s.entries[-1]
     distances = np.unique(away[counted])

@@ -135,7 +135,7 @@ def distance(
 
     A row counts as at least a share of the largest (`FLOOR`), which is not among the rows if `largest` tells its |e|^2.
     """
-    far, size, along = _sums(x, e)
+    far, size, along = sums(x, e)
     if settled is not None:
         far, size, along = (a[settled.reshape(a.shape)] for a in (far, size, along))
     largest = max(largest, float(size.max(initial=0)))
@@ -166,13 +166,13 @@ def strays(x: Array, e: Array, limit: Elements | None, settled: Array | None = N
     return int((off if settled is None else off[settled]).sum())
 
 
-def row_errors(stage: str, x: Array, e: Array) -> Array:
+def row_errors(stage: str, x: Array | Wide, e: Array | Wide) -> Array:
     """|x - e| / |e| of every row."""
-    far, size, _ = _sums(x, e)
+    far, size, _ = sums(x, e)
     return _relative(far, size, floor_of(stage)[0], float(size.max(initial=0)))
 
 
-def _sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
+def sums(x: Array | Wide, e: Array | Wide) -> tuple[Array, Array, Array]:
     """|x - e|^2, |e|^2 and <x - e, e> of every row."""
     sums = np.zeros((3, *e.shape[:-1]))
     room = np.empty(min(max(x.size, 1), ROOM))
