@@ -6,7 +6,7 @@ is fitted (`fits`): an order, a factor, a setting. What fits nowhere is said to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,9 @@ from refimpl.layers.stage import Call
 from .compare import Finding
 from .corpus import MUTANTS, Mutant
 from .fits import Seen, fitted
-from .fits.evidence import Evidence
-from .hypothesis import readings, reproduces, rerun, theirs, with_mistake
+from .fits.evidence import evidence
+from .fits.few import Trials
+from .hypothesis import readings, rerun, theirs, with_mistake
 from .lanes import Recorded
 from .narrow import narrower
 from .padding import filled
@@ -69,16 +70,16 @@ def diagnose(program: list[Call], r: Recorded, findings: list[Finding], c: Confi
     held = {*r.taps, *r.withdrawn, *r.partial}
     blamed = [f for f in findings if not f.ok and f.region and np.isfinite(f.allowed) and f.tap in held]
     calls = {call.tap: call for call in program}
-    mutants = [m.under(c) for m in MUTANTS.values() if m.applies(c)]
-    tried = [(m, d) for m in mutants if (d := _tried(m, blamed, calls, r))]
+    mutants, trials = [m.under(c) for m in MUTANTS.values() if m.applies(c)], Trials(calls, r)
+    tried = [(m, d) for m in mutants if (d := _tried(m, blamed, trials))]
     found = _best(tried, blamed, calls, r)
     if rest := _unnamed(blamed := blamed + _odd(program, r, findings), found):
         usable = [f for f in findings if f.ok and f.region and f.tap in held] + blamed
-        fits = fitted(rest, Seen(usable, blamed, calls, r, c))
+        fits = fitted(rest, Seen(usable, blamed, trials, c))
         tried += [(m, Diagnosis(m.id, m.title, m.threads, (f.tap,))) for f, m in fits]
         found = _best(tried, blamed, calls, r)
     rest = [f for f in _unnamed(blamed, found) if f.tap in held]
-    if title := narrower([Evidence(f, calls, r, c) for f in rest]):
+    if title := narrower([evidence(f, calls, r, c) for f in rest]):
         found.append(Diagnosis("", title, (), tuple([f.tap for f in rest])))
     return sorted(found, key=lambda d: -len(d.taps))
 
@@ -159,15 +160,16 @@ def _nearest(
     return replace(first, threads=threads, rivals=tuple(others), same=bool(others) and same)
 
 
-def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded) -> Diagnosis | None:
+def _tried(m: Mutant, blamed: list[Finding], trials: Trials) -> Diagnosis | None:
     """The diagnosis, if the mutant reproduces every blamed tap whose region holds its stage, and there is one."""
+    calls, r = trials.calls, trials.recorded
     if m.also and not _stages([*r.taps, *r.partial], calls, m) <= {f.stage for f in blamed}:
         return None  # one of its stages was seen, and is right
     touched, same = [f for f in blamed if any(with_mistake(m, calls[t]) for t in f.region)], set()
     for f in sorted(
         touched, key=lambda f: len(f.region)
     ):  # the cheapest first: one that it does not reproduce is enough
-        reproduced = reproduces(m, f, calls, r)
+        reproduced = trials.reproduces(m, f)
         if reproduced is False:
             return None
         same |= {f.tap} if reproduced else set()
@@ -175,6 +177,6 @@ def _tried(m: Mutant, blamed: list[Finding], calls: dict[str, Call], r: Recorded
     return Diagnosis(m.id, m.title, m.threads, taps, m.regime) if same else None
 
 
-def _stages(taps: Iterable[str], calls: dict[str, Call], m: Mutant) -> set[str]:
+def _stages(taps: Iterable[str], calls: Mapping[str, Call], m: Mutant) -> set[str]:
     """Which of the stages that a mutant changes were recorded."""
     return {calls[t].stage for t in taps if t in calls and m.at(calls[t].stage)}

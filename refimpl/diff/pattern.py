@@ -44,7 +44,7 @@ CHANCE = 1e-3
 """Probability that rows which are not all of a subset lie in it all the same."""
 FEW, FEW_ROWS = 4, 8
 """Indices that may be a few rows' own; rows of which a channel may be right by chance."""
-LOOK = 1 << 20
+LOOK = 1 << 18
 """Numbers that are looked at."""
 GROWS, MANY = 0.9, 8
 """Rank correlation of tokens with their errors from which on these grow, over at least so many tokens."""

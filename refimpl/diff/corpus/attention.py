@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant("A17f", "the mask hides a query's own key", "mask", _one_earlier),
     Mutant("A17f-later", "a query does not see its own key", "mask", _one_earlier_but_first),
     Mutant("A17g", "the mask lets tokens see padding", "mask", _padding_seen, regime="padding"),
-    Mutant("X25", "the softmax runs over the queries", "mla.probs", _over_queries),
+    Mutant("X25", "the softmax runs over the queries", "mla.probs", _over_queries, ahead=True),
     Mutant("X20", "values are taken where keys are, and keys where values are", "mla.ctx", _values_first),
     Mutant(
         "X20b",

@@ -102,7 +102,13 @@ MUTANTS = (
         "embed",
         lambda t, w: stage("embed")(t, w) * w.shape[1] ** 0.5,
     ),
-    Mutant("X40", "the tokens are shifted by one", "embed", lambda t, w: stage("embed")(np.roll(t, 1, axis=1), w)),
+    Mutant(
+        "X40",
+        "the tokens are shifted by one",
+        "embed",
+        lambda t, w: stage("embed")(np.roll(t, 1, axis=1), w),
+        ahead=True,
+    ),
     Mutant(
         "T01",
         "the halves of MTP's input are swapped",

@@ -25,7 +25,7 @@ class Mutant:
     `fn`, its replacement; threads where it happened; `regime`, what inputs must have for it to show; `applies`, whether a config
     has what it spoils; `reads`, what else of the same unit it needs: taps, or "w:" and the end of a weight's name, handed to `fn`
     as keyword `reads`, or "master", the weight that an optimiser moves; `also`, further stages that the one mistake changes; `made`
-    gives `fn` where it takes settings that the stage does not see.
+    gives `fn` where it takes settings that the stage does not see; `ahead`, whether tokens see others that come after them.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Mutant:
     reads: tuple[str, ...] = ()
     also: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     made: Callable[[Config], Callable[..., Any]] | None = None
+    ahead: bool = False
 
     def under(self, c: Config) -> Mutant:
         """The mutant in a model of this config."""

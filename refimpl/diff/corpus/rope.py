@@ -116,7 +116,13 @@ MUTANTS = (
     Mutant("X22", "k is rotated one position too far", "mla.k_rope", _one_step_on("mla.k_rope")),
     Mutant("X23", "q is rotated one position too far", "mla.q_rope", _one_step_on("mla.q_rope")),
     *[
-        Mutant(f"X27{which}", f"{which} is rotated by the next token's tables, the last by its own", at, _next_row(at))
+        Mutant(
+            f"X27{which}",
+            f"{which} is rotated by the next token's tables, the last by its own",
+            at,
+            _next_row(at),
+            ahead=True,
+        )
         for which, at in (("q", "mla.q_rope"), ("k", "mla.k_rope"))
     ],
     Mutant("X12", "q is rotated the other way", "mla.q_rope", _backwards("mla.q_rope")),

@@ -19,8 +19,7 @@ from refimpl.layers.stage import Call
 from ..compare import Finding
 from ..corpus import Mutant
 from ..fp8_rules import RULES
-from ..hypothesis import REFUSED, reproduces, rerun
-from ..lanes import Recorded
+from ..hypothesis import REFUSED, rerun
 from . import (
     added,
     blocks,
@@ -37,7 +36,8 @@ from . import (
     settings,
     sums,
 )
-from .evidence import Evidence, Fit, finite
+from .evidence import Evidence, Fit, evidence, finite
+from .few import Trials
 
 TIERS: tuple[tuple[Fit, ...], ...] = (
     (moved.shifted, settings.counts, settings.eps, exchanged.weights, exchanged.gains, exchanged.taps, masks.window),
@@ -77,13 +77,17 @@ GIVEN_UP = 2
 
 @dataclass(frozen=True)
 class Seen:
-    """All findings on numbers, those that are blamed, all calls by tap, what was recorded, the config."""
+    """All findings on numbers, those that are blamed, what mistakes are tried on, the config."""
 
     findings: list[Finding]
     blamed: list[Finding]
-    calls: Mapping[str, Call]
-    recorded: Recorded
+    trials: Trials
     config: Config
+
+    @property
+    def calls(self) -> Mapping[str, Call]:
+        """All calls by tap."""
+        return self.trials.calls
 
     def stages(self, f: Finding) -> tuple[str, ...]:
         """Those that were computed for a tap."""
@@ -95,7 +99,7 @@ class Seen:
 
     def reproduces(self, m: Mutant, f: Finding) -> bool:
         """Whether a mistake gives what the candidate has."""
-        return bool(reproduces(m, f, self.calls, self.recorded))
+        return bool(self.trials.reproduces(m, f))
 
     def holds(self, m: Mutant, f: Finding) -> bool:
         """Whether what makes a tap right makes all those right, or leaves them so, that were computed through the same calls."""
@@ -115,7 +119,7 @@ def fitted(rest: Iterable[Finding], s: Seen) -> Iterator[tuple[Finding, Mutant]]
         stages = s.stages(f)
         if f.tap in explained or failed[stages] == GIVEN_UP:
             continue
-        new = list(_of(Evidence(f, s.calls, s.recorded, s.config, frozenset(usable)), s))
+        new = list(_of(evidence(f, s.calls, s.trials.recorded, s.config, frozenset(usable)), s))
         failed[stages] += not new
         for m in new:
             also = [g for g in usable.values() if s.places(m, g) and (g is f or s.reproduces(m, g))]
@@ -143,16 +147,11 @@ def _fitting(fit: Fit, ev: Evidence, s: Seen) -> list[Mutant]:
     """
     found = list[Mutant]()
     with contextlib.suppress(*REFUSED):
-        found += (m for m in fit(ev) if _likely(m, ev) and s.reproduces(m, ev.finding) and s.holds(m, ev.finding))
+        found += (m for m in fit(ev) if s.reproduces(m, ev.finding) and s.holds(m, ev.finding))
     if fit in CHOICES or len(found) < 2 or not ev.whole:
         return found if fit in CHOICES else found[:1]
     far = [float(np.linalg.norm(finite(rerun(ev.region, ev.recorded, m) - ev.x))) for m in found]
     return [next(m for m, d in zip(found, far, strict=True) if d <= AS_NEAR * min(far))]
-
-
-def _likely(m: Mutant, ev: Evidence) -> bool:
-    """Whether a guess reproduces the first tokens."""
-    return ev.few is ev.recorded or bool(reproduces(m, ev.finding, ev.calls, ev.few))
 
 
 __all__ = ["CHOICES", "TIERS", "Seen", "fitted"]

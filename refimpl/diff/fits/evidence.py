@@ -21,6 +21,7 @@ from ..padding import filled
 from ..program import names
 from ..supposed import as_ours
 from ..tolerance import row_errors
+from ..wide import is_large
 from .few import first_tokens
 
 SLACK = 4.0
@@ -122,6 +123,14 @@ class Evidence:
         ):
             x = given([self.calls[tap]], self.recorded)[1]
         return None if x is None or x.dtype.kind in "iub" else np.asarray(x, np.float64)
+
+
+def evidence(
+    f: Finding, calls: Mapping[str, Call], r: Recorded, c: Config, blamed: frozenset[str] = frozenset()
+) -> Evidence:
+    """All of a tap; of attention's squares, if they are large, and can stand alone, the first tokens."""
+    some = first_tokens(f, calls, r) if is_large(theirs(f.tap, r).shape) else None
+    return Evidence(f, calls, some or r, c, blamed)
 
 
 Fit = Callable[[Evidence], Iterator[Mutant]]
