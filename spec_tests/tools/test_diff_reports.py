@@ -1,5 +1,6 @@
 """Reports for programs (JSON with its schema, SARIF) and for a person's terminal."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ from refimpl.layers.stage import STAGES, Patch
 from refimpl.record import trace_case
 
 from .test_diff_partial import SETS, TINY, case, only, recording
-from .tree import interpreter
+from .tree import CODE, interpreter, tree_of
 
 jsonschema = pytest.importorskip("jsonschema")  # in the extra `test`
 
@@ -111,6 +112,19 @@ def test_the_schema_is_printed(capsys):
         "const": "refimpl-diff/1",
         "description": "raised when a field goes or changes its meaning; fields may be added without",
     }
+
+
+def gate_names():
+    """The name in every call of Gate, of all modules."""
+    files = [file for file in CODE.values() if "Gate(" in file.read_text(encoding="utf-8")]
+    calls = [n for file in files for n in ast.walk(tree_of(file)) if isinstance(n, ast.Call)]
+    return {ast.literal_eval(n.args[0]) for n in calls if isinstance(n.func, ast.Name) and n.func.id == "Gate"}
+
+
+def test_the_schema_knows_every_gate():
+    """Catches a gate that only folders of ranks or converted weights have, and that the schema has not."""
+    name = schema()["properties"]["gates"]["items"]["properties"]["name"]
+    assert set(name["enum"]) == gate_names()
 
 
 def test_json_has_no_numbers_that_json_has_not():
