@@ -49,7 +49,9 @@ def add(commands: Commands) -> None:
     case.add_argument("out", type=Path)
     case.add_argument("--preset", default="tiny", help="tiny or mini")
     case.add_argument("--config", type=Path, help="a config.json instead of a preset")
-    case.add_argument("--shrink", action="store_true", help="make a real model's config small, every mechanism kept")
+    case.add_argument(
+        "--shrink", action="store_true", help="make a real model's config small, every mechanism kept: FP8 weights too"
+    )
     case.add_argument("--mtp", action="store_true", help="with the MTP layers that the config has")
     case.add_argument("--seed", type=int, default=0, help="a natural number; the same seed writes the same files")
     case.add_argument("--regime", default="", metavar="ID,...", help="regimes, commas between; --regimes lists them")
@@ -68,9 +70,10 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
+    from refimpl.checkpoint import json_object
     from refimpl.record import new_case
     from refimpl.record.regimes import named
-    from refimpl.record.shrink import changes, shrink
+    from refimpl.record.shrink import changes, quantised, shrink
 
     named(args.regime)  # a wrong name is said before anything else
     if not args.servable and (args.gguf or args.of):
@@ -78,15 +81,17 @@ def run(args: argparse.Namespace) -> int:
     if args.of:
         return _served(args, args.of)
     config = real = model_config(args)
+    stored = quantised(json_object(args.config)) if args.config and not args.servable else None
     if args.shrink:
         config = shrink(real)
-        print("\n".join(changes(real, config)), file=sys.stderr)
+        kept = ["quantization_config as it is: weights are FP8 codes"] if stored else []
+        print("\n".join(changes(real, config) + kept), file=sys.stderr)
     if args.seed < 0:
         raise SpecError(f"--seed is {args.seed}; it must not be negative")
     if config.hidden_size * config.n_routed_experts > 1 << 18:
         raise SpecError("this model is too large to draw at random; --shrink makes it small")
     if not args.servable:
-        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime)
+        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime, quantised=stored)
         print(args.out)
         return 0
     from refimpl.record.servable import readable
