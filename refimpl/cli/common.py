@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +28,11 @@ def model_config(args: argparse.Namespace) -> Config:
             return Config.described(json_object(args.config))
     require(args.preset in PRESETS, f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
     return PRESETS[args.preset]
+
+
+def takes_index(parser: Any) -> None:
+    """Lets `-1,-1,3` be an argument, so that it is said what is wrong with it: to argparse only `-1` is, and the rest an option."""
+    parser._negative_number_matcher = re.compile(r"-\d+(,-?\d+)*$")
 
 
 def gib(number: float) -> int:

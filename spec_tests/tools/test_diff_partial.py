@@ -513,15 +513,19 @@ def test_the_next_tap_to_record_is_named():
 
 
 def test_a_tolerance_is_explained(capsys):
-    """Catches a limit that nobody can check: the numbers of the derivation are those of the finding."""
+    """Catches a limit that nobody can check: the numbers of the derivation are those of the finding; and a name without the
+    phase, which `explain` takes, said to be missing.
+    """
     files = [str(TINY), str(TINY / "hf-bug.safetensors")]
     assert main(["diff", *files, "--explain-tolerance", "fwd/L1/router.weights"]) == 0
     text = capsys.readouterr().out
     assert "every input was recorded" in text and text.count("    twin ") == 4 and "beyond" in text
     found = next(f for f in judge(case(), recording("hf-bug")).findings if f.tap == "fwd/L1/router.weights")
     assert f"= {found.allowed:.2e}" in text
-    assert main(["diff", *files, "--explain-tolerance", "fwd/L7/resid"]) == 3
-    assert "was not compared" in capsys.readouterr().err
+    assert main(["diff", *files, "--explain-tolerance", "L1/router.weights"]) == 0 and capsys.readouterr().out == text
+    for tap in ("fwd/L7/resid", "L7/resid", "bwd/L1/resid"):
+        assert main(["diff", *files, "--explain-tolerance", tap]) == 3
+        assert f"{tap}' was not compared" in capsys.readouterr().err
 
 
 def test_two_traces_are_refereed(capsys, tmp_path):
