@@ -543,7 +543,7 @@ def test_two_traces_are_refereed(capsys, tmp_path):
 
 
 def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
-    """Catches XML that a CI server cannot read, or in which everything has passed."""
+    """Catches XML that a CI server cannot read, or in which everything has passed, also to who reads the counts of suites alone."""
     out = tmp_path / "r.xml"
     assert main(["diff", str(TINY), str(TINY / "hf-bug.safetensors"), "--junit", str(out), "--quiet"]) == 1
     assert capsys.readouterr().out.startswith("DIVERGES")
@@ -557,6 +557,8 @@ def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
     part = only(recording("hf-float32"), SETS["logits"])
     gates = ElementTree.fromstring(to_junit(judge(case(), part))).find("testsuite")
     assert [c.get("name") for c in gates if c.find("skipped") is not None] == ["coverage"]
+    for suite, counts in ((gates, [4, 0, 0, 1]), (root.find("testsuite[@name='router.weights']"), [2, 2, 0, 0])):
+        assert [int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")] == counts
 
 
 def test_the_report_is_one_screen_and_wraps_at_words():

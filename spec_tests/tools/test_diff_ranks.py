@@ -417,6 +417,14 @@ def test_refused(plain, tmp_path):
         assert message in str(error.value) and f"while reading trace {folder}" in str(error.value), str(error.value)
 
 
+def test_a_file_that_is_no_trace_is_named_once(tmp_path):
+    """Catches "while reading trace" said of a file and of its folder, of which only one cannot be read."""
+    (tmp_path / "r0.safetensors").write_bytes(b"")
+    with pytest.raises(SpecError) as error:
+        Trace.read(tmp_path)
+    assert str(error.value).count("while reading trace") == 1 and "r0.safetensors" in str(error.value)
+
+
 def test_two_files_of_one_rank(plain, tmp_path):
     """Catches a rank that was recorded twice, under two names, and of which one is dropped."""
     path = write(tmp_path, plain, 0, {"tp": (0, 2)})

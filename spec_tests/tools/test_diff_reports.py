@@ -328,7 +328,9 @@ def test_as_many_stages_as_fit(monkeypatch, height):
 
 
 def test_words_stay_whole_in_any_width():
-    """Catches an error from a terminal that is narrower than the column of labels."""
+    """Catches an error from a terminal that is narrower than the column of labels, and text behind its edge for that."""
     text = render(judgements()["bug"])
-    for width in (1, 5, 10, 17, 30):
-        assert wrapped(text, width).split() == text.split()
+    for width in (1, 5, 10, 17, 30, 48):
+        lines = wrapped(text, width).splitlines()
+        assert " ".join(lines).split() == text.split()
+        assert all(len(line) - len(line.lstrip()) <= 6 for line in lines) == (width < 48)
