@@ -59,14 +59,18 @@ def new_case(
     run: dict[str, Any] = {"tokens": _draw(draft, seed, 0.04 * _mean_score(config) if margin is None else margin)}
     run |= {n: a.tolist() for n, a in (("positions", draft.positions), ("valid", draft.valid)) if a is not None}
     run |= {"regimes": [r.id for r in chosen]} if chosen else {}
+    _write(folder, draft, run)
+    return folder
+
+
+def _write(folder: Path, draft: Draft, run: Mapping[str, Any]) -> None:
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Transaction() as files:
         write_into(files, folder / "weights.safetensors", draft.weights)
-        for name, content in (("config.json", config.to_dict() | draft.written), ("tokens.json", run)):
+        for name, content in (("config.json", draft.config.to_dict() | draft.written), ("tokens.json", run)):
             with files.new(folder / name) as f:
                 f.write(_json(content).encode())
-    return folder
 
 
 def _mean_score(c: Config) -> float:

@@ -342,7 +342,7 @@ def test_taps_that_cannot_be_looked_at_are_refused():
         examine(case(), without, "L1/resid")
     bad = Trace(trace.header, dict(trace.taps) | {"fwd/L1/resid": np.zeros((2, 2), np.float32)})
     with pytest.raises(
-        SpecError, match="expected .*: that is all that is wrong with it, its numbers were not compared"
+        SpecError, match=r"expected .*: that is all that is wrong with it, its numbers were not compared"
     ):
         examine(case(), bad, "L1/resid")
 
