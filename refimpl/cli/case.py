@@ -16,14 +16,14 @@ _TEXT = """Write a case: a folder with config.json, weights.safetensors and toke
 
 Weights are random, and large enough for mistakes to show. Tokens are drawn so that every routing decision is won clearly:
 implementations that round differently make the same ones. Many real bugs show only in a regime: experts of dropped groups that
-count as 0 instead of never are seen only where biased scores are negative.
+count as 0 instead of never are seen only where biased scores are negative. A case that is there already is kept, unless --force.
 
   refimpl case small                                                   preset tiny, every mechanism of V3
-  refimpl case small --config config.json --shrink                     a real model, its sizes made small
-  refimpl case small --regime bias-negative,long-positions --seed 3    where two families of bugs show
+  refimpl case real --config config.json --shrink                      a real model, its sizes made small
+  refimpl case hard --regime bias-negative,long-positions --seed 3     where two families of bugs show
   refimpl case --regimes                                               all regimes, what they do and what they show
   refimpl case served --servable                                       a folder that inference servers load (extra text)
-  refimpl case served --servable --gguf --from refimpl/cases/tiny      an existing case; model.gguf for llama.cpp (extra gguf)"""
+  refimpl case both --servable --gguf --from refimpl/cases/tiny        an existing case; model.gguf for llama.cpp (extra gguf)"""
 
 _FILES = ("config.json", "tokens.json", "weights.safetensors", "model.safetensors", "model.gguf")
 """What a case, or a folder for servers, consists of."""
