@@ -100,7 +100,9 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize(
+    "name", ["six tenths", *[pytest.param(n, marks=pytest.mark.slow) for n in UPDATES if n != "six tenths"]]
+)
 def test_what_a_dtype_swallows_is_not_that_dtype(name, biased):
     """Catches "if they are computed in bfloat16" of a step that is smaller than one of bfloat16, in which anything conforms; and
     float16, whose roundings are a twentieth of what is wrong, but all of one sign, as that is.

@@ -105,7 +105,7 @@ def test_what_is_larger_stays_larger(name):
     )
 
 
-@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+@pytest.mark.parametrize("scale_fmt", [pytest.param(None, marks=pytest.mark.slow), "ue8m0"])
 def test_weights_are_quantised_as_the_config_says(scale_fmt, tmp_path, capsys):
     """Catches V3 and V3.1, which differ in the scales of their weights alone, made the same small model; codes that nothing
     announces; a block of the size that all have by default.
