@@ -8,22 +8,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, require
 
-from .common import Commands, model_config
+from .common import Commands, add_model, model_config
 
 _TEXT = """Write a case: a folder with config.json, weights.safetensors and tokens.json that both sides run.
 
 Weights are random, and large enough for mistakes to show. Tokens are drawn so that every routing decision is won clearly:
 implementations that round differently make the same ones. Many real bugs show only in a regime: experts of dropped groups that
-count as 0 instead of never are seen only where biased scores are negative.
+count as 0 instead of never are seen only where biased scores are negative. A case that is there already is kept, unless --force.
 
   refimpl case small                                                   preset tiny, every mechanism of V3
-  refimpl case small --config config.json --shrink                     a real model, its sizes made small
-  refimpl case small --regime bias-negative,long-positions --seed 3    where two families of bugs show
+  refimpl case real --config config.json --shrink                      a real model, its sizes made small
+  refimpl case hard --regime bias-negative,long-positions --seed 3     where two families of bugs show
   refimpl case --regimes                                               all regimes, what they do and what they show
   refimpl case served --servable                                       a folder that inference servers load (extra text)
-  refimpl case served --servable --gguf --from refimpl/cases/tiny      an existing case; model.gguf for llama.cpp (extra gguf)"""
+  refimpl case both --servable --gguf --from refimpl/cases/tiny        an existing case; model.gguf for llama.cpp (extra gguf)"""
+
+_FILES = ("config.json", "tokens.json", "weights.safetensors", "model.safetensors", "model.gguf")
+"""What a case, or a folder for servers, consists of."""
 
 
 class _Regimes(argparse.Action):
@@ -47,12 +50,14 @@ def add(commands: Commands) -> None:
         formatter_class=raw,
     )
     case.add_argument("out", type=Path)
-    case.add_argument("--preset", default="tiny", help="tiny or mini")
-    case.add_argument("--config", type=Path, help="a config.json instead of a preset")
-    case.add_argument("--shrink", action="store_true", help="make a real model's config small, every mechanism kept")
+    case.add_argument("--force", action="store_true", help="in the place of the case or model that is there")
+    add_model(case, "tiny", "tiny (default) or mini")
+    case.add_argument(
+        "--shrink", action="store_true", help="make a real model's config small, every mechanism kept: FP8 weights too"
+    )
     case.add_argument("--mtp", action="store_true", help="with the MTP layers that the config has")
     case.add_argument("--seed", type=int, default=0, help="a natural number; the same seed writes the same files")
-    case.add_argument("--regime", default="", metavar="ID,...", help="regimes, commas between; --regimes lists them")
+    case.add_argument("--regime", metavar="ID,...", help="regimes, commas between; --regimes lists them")
     case.add_argument("--regimes", action=_Regimes, nargs=0, help="list the regimes, what they do and show, and exit")
     case.add_argument(
         "--servable",
@@ -68,32 +73,43 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
+    from refimpl.checkpoint import json_object
     from refimpl.record import new_case
-    from refimpl.record.regimes import named
-    from refimpl.record.shrink import changes, shrink
+    from refimpl.record.shrink import changes, quantised, shrink
 
-    named(args.regime)  # a wrong name is said before anything else
-    if not args.servable and (args.gguf or args.of):
-        raise SpecError("--gguf and --from belong to --servable")
+    _check(args)
     if args.of:
         return _served(args, args.of)
     config = real = model_config(args)
+    stored = quantised(json_object(args.config)) if args.config and not args.servable else None
     if args.shrink:
         config = shrink(real)
-        print("\n".join(changes(real, config)), file=sys.stderr)
-    if args.seed < 0:
-        raise SpecError(f"--seed is {args.seed}; it must not be negative")
+        kept = ["quantization_config as it is: weights are FP8 codes"] if stored else []
+        print("\n".join(changes(real, config) + kept), file=sys.stderr)
     if config.hidden_size * config.n_routed_experts > 1 << 18:
         raise SpecError("this model is too large to draw at random; --shrink makes it small")
     if not args.servable:
-        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime)
+        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime or "", quantised=stored)
         print(args.out)
         return 0
     from refimpl.record.servable import readable
 
     with tempfile.TemporaryDirectory() as folder:
-        new_case(folder, config, seed=args.seed, regimes=args.regime, ids=readable(config.vocab_size))
+        new_case(folder, config, seed=args.seed, regimes=args.regime or "", ids=readable(config.vocab_size))
         return _served(args, Path(folder))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """SpecError for options that make no sense, a wrong name first, and for a folder that would be written over."""
+    from refimpl.record.regimes import named
+
+    require(args.regime is None or named(args.regime), f"--regime {args.regime!r} names none; --regimes lists them")
+    require(args.servable or not (args.gguf or args.of), "--gguf and --from belong to --servable")
+    require(args.seed >= 0, f"--seed is {args.seed}; it must not be negative")
+    there = next((args.out / name for name in _FILES if (args.out / name).exists()), None)
+    require(
+        not there or args.force, f"{there} is there already; another folder, or --force to put a new case in its place"
+    )
 
 
 def _served(args: argparse.Namespace, case: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from refimpl.autograd.errors import require
 
-from .common import Commands, deliver, model_config
+from .common import Commands, add_model, deliver, model_config
 
 _TEXT = """Plan a training job: bytes per link class, memory per rank, bubble, step time. Defaults: V3's own run.
 
@@ -20,8 +20,7 @@ def add(commands: Commands) -> None:
     """Add `cluster`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("cluster", help="plan a training job", description=_TEXT, formatter_class=raw)
-    p.add_argument("--preset", default="deepseek-v3", help="model (default deepseek-v3)")
-    p.add_argument("--config", type=Path, help="a config.json instead of a preset")
+    add_model(p, "deepseek-v3", "model (default deepseek-v3)")
     whole: Mapping[str, tuple[int | None, str]] = {
         "gpus": (2048, "GPUs in all"),
         "gpus-per-node": (8, "GPUs of a node"),

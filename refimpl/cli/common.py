@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,14 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """What `add` of a command adds itself to."""
 
 
+def add_model(parser: argparse.ArgumentParser, preset: str, help: str) -> None:
+    """--preset and --config, of which only one can be given."""
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--preset", help=help)
+    one.add_argument("--config", type=Path, help="a config.json instead of a preset")
+    parser.set_defaults(default_preset=preset)
+
+
 def model_config(args: argparse.Namespace) -> Config:
     """The model of --config, or of --preset; SpecError for what is neither."""
     from refimpl.checkpoint import json_object
@@ -25,8 +34,14 @@ def model_config(args: argparse.Namespace) -> Config:
     if args.config:
         with where(f"while reading {args.config}"):
             return Config.described(json_object(args.config))
-    require(args.preset in PRESETS, f"preset {args.preset!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[args.preset]
+    preset = args.default_preset if args.preset is None else args.preset
+    require(preset in PRESETS, f"preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def takes_index(parser: Any) -> None:
+    """Lets `-1,-1,3` be an argument, so that it is said what is wrong with it: to argparse only `-1` is, and the rest an option."""
+    parser._negative_number_matcher = re.compile(r"-\d+(,-?\d+)*$")
 
 
 def gib(number: float) -> int:

@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         case, trace, gate = under(case, trace, args.weights)
         apart = [gate]
     if args.explain_tolerance:
-        show(screen(lambda _: "\n".join(explain(case, trace, args.explain_tolerance)), 1))
+        tap = _full(args.explain_tolerance, trace)
+        show(screen(lambda _: "\n".join(explain(case, trace, tap)), 1))
         return 0
     if args.other:
         return _referee(case, trace, args)
@@ -107,6 +108,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(_text(judgement, args))
     return judgement.exit_code
+
+
+def _full(tap: str, trace: Trace) -> str:
+    """A tap whose name may leave out the phase, as `refimpl explain` takes it."""
+    from refimpl.diff.training import PHASES
+    from refimpl.model.phases import in_part, is_part
+
+    begin = tap.partition("/")[0]
+    if is_part(begin) or begin in PHASES:
+        return tap
+    held = [t for t in trace.taps if t.partition("/")[2] == tap]
+    parts = [t for t in held if in_part(t)]
+    require(len(parts) < 2, f"{tap!r} is in several parts of the run; say which: {', '.join(parts)}")
+    return (parts or held or [f"fwd/{tap}"])[0]
 
 
 def _files(args: argparse.Namespace) -> list[tuple[Path, Callable[[Judgement], str]]]:

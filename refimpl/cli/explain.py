@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import Commands
+from .common import Commands, takes_index
 
 _TEXT = """Take one number of a recorded tap apart: its equation, the inputs that entered by name, its terms by size, what
 float64, the candidate and the twins give, what is allowed.
@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     p.add_argument("tap", help="its name, with or without the phase: fwd/L1/router.weights or L1/router.weights")
     p.add_argument("index", nargs="?", help="whole numbers with commas between, e.g. 0,12,3")
     p.add_argument("--terms", type=int, default=8, metavar="N", help="how many terms to list (default: 8)")
+    takes_index(p)
     p.set_defaults(run=run)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import Commands
+from .common import Commands, takes_index
 
 _TEXT = """Write a folder that shows one finding to somebody who has nothing of ours: repro.py, which needs NumPy alone, and
 inputs.npz.
@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
         "index", nargs="?", help="a number of the row to show, e.g. 0,12,3 (default: the one that is furthest off)"
     )
     p.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    takes_index(p)
     p.set_defaults(run=run)
 
 

@@ -12,6 +12,7 @@ SURVIVORS = {
     "X11c": "the config of the cases has this theta: nothing is wrong",
     "L05": "tokens are counted for monitoring and for the bias update, for which the protocol has no method",
     "L07": "the bias is moved after a step of the optimiser, for which the protocol has no method",
+    "L07[bcd]": "the bias is moved after a step of the optimiser, for which the protocol has no method",
 }
 
 

@@ -16,8 +16,10 @@ import numpy as np
 
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Call
+from refimpl.model.phases import parts_of
 
-from .gates import Gate
+from .dims import Sizes, shape_of
+from .gates import Gate, phases_of
 from .precision import Precision
 from .shards import Rank, Shards
 from .tolerance import FACTOR, ROUNDINGS, row_errors
@@ -43,7 +45,8 @@ def ranks_gate(trace: Trace, precision: Precision, program: Sequence[Call]) -> l
     taps = trace.taps
     if not isinstance(taps, Shards):
         return []
-    stages = {c.tap: c.stage for c in program}
+    calls = {c.tap: c for c in program}
+    stages = {tap: c.stage for tap, c in calls.items()}
     order = {t: i for i, t in enumerate(stages)}
 
     def place(tap: str) -> tuple[int, str]:
@@ -52,7 +55,7 @@ def ranks_gate(trace: Trace, precision: Precision, program: Sequence[Call]) -> l
     found = _all_compared(sorted(taps, key=place), stages, APART * max(map(precision.unit, taps), default=0.0), taps)
     wrong = taps.wrong | {t: c.fault for t, c in found.items() if c.fault}
     for state, texts in (("FAIL", wrong), ("?", taps.missing)):
-        told = [f"{t} {texts[t]}" for t in sorted(texts, key=place)]
+        told = [f"{t} {texts[t]}{_split(calls.get(t), trace, taps)}" for t in sorted(texts, key=place)]
         if told:
             more = f"; and {len(told) - 1} more taps" if len(told) > 1 else ""
             return [Gate("ranks", "FAIL" if state == "FAIL" else "?", told[0] + more, tuple(told))]
@@ -63,6 +66,29 @@ def ranks_gate(trace: Trace, precision: Precision, program: Sequence[Call]) -> l
             "ranks", "ok", f"{len(taps.ranks)} ranks: {split} taps put together, {len(found)} agree between ranks{but}"
         )
     ]
+
+
+def _split(call: Call | None, trace: Trace, taps: Shards) -> str:
+    """What to declare, in words: an axis of the tap along which its ranks' arrays, side by side, have the length that it should
+    have; "" if there is none.
+    """
+    if call is None or taps.marks(call.tap).along:
+        return ""
+    h = trace.header
+    sizes = Sizes(len(h.tokens), parts_of(phases_of(h, taps), len(h.tokens[0])))
+    whole, letters = shape_of(call, trace.config, sizes), call.of.shape.split()
+    for axis in [a for a, n in taps.sizes.items() if n > 1]:
+        along = [r for r in taps.ranks if all(i == 0 for a, i in r.at.items() if a != axis)]
+        held = [np.asarray(r.taps[call.tap]) for r in along if call.tap in r.taps]
+        odd = len(held) != taps.sizes[axis] or any(a.ndim != len(whole) for a in held)
+        if odd or all(_bits_equal(a, held[0]) for a in held):
+            continue
+        for i, letter in enumerate(letters):
+            rest = {(*a.shape[:i], *a.shape[i + 1 :]) for a in held}
+            if rest == {(*whole[:i], *whole[i + 1 :])} and sum([a.shape[i] for a in held]) == whole[i]:
+                dims = " ".join([*letters[:i], f"{letter}@{axis}", *letters[i + 1 :]])
+                return f'; side by side along {letter} they are whole: if that is meant, declare dims "{dims}"'
+    return ""
 
 
 def _all_compared(

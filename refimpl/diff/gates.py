@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from refimpl.autograd.errors import SpecError
+from refimpl.autograd.errors import SpecError, where
 from refimpl.autograd.tensor import Array
 from refimpl.layers.config import Config
 from refimpl.layers.stage import Call
+from refimpl.model import read_inputs
 from refimpl.model.phases import in_part
 
 from .case import Case
@@ -31,18 +32,25 @@ class Gate:
 
 
 def inputs_gate(case: Case, trace: Trace) -> Gate:
-    """Tokens, positions, padding and config must be the case's: anything else is another experiment (SpecError)."""
+    """Tokens, positions, padding and config must be the case's: anything else is another experiment (SpecError). A header may have
+    the first sequences only, if that is what was run.
+    """
     h = trace.header
-    for name, mine, theirs in (
-        ("tokens", case.tokens, h.tokens),
-        ("padding (valid)", case.valid, h.valid),
-        ("positions", _positions(case), _positions(h)),
+    with where(f"in {case.path / 'tokens.json'}"):
+        read_inputs(case.config, case.tokens, case.positions, case.valid)
+    n = len(h.tokens) if case.valid is None and 0 < len(h.tokens) < len(case.tokens) else len(case.tokens)
+    places = "which are then counted from 0; the case has its own" if h.positions is None else ""
+    for name, mine, theirs, lacks in (
+        ("tokens", case.tokens, h.tokens, ""),
+        ("padding (valid)", case.valid, h.valid, "" if h.valid else "and the case has padding"),
+        ("positions", _positions(case), _positions(h), places),
     ):
-        if mine != theirs:
-            raise SpecError(
-                f"the trace was recorded with other {name} than the case holds; record it again\n"
-                f"  while comparing {case.path} with the trace's header"
-            )
+        if (mine if mine is None else mine[:n]) != theirs:
+            other = f"the trace was recorded with other {name} than the case holds; record it again"
+            silent = f"the trace's header has no {name}, {lacks}: declare them if they were used, else record it again"
+            context = f"while comparing {case.path} with the trace's header"
+            raise SpecError(f"{silent if lacks else other}\n  {context}")
+    few = "" if n == len(case.tokens) else f" of the first {n} of {len(case.tokens)} sequences"
     mine_c, theirs_c = case.config, trace.config
     different = [
         f for f in Config.__dataclass_fields__ if f != "dialect" and getattr(mine_c, f) != getattr(theirs_c, f)
@@ -52,7 +60,7 @@ def inputs_gate(case: Case, trace: Trace) -> Gate:
         f = different[0]
         what = f"{f} is {getattr(theirs_c, f)!r}, in the case {getattr(mine_c, f)!r}"
         return Gate("inputs", "FAIL", f"config differs: {what}", tuple(different))
-    return Gate("inputs", "ok", f"config, {sum(map(len, case.tokens))} tokens")
+    return Gate("inputs", "ok", f"config, {sum(map(len, h.tokens))} tokens{few}")
 
 
 def _positions(run: Case | Header) -> list[list[int]]:

@@ -54,6 +54,9 @@ class Grounds:
         return near and f", did you mean {near}"
 
     def _held(self, found: Call) -> Call:
-        require(found.tap not in self.admitted.flawed, f"{found.tap}: {self.admitted.flawed.get(found.tap)}")
+        flaw = (
+            f"{self.admitted.flawed.get(found.tap)}: that is all that is wrong with it, its numbers were not compared"
+        )
+        require(found.tap not in self.admitted.flawed, f"{found.tap}: {flaw}")
         require(found.tap in self.admitted.taps, f"{found.tap}: the trace does not hold it")
         return found

@@ -34,6 +34,8 @@ may not. That of a mistake is 0 but for chance, which is 0.1 of a hundred number
 """
 ALONE = 0.7
 """The same where one stage is narrow, and nothing else: that rounds in few places."""
+_FAR = 4.0
+"""How many times as far as our own stages are off in that dtype a candidate may be, which sums in another order."""
 _SHORT = 48
 """Stages of a region of which each is tried alone."""
 
@@ -76,12 +78,18 @@ def _codes(ev: Evidence) -> bool:
     return np.array_equal(own, x) and nearest.shape == x.shape and float((nearest == x).mean()) >= _MOST
 
 
+def _holds(dtype: str, ev: Evidence) -> bool:
+    """Whether all numbers of a tap are the dtype's."""
+    x = theirs(ev.finding.tap, ev.recorded)
+    return np.array_equal(_ROUND[dtype](x), x, equal_nan=True)
+
+
 def _like(dtype: str, stage: str, ev: Evidence) -> float:
     """The cosine between what the candidate is off by and what a region is off by of which a stage, or all, rounds to a dtype; 1
     where each number is one of the dtype's.
     """
-    x, best, off = theirs(ev.finding.tap, ev.recorded), 0.0, ev.x - ev.e
-    if not stage and np.array_equal(_ROUND[dtype](x), x, equal_nan=True):
+    best, off = 0.0, ev.x - ev.e
+    if not stage and _holds(dtype, ev):
         return 1.0
     for reads, gives in _WAYS:
         narrow = {c.stage: _rounding(c.of.fn, dtype, reads, gives) for c in ev.region if stage in ("", c.stage)}
@@ -92,7 +100,8 @@ def _like(dtype: str, stage: str, ev: Evidence) -> float:
             continue
         both = np.isfinite(ours) & np.isfinite(off)
         a, b = ours[both], off[both]
-        best = max(best, float(a @ b) / max(float(np.sqrt((a @ a) * (b @ b))), np.finfo(float).tiny))
+        if b @ b <= _FAR**2 * (a @ a):
+            best = max(best, float(a @ b) / max(float(np.sqrt((a @ a) * (b @ b))), np.finfo(float).tiny))
     return best
 
 
@@ -114,7 +123,10 @@ _WAYS = ((True, True), (True, False), (False, True))
 
 
 def _allows(dtype: str, ev: Evidence) -> bool:
-    """Whether twins of the region in that dtype err as much, and the candidate does so in most rows, as a dtype spares none."""
+    """Whether twins of the region in that dtype err as much, and the candidate does so in most rows, as a dtype spares none. Where
+    they would err as much had the last stage done nothing, whatever it does conforms: that says nothing, unless all its numbers
+    are the dtype's.
+    """
     f, r, region, e = ev.finding, ev.recorded, ev.region, ev.e
     narrow, family = replace(r, noise=Noise(lambda tap: UNIT[dtype], lambda call: "fp32")), 0.0
     if np.median(row_errors(f.stage, filled(ev.call, theirs(f.tap, r), e, r.padding), e)) <= f.allowed:
@@ -126,4 +138,7 @@ def _allows(dtype: str, ev: Evidence) -> bool:
             if call.tap in r.partial and call is not region[-1]:
                 lane.overlay(call, narrow)
         family = max(family, distance(f.stage, seen(f.tap, np.asarray(lane.values[f.tap]), r), e).worst)
-    return f.error <= allowed(f.stage, UNIT[dtype], family)
+    limit = allowed(f.stage, UNIT[dtype], family)
+    read = [a for a in ev.args if isinstance(a, np.ndarray) and a.dtype.kind == "f" and a.shape == e.shape]
+    idle = any(distance(f.stage, a, e).worst <= limit for a in read)
+    return f.error <= limit and (not idle or _holds(dtype, ev))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.autograd.errors import require, where
+from refimpl.autograd.tensor import Array
 
 from .header import Header, read_file
 from .marks import Marks, is_marked, marks_of
@@ -33,9 +34,10 @@ def holds_parts(header: Header) -> bool:
 
 def read_ranks(path: Path, files: Sequence[Path]) -> tuple[Header, Shards]:
     """The traces of all ranks as one. SpecError for a rank that is missing or twice there, and for headers that disagree."""
+    read = [read_file(file) for file in files]
     with where(f"while reading trace {path}"):
         require(files, "no *.safetensors in this folder; a trace is a file, or a folder of all ranks' files")
-        ranks = sorted(map(_rank, files), key=lambda r: r.number)
+        ranks = sorted([_rank(file, *one) for file, one in zip(files, read, strict=True)], key=lambda r: r.number)
         sizes = _sizes(ranks)
         _complete(ranks, sizes)
         header = _united(ranks)
@@ -65,8 +67,8 @@ def alone(header: Header) -> str:
     return f"rank {number} of {total}{f' ({place})' if place else ''}" if total > 1 else ""
 
 
-def _rank(path: Path) -> Rank:
-    header, taps = as_ours(*read_file(path))
+def _rank(path: Path, header: Header, taps: Mapping[str, Array]) -> Rank:
+    header, taps = as_ours(header, taps)
     if is_count(header.layouts.get("layers", "")):  # each rank may have its own
         header = dataclasses.replace(header, layouts={k: v for k, v in header.layouts.items() if k != "layers"})
     require(header.parallel, f"{path.name} lacks the header key 'parallel', which says of which rank it is")

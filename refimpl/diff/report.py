@@ -57,7 +57,7 @@ def wrapped(text: str, width: int) -> str:
     lines = []
     for line in text.split("\n"):
         own = len(line) - len(line.lstrip())
-        under = " " * (own + 2 if own else LABEL)
+        under = " " * (own + 2 if own else LABEL if width >= 3 * LABEL else 2)
         lines += textwrap.wrap(
             line, width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False
         ) or [""]

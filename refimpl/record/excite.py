@@ -12,13 +12,12 @@ from refimpl.autograd.tensor import Array
 from refimpl.checkpoint.names import BIAS, SCALE, is_fp8, quantization_config
 from refimpl.layers.config import Config
 from refimpl.layers.numerics.formats import to_bf16
-from refimpl.layers.numerics.quantisation import quantize_blocks
+from refimpl.layers.numerics.quantisation import quantization_settings, quantize_blocks
 
 from .drafts import BESIDE_TIES, NEARLY_TIED, Draft
 
 EPS = 1e-5
 """rms_norm_eps of regime eps."""
-_BLOCK = (128, 128)
 _GATE = "mlp.gate.weight"
 
 # --------------------------------------------------------------------------------------- configs
@@ -141,11 +140,13 @@ def small_stream(d: Draft) -> None:
 
 
 def fp8_weights(d: Draft) -> None:
-    """Projections as codes with scales, and the keys of config.json that say so."""
-    d.written |= quantization_config(None, _BLOCK)
+    """Projections as codes with scales, and the keys of config.json that say so; as they say, if they do already."""
+    block, scale_fmt = quantization_settings(d.written)
+    d.written = quantization_config(scale_fmt, block) | d.written
     for name in [n for n in d.weights if is_fp8(n)]:
         with where(f"while quantising {name}"):
-            d.weights[name], d.weights[name + SCALE] = quantize_blocks(d.weights[name].astype(np.float32), _BLOCK)
+            w = d.weights[name].astype(np.float32)
+            d.weights[name], d.weights[name + SCALE] = quantize_blocks(w, block, scale_fmt=scale_fmt)
 
 
 # ---------------------------------------------------------------------------------------- inputs

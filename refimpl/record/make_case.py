@@ -36,34 +36,41 @@ def new_case(
     mtp: bool = False,
     regimes: str = "",
     ids: Array | None = None,
+    quantised: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write config.json, weights.safetensors and tokens.json; the same seed writes the same files. -> the folder.
 
     Tokens are drawn for routing decisions that are won clearly, by `margin` in score or more (0.1 is usual for preset
     tiny, whose scores move by 0.06 in bfloat16; by default 0.04 of the mean score): an implementation with other
     roundings makes the same ones, and is compared number by number. MTP layers are written only with `mtp`. `regimes`,
-    ids with commas between, make what is rare (`regimes.REGIMES`). Tokens are among `ids`, or any. Raises SpecError where the
-    margin is not met, and for regimes that cannot be.
+    ids with commas between, make what is rare (`regimes.REGIMES`). Tokens are among `ids`, or any. `quantised` is a config.json's
+    quantization_config: weights are FP8 codes in its blocks, with its scales. Raises SpecError where the margin is not met, and for
+    regimes that cannot be.
     """
-    folder, chosen = Path(folder), named(regimes)
+    folder, chosen = Path(folder), named(f"{regimes},fp8-weights" if quantised else regimes)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)
     for regime in chosen:
         config = regime.applied(config)
     draft = Draft(config, draw_weights(config, seed), np.random.default_rng(seed), batch, length, ids=ids)
+    draft.written |= {"quantization_config": dict(quantised)} if quantised else {}
     for regime in chosen:
         draft.rng = np.random.default_rng([seed, zlib.crc32(regime.id.encode())])
         regime.change(draft)
     run: dict[str, Any] = {"tokens": _draw(draft, seed, 0.04 * _mean_score(config) if margin is None else margin)}
     run |= {n: a.tolist() for n, a in (("positions", draft.positions), ("valid", draft.valid)) if a is not None}
     run |= {"regimes": [r.id for r in chosen]} if chosen else {}
+    _write(folder, draft, run)
+    return folder
+
+
+def _write(folder: Path, draft: Draft, run: Mapping[str, Any]) -> None:
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Transaction() as files:
         write_into(files, folder / "weights.safetensors", draft.weights)
-        for name, content in (("config.json", config.to_dict() | draft.written), ("tokens.json", run)):
+        for name, content in (("config.json", draft.config.to_dict() | draft.written), ("tokens.json", run)):
             with files.new(folder / name) as f:
                 f.write(_json(content).encode())
-    return folder
 
 
 def _mean_score(c: Config) -> float:
@@ -112,7 +119,7 @@ def draw_tokens(
 def _draw(d: Draft, seed: int, margin: float) -> list[list[int]]:
     """Tokens (batch, length), each of some random ones that which reaches the draft's goal best; SpecError if none does."""
     rng = np.random.default_rng([seed, zlib.crc32(b"tokens")])
-    impl = Impl(precision="float32").load(d.config, d.weights)
+    impl = Impl(precision="float32").load(d.config.to_dict() | d.written, d.weights)
     rows: list[list[int]] = [[] for _ in range(d.batch)]
     for b, row in enumerate(rows):
         for place in range(d.length):

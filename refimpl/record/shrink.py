@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from refimpl.autograd.errors import require
 from refimpl.layers.config import Config
 
 _SIZES = {
@@ -17,6 +21,14 @@ _SIZES = {
     "v_head_dim": 10,
 }
 """Sizes of the small model: all different, none a multiple of another where a swap could hide."""
+_RANKED = (
+    ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    ("q_lora_rank", "kv_lora_rank"),
+    ("hidden_size", "intermediate_size", "moe_intermediate_size"),
+)
+"""Sizes of which the larger stays the larger: kernels pad, slice and reuse buffers by which of them is."""
+_WIDE_V = 22
+"""Of a value that is wider than a query."""
 _DENSE, _SPARSE = 2, 2
 """At most so many dense layers, and so many with experts."""
 
@@ -25,9 +37,10 @@ def shrink(c: Config) -> Config:
     """The config with small sizes, few layers and few experts.
 
     Kept as they are: full or low rank of queries, the groups and how they and the experts are chosen, scoring, renormalising,
-    scaling, shared experts, the rule that says which layers are dense, RoPE and YaRN, eps, biases, tied embeddings, MTP.
+    scaling, shared experts, the rule that says which layers are dense, RoPE and YaRN, eps, biases, tied embeddings, MTP modules;
+    and which of the widths of a head, of the latents, of the stream and the experts is the larger.
     """
-    small = {name: min(size, getattr(c, name)) for name, size in _SIZES.items() if getattr(c, name) is not None}
+    small = {name: min(size, getattr(c, name)) for name, size in _sizes(c).items()}
     dense = min(c.first_k_dense_replace, _DENSE)
     sparse = [i for i in range(c.num_hidden_layers) if c.is_moe(i)]
     layers = dense + min(len(sparse) * c.moe_layer_freq, _SPARSE * c.moe_layer_freq) if sparse else _DENSE
@@ -37,8 +50,19 @@ def shrink(c: Config) -> Config:
         **routing,
         first_k_dense_replace=dense,
         num_hidden_layers=max(1, min(layers, c.num_hidden_layers)),
-        num_nextn_predict_layers=min(c.num_nextn_predict_layers, 1),
     )
+
+
+def _sizes(c: Config) -> dict[str, int]:
+    """The small sizes, in the order that they have in the real model; what is equal there differs here."""
+    sizes = {name: size for name, size in _SIZES.items() if getattr(c, name) is not None}
+    for group in _RANKED:
+        names = [n for n in group if n in sizes]
+        rising = sorted(names, key=lambda n: (getattr(c, n), _SIZES[n]))
+        sizes |= dict(zip(rising, sorted([sizes[n] for n in names]), strict=True))
+    if c.v_head_dim > c.qk_nope_head_dim + c.qk_rope_head_dim:
+        sizes["v_head_dim"] = _WIDE_V
+    return sizes
 
 
 def _routing(c: Config) -> dict[str, int]:
@@ -51,6 +75,17 @@ def _routing(c: Config) -> dict[str, int]:
         "n_routed_experts": per_group * c.n_group,
         "num_experts_per_tok": max(1, min(c.num_experts_per_tok, kept // 2)),
     }
+
+
+def quantised(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a config.json, None without one. SpecError for what is not FP8 in blocks."""
+    q: Any = config.get("quantization_config")
+    if q is None:
+        return None
+    method = q.get("quant_method") if isinstance(q, Mapping) else q
+    more = "delete it from the config for weights in bfloat16"
+    require(method == "fp8", f"quantization_config is {method!r}; a case's weights are FP8 in blocks or none: {more}")
+    return dict(q)
 
 
 def changes(before: Config, after: Config) -> list[str]:

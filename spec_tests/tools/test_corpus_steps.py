@@ -60,8 +60,15 @@ def losses():
         yield "L06", (s, routed), static, balance(ours, chosen) * B
     yield "L05", (ids,), {"n_experts": 7}, np.array([6, 4, 2, 6, 2, 4, 0])
     yield "L06b", (1.0, (2.0, 4.0), (0.5, 0.25)), {"mtp_weight": 0.1}, 1 + 0.1 * 3 + 2 * 0.75
-    bias = random(6)
-    yield "L07", (bias, np.arange(6)), {"gamma": 0.1, "zero_sum": False}, bias
+    bias, load, static = random(6), [0, 1, 2, 3, 4, 8], {"gamma": 0.1, "zero_sum": False}
+    for id, moved in {
+        "L07": [0, 0, 0, 0, 0, 0],
+        "L07b": [-0.1, -0.1, -0.1, 0, 0.1, 0.1],
+        "L07c": [0.3, 0.2, 0.1, 0, -0.1, -0.5],
+        "L07d": [0.3 / 3, 0.2 / 3, 0.1 / 3, 0, -0.1 / 3, -0.5 / 3],
+    }.items():
+        yield id, (bias, np.array(load)), static, bias + moved
+    yield "L07b", (bias, np.array(load)), {"gamma": 0.1, "zero_sum": True}, bias + np.array([-5, -5, -5, 1, 7, 7]) / 60
     labels, logits = np.array([[1, 4, 0, 2, 3, 5], [3, 3, 5, 1, 2, 0]]), random(B, 5, 6)
     lost = -np.log(softmax(logits))
     for id, by, last in (("T05", -1, None), ("T05b", 1, labels[:, 0])):

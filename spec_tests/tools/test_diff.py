@@ -283,6 +283,31 @@ def test_inputs_gate(case, trace):
     assert other.exit_code == 1 and "rms_norm_eps" in render(other)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([[1, 2], [3]], "not a rectangular array"),
+        ([[1.5, 2]], "expected integers"),
+        ([[999]], "token id 999"),
+        ([], "not empty"),
+    ],
+)
+def test_a_cases_tokens_that_are_none_are_not_the_traces_fault(case, trace, tokens, says):
+    """Catches "the trace was recorded with other tokens ...; record it again" of a case with a broken tokens.json."""
+    with pytest.raises(SpecError, match=rf"{says}(.|\n)*tokens\.json"):
+        judge(dataclasses.replace(case, tokens=tokens), trace)
+
+
+def test_a_header_of_the_first_sequences_is_one_of_the_case(case, trace):
+    """Catches a run of the first sequence refused for an honest header; one of the second, or of none, taken for it."""
+    first = {t: a[:1] for t, a in trace.taps.items() if t.endswith(("resid", "embed", "/logits"))}
+    judgement = judge(case, Trace(dataclasses.replace(trace.header, tokens=case.tokens[:1], expected=[]), first))
+    assert not judgement.culprits and "16 tokens of the first 1 of 2 sequences" in render(judgement)
+    for other in (case.tokens[1:], [], [*case.tokens, case.tokens[0]]):
+        with pytest.raises(SpecError, match="other tokens"):
+            judge(case, changed(trace, tokens=other))
+
+
 def test_positions_may_be_spelled_out(case, trace):
     """Catches a trace refused because it writes down the positions that the case leaves to be counted, or the other way."""
     counted = [list(range(len(row))) for row in case.tokens]
@@ -290,6 +315,11 @@ def test_positions_may_be_spelled_out(case, trace):
     assert judge(dataclasses.replace(case, positions=counted), trace).verdict == "CONFORMS"
     with pytest.raises(SpecError, match="other positions"):
         judge(case, changed(trace, positions=[[p + 1 for p in row] for row in counted]))
+    away = dataclasses.replace(case, positions=[[p + 1 for p in row] for row in counted])
+    with pytest.raises(SpecError, match="header has no positions, which are then counted from 0"):
+        judge(away, trace)
+    with pytest.raises(SpecError, match="header has no padding"):
+        judge(dataclasses.replace(case, valid=[[0, *row[1:]] for row in [[1] * len(r) for r in case.tokens]]), trace)
     with pytest.raises(SpecError, match="other padding"):
         judge(case, changed(trace, valid=[[0, *row[1:]] for row in [[1] * len(r) for r in case.tokens]]))
 

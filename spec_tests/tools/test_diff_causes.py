@@ -1,9 +1,13 @@
 """What counts as a cause: a dtype whose roundings are the errors, to the sign; a mistake that moves a tap as the candidate did."""
 
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from refimpl.checkpoint import write_file
+from refimpl.diff import Case
 from refimpl.diff.judge import judge
 from refimpl.layers import STAGES
 from refimpl.layers.stage import Patch
@@ -61,6 +65,59 @@ def test_a_mistake_as_small_as_a_dtypes_roundings_is_not_that_dtype(name):
     """Catches "these taps conform if they are computed in bfloat16" of what no dtype does: whoever declares it hides the bug."""
     patches, taps = SMALL[name]
     assert not [d.title for d in causes(patches, taps) if "computed in" in d.title]
+
+
+@pytest.fixture(scope="module", params=[0, 1, 8])
+def biased(request, tmp_path_factory):
+    """The bundled case, as it is or with selection biases of whole 64ths between 1 and 2, or an eighth: numbers of both dtypes."""
+    if not request.param:
+        return case()
+    folder = tmp_path_factory.mktemp("biased") / "case"
+    shutil.copytree(case().path, folder)
+    weights, rng = case().weights(), np.random.default_rng(0)
+    for name in [n for n in weights if n.endswith("correction_bias")]:
+        weights[name] = np.float32(1 + rng.integers(0, 64, weights[name].shape) / 64) / np.float32(request.param)
+    write_file(folder / "weights.safetensors", weights)
+    return Case.read(folder)
+
+
+def moved(of, step):
+    """Causes where the selection bias moves by gamma = 0.001 times something of the load and of the bias."""
+
+    def changed(b, load, *, gamma, zero_sum):
+        return (b + gamma * step(load, b)).astype(b.dtype)
+
+    recorded = trace_case(of, training={"gamma": 0.001}, patches=[Patch("router.bias_update", changed)])
+    judgement = judge(of, only(recorded, lambda t: t.startswith(("fwd/", "upd/"))))
+    assert {f.stage for f in judgement.culprits} == {"router.bias_update"}
+    return judgement.causes
+
+
+UPDATES = {
+    "a root of the load": lambda load, b: np.sign(load.mean() - load) * np.sqrt(abs(load / load.mean() - 1)),
+    "six tenths": lambda load, b: 0.6 * np.sign(load.mean() - load),
+    "decay": lambda load, b: np.sign(load.mean() - load) - b,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["six tenths", *[pytest.param(n, marks=pytest.mark.slow) for n in UPDATES if n != "six tenths"]]
+)
+def test_what_a_dtype_swallows_is_not_that_dtype(name, biased):
+    """Catches "if they are computed in bfloat16" of a step that is smaller than one of bfloat16, in which anything conforms; and
+    float16, whose roundings are a twentieth of what is wrong, but all of one sign, as that is.
+    """
+    assert not [d.title for d in moved(biased, UPDATES[name]) if "computed in" in d.title]
+
+
+def test_numbers_that_are_all_a_dtypes_are_that_dtype_however_small_the_step():
+    """Catches a bias that is kept in bfloat16 and of which nothing is said."""
+
+    def step(load, b):
+        return (narrow(b + 0.001 * np.sign(load.mean() - load))[0] - b.astype(np.float64)) / 0.001
+
+    (d,) = moved(case(), step)
+    assert "computed in bfloat16" in d.title
 
 
 def narrow(*arrays):

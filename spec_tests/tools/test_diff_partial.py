@@ -513,15 +513,19 @@ def test_the_next_tap_to_record_is_named():
 
 
 def test_a_tolerance_is_explained(capsys):
-    """Catches a limit that nobody can check: the numbers of the derivation are those of the finding."""
+    """Catches a limit that nobody can check: the numbers of the derivation are those of the finding; and a name without the
+    phase, which `explain` takes, said to be missing.
+    """
     files = [str(TINY), str(TINY / "hf-bug.safetensors")]
     assert main(["diff", *files, "--explain-tolerance", "fwd/L1/router.weights"]) == 0
     text = capsys.readouterr().out
     assert "every input was recorded" in text and text.count("    twin ") == 4 and "beyond" in text
     found = next(f for f in judge(case(), recording("hf-bug")).findings if f.tap == "fwd/L1/router.weights")
     assert f"= {found.allowed:.2e}" in text
-    assert main(["diff", *files, "--explain-tolerance", "fwd/L7/resid"]) == 3
-    assert "was not compared" in capsys.readouterr().err
+    assert main(["diff", *files, "--explain-tolerance", "L1/router.weights"]) == 0 and capsys.readouterr().out == text
+    for tap in ("fwd/L7/resid", "L7/resid", "bwd/L1/resid"):
+        assert main(["diff", *files, "--explain-tolerance", tap]) == 3
+        assert f"{tap}' was not compared" in capsys.readouterr().err
 
 
 def test_two_traces_are_refereed(capsys, tmp_path):
@@ -539,7 +543,7 @@ def test_two_traces_are_refereed(capsys, tmp_path):
 
 
 def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
-    """Catches XML that a CI server cannot read, or in which everything has passed."""
+    """Catches XML that a CI server cannot read, or in which everything has passed, also to who reads the counts of suites alone."""
     out = tmp_path / "r.xml"
     assert main(["diff", str(TINY), str(TINY / "hf-bug.safetensors"), "--junit", str(out), "--quiet"]) == 1
     assert capsys.readouterr().out.startswith("DIVERGES")
@@ -553,6 +557,8 @@ def test_junit_names_the_stage_and_the_cause(tmp_path, capsys):
     part = only(recording("hf-float32"), SETS["logits"])
     gates = ElementTree.fromstring(to_junit(judge(case(), part))).find("testsuite")
     assert [c.get("name") for c in gates if c.find("skipped") is not None] == ["coverage"]
+    for suite, counts in ((gates, [4, 0, 0, 1]), (root.find("testsuite[@name='router.weights']"), [2, 2, 0, 0])):
+        assert [int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")] == counts
 
 
 def test_the_report_is_one_screen_and_wraps_at_words():

@@ -240,7 +240,7 @@ def test_the_tolerance_of_a_gradient_is_explained_as_it_is():
 
 
 LOSSES = ["L01", "L05", "T05"]
-MORE_LOSSES = ["L02", "L03", "L04", "L06", "L06b", "L07", "T05b"]
+MORE_LOSSES = ["L02", "L03", "L04", "L06", "L06b", "L07", "L07b", "L07c", "L07d", "T05b"]
 
 
 @pytest.mark.parametrize("id", [*LOSSES, *[pytest.param(id, marks=pytest.mark.slow) for id in MORE_LOSSES]])

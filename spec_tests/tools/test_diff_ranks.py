@@ -12,6 +12,7 @@ import pytest
 from refimpl.autograd import SpecError
 from refimpl.cli import main
 from refimpl.diff import Case, Trace, render
+from refimpl.diff.header import read_file
 from refimpl.diff.judge import judge
 from refimpl.layers import PRESETS
 from refimpl.layers.precision import FLOAT32
@@ -415,6 +416,45 @@ def test_refused(plain, tmp_path):
         with pytest.raises(SpecError) as error:
             Trace.read(folder)
         assert message in str(error.value) and f"while reading trace {folder}" in str(error.value), str(error.value)
+
+
+def test_shards_that_nothing_declares_are_told_how_to(case, plain, tmp_path):
+    """Catches shards called replicas that differ, with no word of what to declare: of equal and of unequal shares, of two axes of
+    ranks; and the advice where shares do not make the whole.
+    """
+
+    def undeclared(rank, taps):
+        for tap in [t for t in taps if t.endswith(("/attn_out", "/moe.routed"))]:
+            taps[tap] = plain.taps[tap]
+
+    folder = tensor_parallel(tmp_path / "uneven", plain, undeclared)
+    for rank in range(3):
+        path = folder / f"r{rank}.safetensors"
+        one = Trace(*read_file(path))
+        Trace(dataclasses.replace(one.header, dims={}), {t: np.array(a) for t, a in one.taps.items()}).write(path)
+    told = gate(judge(case, Trace.read(folder))).details
+    for name, dims in (("L0/mla.q", "B S H@tp Dn+Dr"), ("L0/mlp.gate", "B S F@tp"), ("L1/mla.probs", "B H@tp S T")):
+        (line,) = [t for t in told if t.startswith(f"fwd/{name} ")]
+        assert f'declare dims "{dims}"' in line, line
+    assert not [t for t in told if "attn_out" in t or "resid" in t]
+    for dp, tp in np.ndindex(2, 2):
+        gates = {
+            t: np.array(a)[..., 40 * tp : 40 * tp + 40] for t, a in plain.taps.items() if t.endswith("L0/mlp.gate")
+        }
+        short = {t: np.array(a)[..., 20 * tp : 20 * tp + 20] for t, a in plain.taps.items() if t.endswith("L0/mlp.up")}
+        write(tmp_path / "two", plain, 2 * dp + tp, {"dp": (dp, 2), "tp": (tp, 2)}, gates | short, expected=[])
+    up, wide = (
+        next(t for t in gate(judge(case, Trace.read(tmp_path / "two"))).details if n in t) for n in ("up", "gate")
+    )
+    assert 'declare dims "B S F@tp"' in wide and "declare" not in up, (up, wide)
+
+
+def test_a_file_that_is_no_trace_is_named_once(tmp_path):
+    """Catches "while reading trace" said of a file and of its folder, of which only one cannot be read."""
+    (tmp_path / "r0.safetensors").write_bytes(b"")
+    with pytest.raises(SpecError) as error:
+        Trace.read(tmp_path)
+    assert str(error.value).count("while reading trace") == 1 and "r0.safetensors" in str(error.value)
 
 
 def test_two_files_of_one_rank(plain, tmp_path):

@@ -1,5 +1,6 @@
 """Reports for programs (JSON with its schema, SARIF) and for a person's terminal."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ from refimpl.layers.stage import STAGES, Patch
 from refimpl.record import trace_case
 
 from .test_diff_partial import SETS, TINY, case, only, recording
-from .tree import interpreter
+from .tree import CODE, interpreter, tree_of
 
 jsonschema = pytest.importorskip("jsonschema")  # in the extra `test`
 
@@ -111,6 +112,19 @@ def test_the_schema_is_printed(capsys):
         "const": "refimpl-diff/1",
         "description": "raised when a field goes or changes its meaning; fields may be added without",
     }
+
+
+def gate_names():
+    """The name in every call of Gate, of all modules."""
+    files = [file for file in CODE.values() if "Gate(" in file.read_text(encoding="utf-8")]
+    calls = [n for file in files for n in ast.walk(tree_of(file)) if isinstance(n, ast.Call)]
+    return {ast.literal_eval(n.args[0]) for n in calls if isinstance(n.func, ast.Name) and n.func.id == "Gate"}
+
+
+def test_the_schema_knows_every_gate():
+    """Catches a gate that only folders of ranks or converted weights have, and that the schema has not."""
+    name = schema()["properties"]["gates"]["items"]["properties"]["name"]
+    assert set(name["enum"]) == gate_names()
 
 
 def test_json_has_no_numbers_that_json_has_not():
@@ -314,7 +328,9 @@ def test_as_many_stages_as_fit(monkeypatch, height):
 
 
 def test_words_stay_whole_in_any_width():
-    """Catches an error from a terminal that is narrower than the column of labels."""
+    """Catches an error from a terminal that is narrower than the column of labels, and text behind its edge for that."""
     text = render(judgements()["bug"])
-    for width in (1, 5, 10, 17, 30):
-        assert wrapped(text, width).split() == text.split()
+    for width in (1, 5, 10, 17, 30, 48):
+        lines = wrapped(text, width).splitlines()
+        assert " ".join(lines).split() == text.split()
+        assert all(len(line) - len(line.lstrip()) <= 6 for line in lines) == (width < 48)

@@ -323,11 +323,12 @@ def test_masked_scores_say_why():
         ("L1/resid", "a,b,c", "3 whole numbers"),
         ("L1/resid", "0,0,99", "outside shape"),
         ("L1/resid", "0,0,-1", "outside shape"),
+        ("L1/resid", "-1,-1,-1", "index [-1, -1, -1] lies outside shape"),
     ],
 )
 def test_what_names_no_number_is_refused(tap, index, says, capsys):
-    """Catches a negative index read from the end, and a traceback for a slip of the pen."""
-    given = [] if index is None else ["--", index]
+    """Catches a negative index read from the end or taken for an option, and a traceback for a slip of the pen."""
+    given = [] if index is None else [index]
     args = ["explain", str(TINY), str(TINY / "hf-float32.safetensors"), tap, *given]
     assert main(args) == 3 and says in capsys.readouterr().err
     assert index_of(None, (2, 3)) is None and index_of("[1, 2]", (2, 3)) == (1, 2)
@@ -340,7 +341,9 @@ def test_taps_that_cannot_be_looked_at_are_refused():
     with pytest.raises(SpecError, match="does not hold it"):
         examine(case(), without, "L1/resid")
     bad = Trace(trace.header, dict(trace.taps) | {"fwd/L1/resid": np.zeros((2, 2), np.float32)})
-    with pytest.raises(SpecError, match="expected"):
+    with pytest.raises(
+        SpecError, match=r"expected .*: that is all that is wrong with it, its numbers were not compared"
+    ):
         examine(case(), bad, "L1/resid")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import refimpl
 from refimpl.autograd.errors import SpecError
+from refimpl.cli import main
 from refimpl.diff import Case, Trace
 from refimpl.layers.presets import PRESETS
 from refimpl.model import expected_tensors
@@ -150,3 +151,26 @@ def test_a_place_that_can_hold_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SpecError, match="cannot be written: Not a directory"):
         new_case(tmp_path / "file" / "case", PRESETS["tiny"])
+
+
+def test_a_case_that_is_there_is_kept(tmp_path, capsys):
+    """Catches a case written over in silence, with which recordings made of it are worth nothing any more."""
+    out = str(tmp_path / "a")
+    assert main(["case", out, "--seed", "1"]) == 0
+    before = contents(tmp_path / "a")
+    assert main(["case", out, "--seed", "2"]) == 3
+    assert "config.json is there already" in capsys.readouterr().err and contents(tmp_path / "a") == before
+    assert main(["case", out, "--seed", "2", "--force"]) == 0 and contents(tmp_path / "a") != before
+
+
+def test_options_that_make_no_sense_together_are_refused(tmp_path, capsys):
+    """Catches a preset that is ignored, and regimes of no name taken for a plain case."""
+    config = str(TINY / "config.json")
+    for command in (["case", str(tmp_path / "a")], ["cluster"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--config", config, "--preset", "tiny"])
+        assert stop.value.code == 3 and "not allowed with" in capsys.readouterr().err
+    for regimes in ("", " , "):
+        assert main(["case", str(tmp_path / "a"), "--regime", regimes]) == 3
+        assert "names none" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -373,5 +373,6 @@ def test_command_line(tmp_path, capsys):
     assert main(["repro", str(TINY), str(TINY / "hf-bug.safetensors"), "L1/resid", "-o", str(tmp_path / "ok")]) == 0
     assert "the script exits 0" in capsys.readouterr().err
     assert isolated(tmp_path / "ok").returncode == 0
+    assert main([*args, "-1,-1,-1", "-o", str(tmp_path / "out")]) == 3 and "outside shape" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*args, "-o", str(tmp_path / "file")]) == 3 and "cannot be made" in capsys.readouterr().err

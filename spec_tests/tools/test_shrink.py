@@ -1,6 +1,7 @@
 """A real config made small: nothing that a port can get wrong is lost on the way."""
 
 import argparse
+import itertools
 import json
 
 import numpy as np
@@ -22,6 +23,10 @@ REAL = {
     "deepseek-v2-lite": PRESETS["deepseek-v2-lite"].to_dict(),
     "deepseek-v3.1": PRESETS["deepseek-v3"].to_dict()
     | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}},
+    "two MTP modules": PRESETS["deepseek-v3"].to_dict() | {"num_nextn_predict_layers": 2},
+    "wide values": PRESETS["deepseek-v3"].to_dict() | {"v_head_dim": 192},
+    "values wider than queries": PRESETS["deepseek-v3"].to_dict() | {"v_head_dim": 256, "q_lora_rank": 384},
+    "wide rotation": PRESETS["deepseek-v3"].to_dict() | {"qk_rope_head_dim": 192, "moe_intermediate_size": 8192},
     "like kimi-k2": {
         **{
             "hidden_size": 7168,
@@ -66,7 +71,11 @@ KEPT = [
     "max_position_embeddings",
     "moe_layer_freq",
     "dialect",
+    "num_nextn_predict_layers",
 ]
+HEADS = ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+LATENTS = ["q_lora_rank", "kv_lora_rank"]
+WIDTHS = ["hidden_size", "intermediate_size", "moe_intermediate_size"]
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -78,11 +87,52 @@ def test_every_mechanism_is_kept(name):
     assert (small.q_lora_rank is None) == (real.q_lora_rank is None)
     kinds = {real.is_moe(i) for i in range(real.num_hidden_layers)}
     assert {small.is_moe(i) for i in range(small.num_hidden_layers)} == kinds
-    assert bool(small.num_nextn_predict_layers) == bool(real.num_nextn_predict_layers)
     assert 1 < small.num_experts_per_tok < small.n_routed_experts
     assert small.n_routed_experts % small.n_group == 0 and small.num_hidden_layers <= 4
     sizes = [small.hidden_size, small.kv_lora_rank, small.qk_nope_head_dim, small.qk_rope_head_dim, small.v_head_dim]
     assert len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_is_larger_stays_larger(name):
+    """Catches values wider than keys made narrower than keys: a kernel that pads or slices the one to the other is then right."""
+    real, small = Config.from_dict(REAL[name]), shrink(Config.from_dict(REAL[name]))
+    for names in (HEADS, LATENTS, WIDTHS):
+        for a, b in itertools.permutations([n for n in names if getattr(real, n) is not None], 2):
+            assert getattr(real, a) <= getattr(real, b) or getattr(small, a) > getattr(small, b), (a, b)
+    assert (sum(getattr(real, n) for n in HEADS[:2]) < real.v_head_dim) == (
+        sum(getattr(small, n) for n in HEADS[:2]) < small.v_head_dim
+    )
+
+
+@pytest.mark.parametrize("scale_fmt", [pytest.param(None, marks=pytest.mark.slow), "ue8m0"])
+def test_weights_are_quantised_as_the_config_says(scale_fmt, tmp_path, capsys):
+    """Catches V3 and V3.1, which differ in the scales of their weights alone, made the same small model; codes that nothing
+    announces; a block of the size that all have by default.
+    """
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 8]}
+    said |= {"scale_fmt": scale_fmt} if scale_fmt else {}
+    (tmp_path / "config.json").write_text(json.dumps(REAL["deepseek-v3"] | {"quantization_config": said}))
+    assert main(["case", str(tmp_path / "a"), "--config", str(tmp_path / "config.json"), "--shrink"]) == 0
+    case = Case.read(tmp_path / "a")
+    assert case.raw_config["quantization_config"] == said
+    scales = {n: s for n in case.checkpoint for _, s in [case.checkpoint.raw(n)] if s is not None}
+    assert {"mlp.experts.0.up_proj", "self_attn.q_a_proj"} <= {
+        n.split(".", 3)[3].partition(".weight")[0] for n in scales
+    }
+    assert all((np.exp2(np.round(np.log2(a))) == a).all() for a in scales.values()) == bool(scale_fmt)
+    assert scales["model.layers.0.self_attn.q_a_proj.weight"].shape == (2, 6)  # 24 x 48
+    assert judge(case, trace_case(case)).verdict == "CONFORMS"
+    assert "weights are FP8 codes" in capsys.readouterr().err
+
+
+def test_another_quantisation_is_refused(tmp_path, capsys):
+    """Catches int4 weights made bfloat16 in silence."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(REAL["deepseek-v3"] | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    assert main(["case", str(tmp_path / "a"), "--config", str(tmp_path / "config.json"), "--shrink"]) == 3
+    assert "quantization_config is 'gptq'" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("name", REAL)

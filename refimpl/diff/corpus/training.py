@@ -15,6 +15,7 @@ from refimpl.layers.router import top_k
 from .mutant import Mutant, setting, stage, threads
 
 _AUX = "loss.seq_aux"
+_BIAS = "router.bias_update"
 
 
 def _normalised(s: Any) -> Any:
@@ -57,6 +58,11 @@ def _rolled(by: int) -> Callable[..., Any]:
 
 def _twice(main: Any, mtp: tuple[Any, ...], aux: tuple[Any, ...], *, mtp_weight: float) -> Any:
     return total.fn(main, mtp, (*aux, *aux), mtp_weight=mtp_weight)
+
+
+def _bias_by(step: Callable[[Array], Array]) -> Callable[..., Any]:
+    """The selection bias moved by gamma times something else of the load (E,)."""
+    return lambda b, load, *, gamma, zero_sum: (b + gamma * step(load)).astype(b.dtype)
 
 
 MUTANTS = (
@@ -112,9 +118,33 @@ MUTANTS = (
     Mutant(
         "L07",
         "the selection bias is never updated",
-        "router.bias_update",
+        _BIAS,
         lambda b, load, *, gamma, zero_sum: b,
         threads("MaxText #2494"),
+        "training",
+    ),
+    Mutant(
+        "L07b",
+        "the selection bias of overloaded experts is raised and that of the others lowered",
+        _BIAS,
+        lambda b, load, *, gamma, zero_sum: stage(_BIAS)(b, load, gamma=-gamma, zero_sum=zero_sum),
+        (),
+        "training",
+    ),
+    Mutant(
+        "L07c",
+        "the selection bias moves by gamma times the tokens that an expert lacks, not by their sign",
+        _BIAS,
+        _bias_by(lambda load: load.mean() - load),
+        (),  # a variant that arXiv 2408.15664 tries beside the sign
+        "training",
+    ),
+    Mutant(
+        "L07d",
+        "the selection bias moves in proportion to the load: gamma times what an expert lacks of the mean",
+        _BIAS,
+        _bias_by(lambda load: 1 - load / load.mean()),
+        (),
         "training",
     ),
     Mutant(
