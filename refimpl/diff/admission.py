@@ -21,9 +21,10 @@ from .gauges import ROPE_TAPS, swap_pairs
 from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers, owner
-from .reading import FILLED_UP, Pick, Reading, read
+from .reading import Reading, open_ways, read, read_so
 from .slots import of_slots, other_sizes
 from .trace import Header, Trace
+from .ways import FILLED_UP, PADDED, Pick, Way
 from .wide import with_infinity
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"), "layers": LAYERS}
@@ -32,7 +33,8 @@ KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"
 @dataclass
 class Admitted:
     """taps in our axes; `picks`, of those that are a part, which, and `mixed`, those of stretches or of heads alone, beside which
-    later stages may read our own; flawed: tap -> why; notes: what was done -> taps; renamed: name in the trace -> the tap it is.
+    later stages may read our own; flawed: tap -> why; notes: what was done -> taps; renamed: name in the trace -> the tap it is;
+    doubt: taps whose shape does not tell how they lie, and the ways in which they may.
     """
 
     taps: dict[str, Array] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Admitted:
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    doubt: dict[str, tuple[Array, list[Way]]] = field(default_factory=dict)
 
     def note(self, tap: str, *done: str) -> None:
         """Say of a tap what was done to it."""
@@ -56,10 +59,12 @@ def admit(
     embedded: Array,
     cuts: Mapping[str, Pick] | None = None,
     *,
+    told: Mapping[str, Way | None] | None = None,
     packed: bool = False,
 ) -> Admitted:
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
-    known to be a part: which, in our axes already; packed: see `placed`.
+    known to be a part: which, in our axes already; told: how those lie whose shape does not tell, None if in no way; packed: see
+    `placed`.
     """
     padding = padding_of(trace.header.valid, sizes)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
@@ -74,9 +79,14 @@ def admit(
         known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
+        doubt = [] if known or some else open_ways(x, shape, stage.shape.split(), dims)
+        if doubt:
+            found.doubt[call.tap] = x, doubt
+            way = (told or {}).get(call.tap)
+            reading = read_so(x, way) if way else None
         note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
-            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
+            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}{_may_be(doubt)}"
             continue
         found.note(call.tap, reading.note)
         if reading.pick:
@@ -88,6 +98,11 @@ def admit(
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _may_be(doubt: Sequence[Way]) -> str:
+    """What else an array may be, where no values tell."""
+    return f"; it may be: {' | '.join([way.note for way in doubt[:3]])}; declare which" if doubt else ""
 
 
 def _as_named(
@@ -151,7 +166,7 @@ def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None
     """
     ids = [t for what in (PACKED, FILLED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
     fewer = {owner(t) for t in ids}
-    more = {owner(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
+    more = {owner(t) for what, taps in found.notes.items() if what.startswith((FILLED_UP, PADDED)) for t in taps}
     for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
         if owner(tap) in fewer:
             if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:

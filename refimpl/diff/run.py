@@ -30,17 +30,18 @@ from .gradients import backward_of
 from .heads import of_some_heads, which_heads
 from .lanes import Recorded
 from .lse import with_lse
+from .nearest import nearest
 from .optimizer import Inputs as Read
 from .padding import padding_of
 from .pages import Pages
 from .precision import Precision
 from .program import program_of
-from .reading import Pick
 from .spread import Pool
 from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
+from .ways import Pick, Way
 
 CHOSEN = ("router.ids", "router.groups", "router.group_scores")
 """Taps of which it is told that there are too many, or too few."""
@@ -49,7 +50,8 @@ CHOSEN = ("router.ids", "router.groups", "router.group_scores")
 @dataclass
 class Run:
     """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
-    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; whether
+    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; how those
+    lie whose shape does not tell (`ways`); whether
     tokens are `packed` one behind the other where their number does not tell; what was done on reading the trace (`done`).
     """
 
@@ -62,6 +64,7 @@ class Run:
     pictures: bool = False
     pool: Pool | None = None
     cuts: dict[str, Pick] = field(default_factory=dict)
+    ways: Mapping[str, Way | None] = field(default_factory=dict)
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
     packed: bool = False
@@ -136,15 +139,25 @@ class Run:
     def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
         """The taps that can be compared; arrays of several are taken apart when they are first met."""
         embedded = self._embedded(inputs)
-        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+
+        def admitted() -> Admitted:
+            known, sizes = self.cuts, self.sizes
+            return admit(program, self.trace, config, sizes, embedded, known, told=self.ways, packed=self.packed)
+
+        self.ways = self.ways if self.looked else {}
+        found = admitted()
         if not self.looked:
             self.looked, r = True, self._recorded(found, inputs, config.num_hidden_layers)
+            if found.doubt:
+                self.ways = nearest(found.doubt, program, r)
+                found = admitted()
+                r = self._recorded(found, inputs, config.num_hidden_layers)
             if self._some_heads(found, program, r, config):
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+                found = admitted()
             odd = suspects(self.trace.taps, program, found.flawed)
             if several := fused_in(odd, program, r, config, self.sizes):
                 self.take_apart(several)
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+                found = admitted()
         found.notes |= self.apart
         return found
 
