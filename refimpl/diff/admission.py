@@ -21,7 +21,7 @@ from .gauges import ROPE_TAPS, swap_pairs
 from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers, owner
-from .reading import Reading, open_ways, read, read_so
+from .reading import Reading, cut, open_ways, read, read_so, readings
 from .slots import of_slots, other_sizes
 from .trace import Header, Trace
 from .ways import FILLED_UP, PADDED, Pick, Way
@@ -156,7 +156,8 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
             for other in [o for o in of_slots(program, unit) if o.tap in found.flawed and o is not call]:
                 if other.of.shape[0] == "M" or np.asarray(recorded[other.tap]).shape[-1:] == slots:
                     del found.flawed[other.tap]
-                    what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
+                    n = slots[0] if slots else 0
+                    what = f"sized by {n} experts a token{f' instead of {k}' if n != k else ''}: not compared"
                     found.note(other.tap, what)
 
 
@@ -215,10 +216,7 @@ def _unshifted(
     Lists of hidden states begin with the embedding; their entry i is the input of layer i, not its output.
     """
     first = taps.get(f"{phase}/L0/resid")
-    if first is None or first.size != embedded.size or first.dtype.kind in "iub":
-        return taps
-    a, b = np.asarray(first, np.float64).reshape(embedded.shape), embedded.astype(np.float64)
-    if not np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
+    if first is None or first.dtype.kind in "iub" or not _holds(np.asarray(first), embedded):
         return taps
     late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
     renamed = {t: x for t, x in taps.items() if t not in late}
@@ -230,17 +228,27 @@ def _unshifted(
     return renamed | moved
 
 
+def _holds(x: Array, embedded: Array) -> bool:
+    """Whether an array is the embedding (B, S, D), in some arrangement, or of some tokens."""
+    for one in readings(x, embedded.shape, ["B", "S", "D"], guess=True):
+        a, b = one.array.astype(np.float64), cut(embedded, one.pick).astype(np.float64)
+        if np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
+            return True
+    return False
+
+
 def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Mapping[str, Array]:
     """The taps, without slots of shared experts: fused kernels take these for routed ones that every token has, numbered behind
     the others.
     """
     changed: dict[str, Array] = {}
     for tap in [t for t in taps if t.endswith("/router.ids")] if c.n_shared_experts else []:
-        ids, k = np.asarray(taps[tap]), c.num_experts_per_tok
-        if ids.dtype.kind not in "iu" or not ids.ndim or ids.shape[-1] <= k:
+        ids = np.asarray(taps[tap])
+        if ids.dtype.kind not in "iu" or not ids.ndim or not ids.size or int(ids.max()) < c.n_routed_experts:
             continue
         routed = ids < c.n_routed_experts
-        if not (routed.sum(axis=-1) == k).all():
+        k = int(routed[(0,) * (ids.ndim - 1)].sum())
+        if not k or not (routed.sum(axis=-1) == k).all():
             continue
         weights = tap.replace("router.ids", "router.weights")
         for name in [t for t in (tap, weights) if t in taps and taps[t].shape == ids.shape]:

@@ -24,17 +24,28 @@ def from_zero(trace: Trace) -> Trace:
 
 
 def other_counts(trace: Trace) -> Iterator[tuple[Trace, dict[str, list[str]]]]:
-    """The trace under every other count that its names allow; what to declare -> the taps. One layer alone tells of no count: it
-    may be that one was left out.
+    """The trace under every other count that its names allow; what to declare -> the taps. One layer alone tells of no count, if
+    nothing behind it was recorded: it may be that one was left out.
     """
     if "layers" in trace.header.layouts:
         return
     for told in LAYERS[1:]:
         layers = {one.split("/")[1] for t in trace.taps if (one := renamed(t, told))}
-        if len(layers) > 1 and "L-1" not in layers:
+        if layers and "L-1" not in layers and (len(layers) > 1 or _behind(trace, told)):
             yield counted(
                 trace, told, f"{'layers' if told == LAYERS[1] else 'residuals'} are counted from 1, L1 is our L0"
             )
+
+
+def _behind(trace: Trace, told: str) -> bool:
+    """Whether something of a later layer than those that are counted otherwise was recorded, or of the end of the model. If a layer
+    was left out it is as far off under the other count.
+    """
+    last = max([int(t.split("/")[1][1:]) for t in trace.taps if renamed(t, told)])
+    units = [t.split("/")[1] for t in trace.taps if not renamed(t, told)]
+    return any(
+        u in ("final_norm", "logits") or (u[:1] == "L" and u[1:7].isdigit() and int(u[1:7]) > last) for u in units
+    )
 
 
 def counted(trace: Trace, told: str, what: str) -> tuple[Trace, dict[str, list[str]]]:

@@ -71,11 +71,16 @@ class Way:
     @property
     def steps(self) -> int:
         """How many mistakes of a recorder it takes; a sequence alone that is cut or longer too is less likely than two others."""
-        mixed = any(len(g) > 1 and not {self.axes[i] for i in g} <= {*_TOKENS} for g in self.groups)
-        tokens = any(len(g) > 1 and {self.axes[i] for i in g} <= {*_TOKENS} for g in self.groups)
+        merged = [(g, {self.axes[i] for i in g} & {*_TOKENS}) for g in self.groups if len(g) > 1]
+        tokens = any(len(few) == len(g) for g, few in merged)
+        mixed = max([self._mixed(g, bool(few)) for g, few in merged if len(few) < len(g)], default=0)
         letters = {self.axes[i] for i in self.changed}
         kinds = len({"S" if a == "T" else a for a in letters}) + 2 * (letters >= {"B", "S"} and not self.plain)
-        return self.flat + (self.turned and not self.declared) + kinds + tokens + mixed * (1 + self.turned)
+        return self.flat + (self.turned and not self.declared) + kinds + tokens + mixed
+
+    def _mixed(self, group: tuple[int, ...], tokens: bool) -> int:
+        """How unlikely it is that features are merged, with `tokens` or out of their order."""
+        return (4 if tokens else 1 + (list(group) != sorted(group))) if self.turned else 1
 
     @property
     def guessed(self) -> bool:
