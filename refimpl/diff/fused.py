@@ -123,8 +123,8 @@ def fused_in(
     for unit, pieces in _units(program, r, {u for _, u in suspects.values()}, c, sizes):
         for name, (x, where) in suspects.items():
             others = [
-                p for p in pieces if (p.name, p.ours.size) != (name.rpartition("/")[2], x.size)
-            ]  # that was blamed
+                p for p in pieces if (p.tap, p.name, p.ours.size) != (name, name.rpartition("/")[2], x.size)
+            ]  # blamed
             if name not in found and where in ("", unit) and (one := _apart(x, others, c)):
                 found[name] = one
     return found
