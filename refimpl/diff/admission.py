@@ -79,7 +79,7 @@ def admit(
         known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
         dims = trace.header.dims.get(call.tap)
         reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
-        doubt = [] if known or some else open_ways(x, shape, stage.shape.split(), dims)
+        doubt = [] if known else open_ways(x, shape, stage.shape.split(), dims, some)
         if doubt:
             found.doubt[call.tap] = x, doubt
             way = (told or {}).get(call.tap)

@@ -71,7 +71,7 @@ def read(
 
 def _declared_parts(
     x: Array, shape: tuple[int, ...], axes: list[str], part: Mapping[str, list[int]]
-) -> Iterator[tuple[Pick, tuple[int, ...]]]:
+) -> Iterator[tuple[dict[int, list[int]], tuple[int, ...]]]:
     """What x may be a part of by what was declared, along all of these axes or some, and the shape it then has; where the number of
     its entries tells, that alone.
     """
@@ -114,8 +114,20 @@ def read_so(x: Array, way: Way) -> Reading:
     return Reading(way.of(x), way.note, way.pick)
 
 
-def open_ways(x: Array, shape: tuple[int, ...], axes: list[str], dims: str | None = None) -> list[Way]:
-    """In which ways x may lie, if its shape and its dims do not tell, or what they tell is a guess."""
+def open_ways(
+    x: Array,
+    shape: tuple[int, ...],
+    axes: list[str],
+    dims: str | None = None,
+    part: Mapping[str, list[int]] | None = None,
+) -> list[Way]:
+    """In which ways x may lie, if its shape and what was declared do not tell, or what they tell is a guess."""
+    for pick, few in _declared_parts(x, shape, axes, part or {}):
+        if x.shape == few or (dims is not None and _declared(x, few, axes, dims) is not None):
+            return []
+        found = [replace(w, part=pick) for w in _as_declared(ways(x.shape, few, axes), axes, dims)]
+        if found := [w for w in found if not set(w.changed) & set(pick)]:
+            return found if len(found) > 1 or found[0].guessed or found[0].changed else []
     if x.shape == shape or (dims is not None and _declared(x, shape, axes, dims) is not None):
         return []
     found = _as_declared(ways(x.shape, shape, axes), axes, dims)

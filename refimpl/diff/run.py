@@ -148,12 +148,14 @@ class Run:
         found = admitted()
         if not self.looked:
             self.looked, r = True, self._recorded(found, inputs, config.num_hidden_layers)
-            if found.doubt:
-                self.ways = nearest(found.doubt, program, r)
-                found = admitted()
+            for heads in (False, True):
+                if heads and not self._some_heads(found, program, r, config):
+                    continue
+                found = admitted() if heads else found
+                if found.doubt:
+                    self.ways = nearest(found.doubt, program, r)
+                    found = admitted()
                 r = self._recorded(found, inputs, config.num_hidden_layers)
-            if self._some_heads(found, program, r, config):
-                found = admitted()
             odd = suspects(self.trace.taps, program, found.flawed)
             if several := fused_in(odd, program, r, config, self.sizes):
                 self.take_apart(several)
@@ -165,7 +167,7 @@ class Run:
         """Whether taps hold some heads only, and which; then as if that had been declared."""
         if "heads" in self.trace.header.slices:
             return False
-        for taps in of_some_heads(self.trace.taps, a.flawed, program, config, self.sizes).values():
+        for taps in of_some_heads(self.trace.taps, a.flawed, program, config, self.sizes):
             if heads := which_heads(taps, program, r):
                 slices = self.trace.header.slices | {"heads": heads}
                 self.trace = replace(self.trace, header=replace(self.trace.header, slices=slices))

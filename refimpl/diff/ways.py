@@ -5,7 +5,7 @@ entries than ours, and several of these at once. The fewer steps, the likelier; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import permutations
 from math import isqrt, prod
@@ -42,6 +42,8 @@ class Way:
     """Whether the array has these lengths as they are, those of 1 too."""
     declared: bool = False
     """Whether the order is the candidate's own word."""
+    part: Mapping[int, list[int]] = field(default_factory=dict, compare=False)
+    """Of which entries `shape` is, where it says that it recorded some."""
 
     @property
     def flat(self) -> bool:
@@ -97,6 +99,10 @@ class Way:
     @property
     def pick(self) -> Pick:
         """Which part of ours it is."""
+        return {**self.part, **self._few}
+
+    @property
+    def _few(self) -> dict[int, slice]:
         few = {i: n for i, n in self.changed.items() if n < self.shape[i]}
         return {i: slice(-1, None) if (self.axes[i], n) == ("S", 1) else slice(0, n) for i, n in few.items()}
 
@@ -121,7 +127,7 @@ class Way:
             long = {a: self.lengths[i] for i, a in enumerate(self.axes) if a in more}
             left = [str(self.shape[self.axes.index(a)]) for a in sorted(long)]
             yield f"padded along {' and '.join([f'{a} to {long[a]}' for a in sorted(long)])}: cut to {' and '.join(left)}"
-        if (few := dict(self.pick)) and any(s == slice(-1, None) for s in few.values()):
+        if (few := self._few) and any(s == slice(-1, None) for s in few.values()):
             few = {i: s for i, s in few.items() if s != slice(-1, None)}
             yield "only the last position was recorded: compared there"
         if few:
@@ -152,15 +158,20 @@ class Way:
 
 def ways(given: tuple[int, ...], shape: tuple[int, ...], axes: Sequence[str]) -> list[Way]:
     """How an array of a given shape may hold a tap, the likeliest first, without those that take more than two steps more."""
+    return list(_found(given, shape, tuple(axes)))
+
+
+@lru_cache(maxsize=1024)
+def _found(given: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...]) -> list[Way]:
     long, found = tuple([n for n in given if n != 1]), dict[object, Way]()
-    for names, sizes in _systems(tuple(axes), shape):
+    for names, sizes in _systems(axes, shape):
         if 0 in given or 0 in sizes:
             continue
         for order in permutations(range(len(sizes))):
             for lengths, groups in _fitted(long, [(i, names[i], sizes[i]) for i in order]):
                 theirs = tuple([lengths[i] for i in range(len(sizes))])
                 way = Way(names, sizes, order, theirs, groups, shape, given == tuple([theirs[i] for i in order]))
-                if names == tuple(axes) or way.lengths[names.index("N")] > way.shape[names.index("N")]:
+                if names == axes or way.lengths[names.index("N")] > way.shape[names.index("N")]:
                     found.setdefault((names, theirs, tuple([i for i in order if theirs[i] != 1])), way)
     likely = sorted(found.values(), key=lambda way: way.steps)
     return [way for way in likely if way.steps <= likely[0].steps + 2][:_MOST]
