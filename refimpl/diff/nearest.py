@@ -25,6 +25,8 @@ Doubt = Mapping[str, tuple[Array, Sequence[Way]]]
 """Tap -> its array, and the ways in which it may lie."""
 _ASKED = 4
 """How many taps with the same ways are looked at."""
+_GAUGED = (*ROPE_TAPS, "router.weights")
+"""Taps that may be right in another arrangement, so that ours are read instead."""
 NEAR = 0.05
 """Ways that differ by no more say the same."""
 CLEARLY = 0.9
@@ -32,34 +34,38 @@ CLEARLY = 0.9
 
 
 def nearest(doubt: Doubt, program: Sequence[Call], r: Recorded) -> dict[str, Way | None]:
-    """How each of these taps lies; None where no way leaves it near ours, or nearer than others do."""
+    """How each of these taps lies; None where that is not told."""
     alike: dict[object, list[str]] = {}
     for call in [call for call in program if call.tap in doubt]:
         alike.setdefault(frozenset(way.key for way in doubt[call.tap][1]), []).append(call.tap)
     calls = {call.tap: call for call in program}
-    asked = {t for taps in alike.values() for t in taps[:_ASKED]}
+    asked = {t for taps in alike.values() for t in [t for t in taps if calls[t].own is None][:_ASKED]}
+    away = {t for t in (*r.taps, *r.partial) if t in doubt or t.endswith(_GAUGED)}
     others = replace(
         r,
-        taps={t: x for t, x in r.taps.items() if t not in doubt},
-        partial={t: x for t, x in r.partial.items() if t not in doubt},
+        taps={t: x for t, x in r.taps.items() if t not in away},
+        partial={t: x for t, x in r.partial.items() if t not in away},
     )
-    away = {t: _away(calls[t], *doubt[t], ours) for t, ours in replayed(list(program), others, asked)}
+    seen = {t: _away(calls[t], *doubt[t], ours) for t, ours in replayed(list(program), others, asked)}
     found: dict[str, Way | None] = {}
     for taps in alike.values():
-        told = _told(doubt[taps[0]][1], [away[t] for t in taps if t in away])
+        told = _told(doubt[taps[0]][1], [seen[t] for t in taps if t in seen])
         found |= {t: next((way for way in doubt[t][1] if way.key == told), None) for t in taps}
     return found
 
 
 def _told(ways: Sequence[Way], away: Sequence[Mapping[object, float]]) -> object:
     """What of the ways leaves least, if that is little or clearly less than any other leaves; of several that leave as much the
-    likeliest, since a part of what is right is right too.
+    likeliest, since a part of what is right is right too. Else the likeliest, if it takes fewer steps than others and is no guess.
     """
-    found = {way.key: float(np.median([one[way.key] for one in away])) for way in ways}
+    found = {way.key: float(np.median([one[way.key] for one in away] or [1.0])) for way in ways}
     least = min(found.values())
     near = [key for key, far in found.items() if far <= least + min(least, NEAR) + 2.0**-10]
     clear = min([far for key, far in found.items() if key not in near], default=0.5)
-    return near[0] if least < ANGLE or least < CLEARLY * clear else None
+    if least < ANGLE or least < CLEARLY * clear:
+        return near[0]
+    first, *others = ways
+    return None if first.guessed or any(way.steps == first.steps for way in others) else first.key
 
 
 def _away(call: Call, x: Array, ways: Sequence[Way], ours: Array) -> dict[object, float]:
