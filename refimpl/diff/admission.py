@@ -77,32 +77,50 @@ def admit(
         x, done = _in_form(call, recorded, shape, padding, limit, configs[call.tap], packed)
         found.note(call.tap, *done)
         known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
-        dims = trace.header.dims.get(call.tap)
-        reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
-        doubt = [] if known else open_ways(x, shape, stage.shape.split(), dims, some)
-        if doubt:
-            found.doubt[call.tap] = x, doubt
-            way = (told or {}).get(call.tap)
-            reading = read_so(x, way) if way else None
+        dims, way = trace.header.dims.get(call.tap), (told or {}).get(call.tap)
+        reading = Reading(x, "", known) if known else _read(call, x, shape, dims, some, way, found)
         note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
-            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}{_may_be(doubt)}"
+            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}{_may_be(call.tap, found)}"
             continue
-        found.note(call.tap, reading.note)
-        if reading.pick:
-            found.picks[call.tap] = reading.pick
-            found.mixed |= {call.tap} if _stands_alone(reading.pick, stage.shape.split()) else set()
-        x = reading.array.astype(np.int64) if integers(stage) else reading.array
-        found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
+        _take(found, call, reading, trace.header.layouts, c)
     _sized(found, program, sized, c, sizes)
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
 
 
-def _may_be(doubt: Sequence[Way]) -> str:
+def _take(found: Admitted, call: Call, reading: Reading, layouts: Mapping[str, str], c: Config) -> None:
+    """Admit a tap as it was read."""
+    found.note(call.tap, reading.note)
+    if reading.pick:
+        found.picks[call.tap] = reading.pick
+        found.mixed |= {call.tap} if _stands_alone(reading.pick, call.of.shape.split()) else set()
+    x = reading.array.astype(np.int64) if integers(call.of) else reading.array
+    found.taps[call.tap] = _canonical(call, x, layouts, c)
+
+
+def _read(
+    call: Call,
+    x: Array,
+    shape: tuple[int, ...],
+    dims: str | None,
+    some: Mapping[str, list[int]],
+    way: Way | None,
+    found: Admitted,
+) -> Reading | None:
+    """A tap in our axes, in the way that is known if its shape does not tell; then the ways are noted."""
+    axes = call.of.shape.split()
+    if doubt := open_ways(x, shape, axes, dims, some):
+        found.doubt[call.tap] = x, doubt
+        return read_so(x, way) if way else None
+    return read(x, shape, axes, dims, some)
+
+
+def _may_be(tap: str, found: Admitted) -> str:
     """What else an array may be, where no values tell."""
-    return f"; it may be: {' | '.join([way.note for way in doubt[:3]])}; declare which" if doubt else ""
+    ways = found.doubt[tap][1][:3] if tap in found.doubt else []
+    return f"; it may be: {' | '.join([way.note for way in ways])}; declare which" if ways else ""
 
 
 def _as_named(
