@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -18,10 +17,11 @@ from .compare import unusable
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .late import LATE, unshifted
 from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers, owner
-from .reading import Reading, cut, open_ways, read, read_so, readings
+from .reading import Reading, open_ways, read, read_so
 from .slots import of_slots, other_sizes
 from .trace import Header, Trace
 from .ways import FILLED_UP, PADDED, Pick, Way
@@ -128,7 +128,10 @@ def _as_named(
 ) -> Mapping[str, Array]:
     """The taps under the names that they should have, with the slots that they should have."""
     for part in sizes.parts:
-        taps = _unshifted(taps, c, part.name, embedded[:, part.start : part.stop], found)
+        taps, named = unshifted(taps, c.num_hidden_layers, part.name, embedded[:, part.start : part.stop])
+        if named is not None:
+            found.renamed |= named
+            found.notes.setdefault(LATE, []).extend(named.values())
     return _without_shared(taps, c, found)
 
 
@@ -224,35 +227,6 @@ def within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> 
     here = [t - part.start for t in picked.get("S", []) if part.start <= t < part.stop]
     keys = here if "T" in axes and "S" not in axes and not part.start else []
     return {a: entries for a, entries in (dict(picked) | {"S": here, "T": keys}).items() if entries}
-
-
-def _unshifted(
-    taps: Mapping[str, Array], c: Config, phase: str, embedded: Array, found: Admitted
-) -> Mapping[str, Array]:
-    """The taps, with residuals that are named by the layer that reads them named by the one that gives them.
-
-    Lists of hidden states begin with the embedding; their entry i is the input of layer i, not its output.
-    """
-    first = taps.get(f"{phase}/L0/resid")
-    if first is None or first.dtype.kind in "iub" or not _holds(np.asarray(first), embedded):
-        return taps
-    late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
-    renamed = {t: x for t, x in taps.items() if t not in late}
-    named = {after: before for before, after in pairwise(late) if after in taps}
-    found.renamed |= named
-    moved = {before: taps[after] for after, before in named.items()}
-    what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
-    found.notes.setdefault(what, []).extend(moved)
-    return renamed | moved
-
-
-def _holds(x: Array, embedded: Array) -> bool:
-    """Whether an array is the embedding (B, S, D), in some arrangement, or of some tokens."""
-    for one in readings(x, embedded.shape, ["B", "S", "D"], guess=True):
-        a, b = one.array.astype(np.float64), cut(embedded, one.pick).astype(np.float64)
-        if np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
-            return True
-    return False
 
 
 def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Mapping[str, Array]:
