@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -18,12 +17,14 @@ from .compare import unusable
 from .dims import Sizes, shape_of
 from .forms import in_our_form
 from .gauges import ROPE_TAPS, swap_pairs
+from .late import LATE, unshifted
 from .numbering import LAYERS, is_count
 from .padding import FILLED, NOWHERE, PACKED, Padding, padding_of, placed, without_fill
 from .program import integers, owner
-from .reading import FILLED_UP, Pick, Reading, read
+from .reading import Reading, open_ways, read, read_so
 from .slots import of_slots, other_sizes
 from .trace import Header, Trace
+from .ways import FILLED_UP, PADDED, Pick, Way
 from .wide import with_infinity
 
 KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"), "layers": LAYERS}
@@ -32,7 +33,8 @@ KNOWN = {"rope": ("interleaved", "half"), "mla": ("expanded", "absorbed", "auto"
 @dataclass
 class Admitted:
     """taps in our axes; `picks`, of those that are a part, which, and `mixed`, those of stretches or of heads alone, beside which
-    later stages may read our own; flawed: tap -> why; notes: what was done -> taps; renamed: name in the trace -> the tap it is.
+    later stages may read our own; flawed: tap -> why; notes: what was done -> taps; renamed: name in the trace -> the tap it is;
+    doubt: taps whose shape does not tell how they lie, and the ways in which they may.
     """
 
     taps: dict[str, Array] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Admitted:
     flawed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    doubt: dict[str, tuple[Array, list[Way]]] = field(default_factory=dict)
 
     def note(self, tap: str, *done: str) -> None:
         """Say of a tap what was done to it."""
@@ -56,10 +59,12 @@ def admit(
     embedded: Array,
     cuts: Mapping[str, Pick] | None = None,
     *,
+    told: Mapping[str, Way | None] | None = None,
     packed: bool = False,
 ) -> Admitted:
     """Read every tap of the program that the trace holds. embedded (B, S, D): what the first layer reads; cuts, of taps that are
-    known to be a part: which, in our axes already; packed: see `placed`.
+    known to be a part: which, in our axes already; told: how those lie whose shape does not tell, None if in no way; packed: see
+    `placed`.
     """
     padding = padding_of(trace.header.valid, sizes)
     found, limits = Admitted(), {"router.ids": c.n_routed_experts, "router.groups": c.n_group}
@@ -72,22 +77,50 @@ def admit(
         x, done = _in_form(call, recorded, shape, padding, limit, configs[call.tap], packed)
         found.note(call.tap, *done)
         known, some = (cuts or {}).get(call.tap), within(picked, sizes.of(call.tap), stage.shape.split())
-        dims = trace.header.dims.get(call.tap)
-        reading = Reading(x, "", known) if known else read(x, shape, stage.shape.split(), dims, some)
+        dims, way = trace.header.dims.get(call.tap), (told or {}).get(call.tap)
+        reading = Reading(x, "", known) if known else _read(call, x, shape, dims, some, way, found)
         note = unusable(reading.array if reading else x, integers(stage), limit)
         if reading is None or note:
-            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}"
+            found.flawed[call.tap] = note or f"shape {x.shape}, expected {shape}{_may_be(call.tap, found)}"
             continue
-        found.note(call.tap, reading.note)
-        if reading.pick:
-            found.picks[call.tap] = reading.pick
-            found.mixed |= {call.tap} if _stands_alone(reading.pick, stage.shape.split()) else set()
-        x = reading.array.astype(np.int64) if integers(stage) else reading.array
-        found.taps[call.tap] = _canonical(call, x, trace.header.layouts, c)
+        _take(found, call, reading, trace.header.layouts, c)
     _sized(found, program, sized, c, sizes)
     _follow(found, program, recorded, c.num_experts_per_tok)
     _packed_rows(found, program, {t for t in found.flawed if _is_longer(recorded[t], shapes[t])})
     return found
+
+
+def _take(found: Admitted, call: Call, reading: Reading, layouts: Mapping[str, str], c: Config) -> None:
+    """Admit a tap as it was read."""
+    found.note(call.tap, reading.note)
+    if reading.pick:
+        found.picks[call.tap] = reading.pick
+        found.mixed |= {call.tap} if _stands_alone(reading.pick, call.of.shape.split()) else set()
+    x = reading.array.astype(np.int64) if integers(call.of) else reading.array
+    found.taps[call.tap] = _canonical(call, x, layouts, c)
+
+
+def _read(
+    call: Call,
+    x: Array,
+    shape: tuple[int, ...],
+    dims: str | None,
+    some: Mapping[str, list[int]],
+    way: Way | None,
+    found: Admitted,
+) -> Reading | None:
+    """A tap in our axes, in the way that is known if its shape does not tell; then the ways are noted."""
+    axes = call.of.shape.split()
+    if doubt := open_ways(x, shape, axes, dims, some):
+        found.doubt[call.tap] = x, doubt
+        return read_so(x, way) if way else None
+    return read(x, shape, axes, dims, some)
+
+
+def _may_be(tap: str, found: Admitted) -> str:
+    """What else an array may be, where no values tell."""
+    ways = found.doubt[tap][1][:3] if tap in found.doubt else []
+    return f"; it may be: {' | '.join([way.note for way in ways])}; declare which" if ways else ""
 
 
 def _as_named(
@@ -95,7 +128,10 @@ def _as_named(
 ) -> Mapping[str, Array]:
     """The taps under the names that they should have, with the slots that they should have."""
     for part in sizes.parts:
-        taps = _unshifted(taps, c, part.name, embedded[:, part.start : part.stop], found)
+        taps, named = unshifted(taps, c.num_hidden_layers, part.name, embedded[:, part.start : part.stop])
+        if named is not None:
+            found.renamed |= named
+            found.notes.setdefault(LATE, []).extend(named.values())
     return _without_shared(taps, c, found)
 
 
@@ -141,7 +177,8 @@ def _follow(found: Admitted, program: list[Call], recorded: Mapping[str, Array],
             for other in [o for o in of_slots(program, unit) if o.tap in found.flawed and o is not call]:
                 if other.of.shape[0] == "M" or np.asarray(recorded[other.tap]).shape[-1:] == slots:
                     del found.flawed[other.tap]
-                    what = f"sized by {slots[0] if slots else 0} experts a token instead of {k}: not compared"
+                    n = slots[0] if slots else 0
+                    what = f"sized by {n} experts a token{f' instead of {k}' if n != k else ''}: not compared"
                     found.note(other.tap, what)
 
 
@@ -151,7 +188,7 @@ def _packed_rows(found: Admitted, program: list[Call], longer: set[str]) -> None
     """
     ids = [t for what in (PACKED, FILLED, NOWHERE) for t in found.notes.get(what, []) if t.endswith("router.ids")]
     fewer = {owner(t) for t in ids}
-    more = {owner(t) for what, taps in found.notes.items() if what.startswith(FILLED_UP) for t in taps}
+    more = {owner(t) for what, taps in found.notes.items() if what.startswith((FILLED_UP, PADDED)) for t in taps}
     for tap in [c.tap for c in program if c.of.shape.startswith("M ")]:
         if owner(tap) in fewer:
             if found.flawed.pop(tap, None) is not None or found.taps.pop(tap, None) is not None:
@@ -192,40 +229,18 @@ def within(picked: Mapping[str, list[int]], part: Part, axes: Sequence[str]) -> 
     return {a: entries for a, entries in (dict(picked) | {"S": here, "T": keys}).items() if entries}
 
 
-def _unshifted(
-    taps: Mapping[str, Array], c: Config, phase: str, embedded: Array, found: Admitted
-) -> Mapping[str, Array]:
-    """The taps, with residuals that are named by the layer that reads them named by the one that gives them.
-
-    Lists of hidden states begin with the embedding; their entry i is the input of layer i, not its output.
-    """
-    first = taps.get(f"{phase}/L0/resid")
-    if first is None or first.size != embedded.size or first.dtype.kind in "iub":
-        return taps
-    a, b = np.asarray(first, np.float64).reshape(embedded.shape), embedded.astype(np.float64)
-    if not np.linalg.norm(a - b) < 2.0**-7 * np.linalg.norm(b):
-        return taps
-    late = [f"{phase}/L{i}/resid" for i in range(c.num_hidden_layers + 1)]
-    renamed = {t: x for t, x in taps.items() if t not in late}
-    named = {after: before for before, after in pairwise(late) if after in taps}
-    found.renamed |= named
-    moved = {before: taps[after] for after, before in named.items()}
-    what = "residuals are named one layer late, L0/resid holds the embedding: read as the layer before's"
-    found.notes.setdefault(what, []).extend(moved)
-    return renamed | moved
-
-
 def _without_shared(taps: Mapping[str, Array], c: Config, found: Admitted) -> Mapping[str, Array]:
     """The taps, without slots of shared experts: fused kernels take these for routed ones that every token has, numbered behind
     the others.
     """
     changed: dict[str, Array] = {}
     for tap in [t for t in taps if t.endswith("/router.ids")] if c.n_shared_experts else []:
-        ids, k = np.asarray(taps[tap]), c.num_experts_per_tok
-        if ids.dtype.kind not in "iu" or not ids.ndim or ids.shape[-1] <= k:
+        ids = np.asarray(taps[tap])
+        if ids.dtype.kind not in "iu" or not ids.ndim or not ids.size or int(ids.max()) < c.n_routed_experts:
             continue
         routed = ids < c.n_routed_experts
-        if not (routed.sum(axis=-1) == k).all():
+        k = int(routed[(0,) * (ids.ndim - 1)].sum())
+        if not k or not (routed.sum(axis=-1) == k).all():
             continue
         weights = tap.replace("router.ids", "router.weights")
         for name in [t for t in (tap, weights) if t in taps and taps[t].shape == ids.shape]:

@@ -24,17 +24,30 @@ def from_zero(trace: Trace) -> Trace:
 
 
 def other_counts(trace: Trace) -> Iterator[tuple[Trace, dict[str, list[str]]]]:
-    """The trace under every other count that its names allow; what to declare -> the taps. One layer alone tells of no count: it
-    may be that one was left out.
+    """The trace under every other count that its names allow; what to declare -> the taps. One layer alone need not tell
+    (`_tells`).
     """
     if "layers" in trace.header.layouts:
         return
     for told in LAYERS[1:]:
         layers = {one.split("/")[1] for t in trace.taps if (one := renamed(t, told))}
-        if len(layers) > 1 and "L-1" not in layers:
+        if layers and "L-1" not in layers and (len(layers) > 1 or _tells(trace, told)):
             yield counted(
                 trace, told, f"{'layers' if told == LAYERS[1] else 'residuals'} are counted from 1, L1 is our L0"
             )
+
+
+def _tells(trace: Trace, told: str) -> bool:
+    """Whether one layer alone tells of its count: something of its inside was recorded, or something behind it. What a layer gives
+    and nothing more may also be what the layer before gives, where one was left out.
+    """
+    moved = [t for t in trace.taps if renamed(t, told)]
+    last = max([int(t.split("/")[1][1:]) for t in moved])
+    units = [t.split("/")[1] for t in trace.taps if t not in moved]
+    behind = any(
+        u in ("final_norm", "logits") or (u[:1] == "L" and u[1:7].isdigit() and int(u[1:7]) > last) for u in units
+    )
+    return behind or not all(t.endswith("/resid") for t in moved)
 
 
 def counted(trace: Trace, told: str, what: str) -> tuple[Trace, dict[str, list[str]]]:

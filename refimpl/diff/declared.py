@@ -21,6 +21,7 @@ from refimpl.model.phases import is_part
 from .admission import check_layouts, parts, within
 from .declared_axes import as_read, check_letters, check_number, check_sizes, terms_of
 from .dims import Sizes, letters, shape_of, size_of
+from .numbering import LAYERS
 from .precision import GENERAL, declared_storage, meant_by
 from .ranks import alone
 from .reading import Reading, coarser
@@ -57,6 +58,7 @@ class Declared:
             check_layouts(self.trace.header.layouts)
             _check_form(self.trace)
             picked = parts(self.trace.header, self.config, self.sizes.parts[-1].stop)
+            _check_count(self.trace, self.config)
             _check_layers(self.trace, self.config)
             self._check_precision(notes)
             self._check_axes(notes, picked)
@@ -180,6 +182,18 @@ def _check_form(trace: Trace) -> None:
     for form, ends in _ONLY.items():
         odd = next((t for t in trace.taps if t.endswith(ends)), "") if told in _ONLY and form != told else ""
         require(not odd, f"layouts say that mla is {told}, and yet there is {odd}, which only the {form} form has")
+
+
+def _check_count(trace: Trace, c: Config) -> None:
+    """Layers that are counted otherwise are layers of the model."""
+    told, last = trace.header.layouts.get("layers", LAYERS[0]), c.num_hidden_layers - 1
+    for tap in trace.taps if told not in LAYERS else ():
+        unit = tap.split("/")[1]
+        beyond = unit[:1] == "L" and unit[1:7].isdigit() and int(unit[1:7]) > last
+        require(
+            not beyond,
+            f"layouts say that layers are counted {told!r}, and then there is {unit}; the last one is L{last}",
+        )
 
 
 def _check_layers(trace: Trace, c: Config) -> None:

@@ -26,7 +26,7 @@ from .grounds import Grounds
 from .lanes import Lane, Recorded
 from .names import unit_of
 from .program import last_use, names, owner
-from .reading import Pick, read
+from .reading import Pick, readings
 from .trace import Trace
 
 ANGLE = 0.2
@@ -123,8 +123,8 @@ def fused_in(
     for unit, pieces in _units(program, r, {u for _, u in suspects.values()}, c, sizes):
         for name, (x, where) in suspects.items():
             others = [
-                p for p in pieces if (p.name, p.ours.size) != (name.rpartition("/")[2], x.size)
-            ]  # that was blamed
+                p for p in pieces if (p.tap, p.name, p.ours.size) != (name, name.rpartition("/")[2], x.size)
+            ]  # blamed
             if name not in found and where in ("", unit) and (one := _apart(x, others, c)):
                 found[name] = one
     return found
@@ -179,12 +179,13 @@ def _apart(x: Array, pieces: Sequence[Piece], c: Config) -> Found | None:
         for heads in (0, c.num_attention_heads):
             full = (*rows, heads) if heads else rows
             for width in dict.fromkeys([x.shape[-1], x.size // int(np.prod(full)), x.shape[-1] // max(heads, 1)]):
-                reading = read(x, (*full, width), [*lead, *(["H"] if heads else []), "W"]) if width else None
-                seen = _seen_by(some, heads, len(lead), reading.pick) if reading else []
-                for y, step in _in_turn(reading.array) if reading and seen else ():
-                    order = _order(y, seen)
-                    if reading and order and (step == 1 or (len(order) == 2 and 2 * order[0][1] == width)):
-                        return _found(y, order, reading.pick, heads, len(lead), step)
+                axes = [*lead, *(["H"] if heads else []), "W"]
+                for reading in readings(x, (*full, width), axes, guess=True) if width else ():
+                    seen = _seen_by(some, heads, len(lead), reading.pick)
+                    for y, step in _in_turn(reading.array) if seen else ():
+                        order = _order(y, seen)
+                        if order and (step == 1 or (len(order) == 2 and 2 * order[0][1] == width)):
+                            return _found(y, order, reading.pick, heads, len(lead), step)
     return None
 
 

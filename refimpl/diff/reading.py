@@ -1,15 +1,15 @@
 """Bringing a recorded tap into our axes: what people record is often the right numbers in another arrangement.
 
-Each arrangement is recognised by its shape alone and said in a line that names what to declare. What shapes leave open (heads
-before tokens where there are as many heads as tokens) is settled by value later, in `gauges`.
+Each arrangement is recognised by its shape (`ways`) and said in a line that names what to declare. What shapes leave open is
+settled by value: all taps together (`nearest`), or tap by tap (`gauges`: heads before tokens where there are as many of both).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import combinations, permutations
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ from refimpl.autograd.tensor import Array
 
 from .dims import TOKEN_AXES
 from .marks import marks_of
-
-Pick = Mapping[int, slice | list[int]]
-"""Axis -> which of its entries; axes that are whole are left out."""
+from .ways import Pick as Pick
+from .ways import Way, ways
 
 
 def cut(a: Array, pick: Pick) -> Array:
@@ -30,7 +29,6 @@ def cut(a: Array, pick: Pick) -> Array:
     return a
 
 
-FILLED_UP = "tokens are flattened and padded"
 LOOK, _FEW = 1 << 14, 1 << 9
 """Numbers that are looked at at a time."""
 
@@ -65,12 +63,16 @@ def read(
         return told
     if x.shape == shape:
         return Reading(x)
-    return next(_arrangements(x, shape, axes), None)
+    if dims is not None and (
+        agree := [w for w in _as_declared(ways(x.shape, shape, axes), axes, dims) if not w.guessed]
+    ):
+        return read_so(x, agree[0])
+    return next(readings(x, shape, axes), None)
 
 
 def _declared_parts(
     x: Array, shape: tuple[int, ...], axes: list[str], part: Mapping[str, list[int]]
-) -> Iterator[tuple[Pick, tuple[int, ...]]]:
+) -> Iterator[tuple[dict[int, list[int]], tuple[int, ...]]]:
     """What x may be a part of by what was declared, along all of these axes or some, and the shape it then has; where the number of
     its entries tells, that alone.
     """
@@ -101,66 +103,46 @@ def unflattened(terms: list[str], axes: list[str]) -> list[str]:
     return [a for t in terms for a in (flat if t == "N" and "N" not in axes else [t])]
 
 
-def _arrangements(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    if coarser(x.shape, shape):
-        yield Reading(x.reshape(shape), _merged(x.shape, shape, axes))
-    for order in permutations(range(len(shape))):
-        turned = tuple([shape[i] for i in order])
-        if coarser(x.shape, turned):
-            named = " ".join([axes[i] for i in order])
-            yield Reading(x.reshape(turned).transpose(np.argsort(order)), f'axes are {named}: declare dims "{named}"')
-    if len(shape) > 1 and "S" in axes[:2]:
-        yield from _last(x, shape, axes)
-    if {"S", "T"} & set(axes):
-        yield from _padded(x, shape, axes)
-    yield from _filled_up(x, shape, axes)
+def readings(x: Array, shape: tuple[int, ...], axes: list[str], *, guess: bool = False) -> Iterator[Reading]:
+    """x in our axes, in every way that its shape allows, the likeliest first, if wanted those that only values could confirm."""
+    yield from (read_so(x, way) for way in ways(x.shape, shape, axes) if guess or not way.guessed)
     if len(shape) > 1 and axes[1] in ("S", "T"):
         yield from _chunks(x, shape)
-    if axes[:1] == ["B"]:
-        yield from _first(x, shape, axes)
 
 
-def _last(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """The last position only."""
-    s = axes.index("S")
-    last = tuple([1 if i == s else n for i, n in enumerate(shape)])
-    if coarser(x.shape, last):
-        yield Reading(x.reshape(last), "only the last position was recorded: compared there", {s: slice(-1, None)})
+def read_so(x: Array, way: Way) -> Reading:
+    """x as it lies by one way."""
+    return Reading(way.of(x), way.note, way.pick)
 
 
-def _padded(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """More positions than there are, of every sequence, or more keys: whether these are seen shows in the others' probabilities."""
-    if x.ndim == len(shape) and all(a >= b for a, b in zip(x.shape, shape, strict=True)):
-        longer = {axes[i] for i in range(len(shape)) if x.shape[i] > shape[i]}
-        if longer <= {"S", "T", "V"}:
-            cut = x[tuple([slice(0, n) for n in shape])]
-            yield Reading(cut, f"padded along {' and '.join(sorted(longer))}: cut to {'x'.join(map(str, shape))}")
+def open_ways(
+    x: Array,
+    shape: tuple[int, ...],
+    axes: list[str],
+    dims: str | None = None,
+    part: Mapping[str, list[int]] | None = None,
+) -> list[Way]:
+    """In which ways x may lie, if its shape and what was declared do not tell, or what they tell is a guess."""
+    for pick, few in _declared_parts(x, shape, axes, part or {}):
+        if x.shape == few or (dims is not None and _declared(x, few, axes, dims) is not None):
+            return []
+        found = [replace(w, part=pick) for w in _as_declared(ways(x.shape, few, axes), axes, dims)]
+        if found := [w for w in found if not set(w.changed) & set(pick)]:
+            return found if len(found) > 1 or found[0].guessed or found[0].changed else []
+    if x.shape == shape or (dims is not None and _declared(x, shape, axes, dims) is not None):
+        return []
+    found = _as_declared(ways(x.shape, shape, axes), axes, dims)
+    return found if len(found) > 1 or (found and found[0].guessed) else []
 
 
-def _filled_up(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """Flattened tokens with rows behind them, as many as make a multiple of something; other axes in any order."""
-    at = next((i for i in range(len(axes) - 1) if axes[i] == "B" and axes[i + 1] in ("S", "T")), None)
-    if at is None or not x.size:
-        return
-    tokens, rest = shape[at] * shape[at + 1], (*shape[:at], *shape[at + 2 :])
-    rows = x.size // int(np.prod(rest))
-    flat = (*shape[:at], rows, *shape[at + 2 :])
-    for order in permutations(range(len(flat))) if rows > tokens else ():
-        if coarser(x.shape, tuple([flat[i] for i in order])):
-            y = x.reshape([flat[i] for i in order]).transpose(np.argsort(order))
-            y = y[(slice(None),) * at + (slice(0, tokens),)]
-            yield Reading(y.reshape(shape), f"{FILLED_UP} to {rows}: cut to the first {tokens}")
-
-
-def _first(x: Array, shape: tuple[int, ...], axes: list[str]) -> Iterator[Reading]:
-    """Fewer sequences or positions than there are: no one says which, and the first are the likeliest."""
-    few = {i: n for i, n in enumerate(x.shape) if x.ndim == len(shape) and n != shape[i]}
-    if few and all(axes[i] in ("B", "S", "T") and 0 < n < shape[i] for i, n in few.items()):
-        what = {"B": "sequences"}
-        told = " and ".join([f"{n} of {shape[i]} {what.get(axes[i], 'tokens')}" for i, n in few.items()])
-        more = ": declare slices" if all(axes[i] != "B" for i in few) else ""  # which know of tokens
-        note = f"{told}, taken for the first{more}"
-        yield Reading(x, note, {i: slice(0, n) for i, n in few.items()})
+def _as_declared(found: list[Way], axes: list[str], dims: str | None) -> list[Way]:
+    """Those ways that agree with the order that is declared, if there are any."""
+    theirs = unflattened(marks_of(dims).dims.split(), axes) if dims is not None else []
+    if sorted(theirs) != sorted(axes) or len(set(axes)) != len(axes):
+        return found
+    meant = [theirs.index(a) for a in axes]
+    agree = [w for w in found if not w.flat and [*sorted(w.long, key=lambda i: meant[i])] == w.long]
+    return sorted([replace(w, declared=True) for w in agree], key=lambda w: w.steps) or found
 
 
 def _chunks(x: Array, shape: tuple[int, ...]) -> Iterator[Reading]:
@@ -189,14 +171,6 @@ def coarser(given: tuple[int, ...], full: tuple[int, ...]) -> bool:
         if product != n:
             return False
     return not rest
-
-
-def _merged(given: tuple[int, ...], full: tuple[int, ...], axes: list[str]) -> str:
-    if _squeezed(given) == _squeezed(full):
-        return ""
-    if len(full) > 1 and axes[:2] == ["B", "S"] and given and given[0] == full[0] * full[1]:
-        return "tokens are flattened to (N, ...): declare dims with N for B S"
-    return f"axes are merged to {'x'.join(map(str, given))}, ours are {'x'.join(map(str, full))}"
 
 
 def is_bfloat16(x: Array) -> bool:

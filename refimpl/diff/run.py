@@ -29,17 +29,18 @@ from .gradients import backward_of
 from .heads import of_some_heads, which_heads
 from .lanes import Recorded
 from .lse import with_lse
+from .nearest import nearest
 from .optimizer import Inputs as Read
 from .padding import padding_of
 from .pages import Pages
 from .precision import Precision
 from .program import placeholder, program_of
-from .reading import Pick
 from .spread import Pool
 from .streamed import StageWeights
 from .tolerance import Noise
 from .trace import Trace
 from .training import Training, training_of, update_of
+from .ways import Pick, Way
 
 CHOSEN = ("router.ids", "router.groups", "router.group_scores")
 """Taps of which it is told that there are too many, or too few."""
@@ -48,7 +49,8 @@ CHOSEN = ("router.ids", "router.groups", "router.group_scores")
 @dataclass
 class Run:
     """A case and a trace; the tap that is to be explained (`show`), and how its tolerance came about (`shown`); of arrays that hold
-    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; whether
+    several taps, which parts were cut out of which (`cuts`), in words (`apart`), and whether there was a look for them; how those
+    lie whose shape does not tell (`ways`); whether
     tokens are `packed` one behind the other where their number does not tell; what was done on reading the trace (`done`).
     """
 
@@ -61,6 +63,7 @@ class Run:
     pictures: bool = False
     pool: Pool | None = None
     cuts: dict[str, Pick] = field(default_factory=dict)
+    ways: Mapping[str, Way | None] = field(default_factory=dict)
     apart: dict[str, list[str]] = field(default_factory=dict)
     looked: bool = False
     packed: bool = False
@@ -142,15 +145,27 @@ class Run:
     def _admitted(self, program: list[Call], config: Config, inputs: Inputs) -> Admitted:
         """The taps that can be compared; arrays of several are taken apart when they are first met."""
         embedded = self._embedded(inputs)
-        found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+
+        def admitted() -> Admitted:
+            known, sizes = self.cuts, self.sizes
+            return admit(program, self.trace, config, sizes, embedded, known, told=self.ways, packed=self.packed)
+
+        self.ways = self.ways if self.looked else {}
+        found = admitted()
         if not self.looked:
             self.looked, r = True, self._recorded(found, inputs, config.num_hidden_layers)
-            if self._some_heads(found, program, r, config):
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+            for heads in (False, True):
+                if heads and not self._some_heads(found, program, r, config):
+                    continue
+                found = admitted() if heads else found
+                if found.doubt:
+                    self.ways = nearest(found.doubt, program, r)
+                    found = admitted()
+                r = self._recorded(found, inputs, config.num_hidden_layers)
             odd = suspects(self.trace.taps, program, found.flawed)
             if several := fused_in(odd, program, r, config, self.sizes):
                 self.take_apart(several)
-                found = admit(program, self.trace, config, self.sizes, embedded, self.cuts, packed=self.packed)
+                found = admitted()
         found.notes |= self.apart
         return found
 
@@ -158,7 +173,7 @@ class Run:
         """Whether taps hold some heads only, and which; then as if that had been declared."""
         if "heads" in self.trace.header.slices:
             return False
-        for taps in of_some_heads(self.trace.taps, a.flawed, program, config, self.sizes).values():
+        for taps in of_some_heads(self.trace.taps, a.flawed, program, config, self.sizes):
             if heads := which_heads(taps, program, r):
                 slices = self.trace.header.slices | {"heads": heads}
                 self.trace = replace(self.trace, header=replace(self.trace.header, slices=slices))

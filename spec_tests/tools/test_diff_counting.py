@@ -177,7 +177,9 @@ def test_what_is_declared_of_such_layers():
     plain, trace = local("hf-float32", "all")
     judgement = judge(case(), declared(trace, "L0 is L1", slices={"layers": [0, 1]}))
     assert judgement.verdict == "CONFORMS" and {f.tap for f in judgement.findings} == set(plain.taps), render(judgement)
-    assert judge(case(), declared(trace, "L0 is L7")).exit_code == 2
+    for beyond, odd in ((trace, "L0 is L7"), (recording("hf-float32"), "L0 is L1")):
+        with pytest.raises(SpecError, match="the last one is L2"):
+            judge(case(), declared(beyond, odd))
     with pytest.raises(SpecError, match="fwd/L0/"):
         judge(case(), declared(trace, "L3 is L2"))
     for odd in ("L0 is 1", "L0 is L", "from 0 is L1"):
