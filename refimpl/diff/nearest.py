@@ -55,14 +55,16 @@ def nearest(doubt: Doubt, program: Sequence[Call], r: Recorded) -> dict[str, Way
 
 
 def _told(ways: Sequence[Way], away: Sequence[Mapping[object, float]]) -> object:
-    """What of the ways leaves least, if that is little or clearly less than any other leaves; of several that leave as much the
-    likeliest, since a part of what is right is right too. Else the likeliest, if it takes fewer steps than others and is no guess.
+    """What of the ways leaves least, if that is little or, of one that is no guess, clearly less than others leave; of several that
+    leave as much the likeliest, since a part of what is right is right too. Else the likeliest, if it takes fewer steps than
+    others and is no guess.
     """
     found = {way.key: float(np.median([one[way.key] for one in away] or [1.0])) for way in ways}
     least = min(found.values())
     near = [key for key, far in found.items() if far <= least + min(least, NEAR) + 2.0**-10]
     clear = min([far for key, far in found.items() if key not in near], default=0.5)
-    if least < ANGLE or least < CLEARLY * clear:
+    guessed = next(way.guessed for way in ways if way.key == near[0])
+    if least < ANGLE or (not guessed and least < CLEARLY * clear):
         return near[0]
     first, *others = ways
     return None if first.guessed or any(way.steps == first.steps for way in others) else first.key

@@ -40,6 +40,8 @@ class Way:
     """Our shape, in which the array is wanted."""
     plain: bool = False
     """Whether the array has these lengths as they are, those of 1 too."""
+    moved: bool = False
+    """Whether it has as many axes, and one of length 1 in another place."""
     declared: bool = False
     """Whether the order is the candidate's own word."""
     part: Mapping[int, list[int]] = field(default_factory=dict, compare=False)
@@ -87,7 +89,7 @@ class Way:
     @property
     def guessed(self) -> bool:
         """Whether values must be near ours for it to be believed: features may be as many as tokens, and lie in their place."""
-        return self.steps >= _GUESSED or (self.turned and bool(self.changed) and not self.declared)
+        return self.steps >= _GUESSED or (bool(self.changed) and (self.moved or (self.turned and not self.declared)))
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -170,7 +172,9 @@ def _found(given: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...]
         for order in permutations(range(len(sizes))):
             for lengths, groups in _fitted(long, [(i, names[i], sizes[i]) for i in order]):
                 theirs = tuple([lengths[i] for i in range(len(sizes))])
-                way = Way(names, sizes, order, theirs, groups, shape, given == tuple([theirs[i] for i in order]))
+                plain = given == tuple([theirs[i] for i in order])
+                moved = len(given) == len(names) and not plain
+                way = Way(names, sizes, order, theirs, groups, shape, plain, moved)
                 if names == axes or way.lengths[names.index("N")] > way.shape[names.index("N")]:
                     found.setdefault((names, theirs, tuple([i for i in order if theirs[i] != 1])), way)
     likely = sorted(found.values(), key=lambda way: way.steps)
