@@ -20,7 +20,7 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Track
-from .counting import LEFT, from_zero, other_counts
+from .counting import from_zero, other_counts
 from .declared import Declared
 from .diagnose import diagnose
 from .explained import explained
@@ -40,6 +40,7 @@ from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
 from .supposed import SUPPOSED
 from .trace import Trace
+from .weighing import blamed, explains, far_less_off, fewer
 
 Rounded = tuple[tuple[str, str], ...]
 """Weights that agree only when rounded, each with the dtype."""
@@ -96,7 +97,7 @@ def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -
         if not result.off:
             break
         better = _settled(other, config, iter)
-        if better.off <= LEFT * result.off:
+        if far_less_off(better, result):
             run, result = other, better
     return run, result
 
@@ -109,20 +110,16 @@ def _rearranged(run: Run, result: Judgement, config: Config) -> tuple[Run, Judge
     for trace, done in rows_by_expert(run.trace, run.done, odd):
         other = replace(run, pool=None, trace=trace, done=done)
         better = _settled(other, config, iter)
-        if of_rows(_blamed(better)) < of_rows(_blamed(result)):
+        if of_rows(blamed(better)) < of_rows(blamed(result)):
             run, result = other, better
             break
-    if several := reordered(result.grounds, run.trace, _blamed(result), run.sizes):
+    if several := reordered(result.grounds, run.trace, blamed(result), run.sizes):
         other = replace(run, pool=None)
         other.take_apart(several)
         better = _settled(other, config, iter)
-        if _blamed(better) < _blamed(result):
+        if blamed(better) < blamed(result):
             run, result = other, better
     return run, result
-
-
-def _blamed(result: Judgement) -> set[str]:
-    return {f.tap for f in result.culprits}
 
 
 def _readings(run: Run, trace: Trace, config: Config) -> Iterator[Run]:
@@ -154,11 +151,11 @@ def _contested(run: Run, result: Judgement) -> Judgement:
     for name, value in _others(dialect):
         changed: dict[str, Any] = {name: value}
         before, config = (run.case.config.replace(dialect=d) for d in (dialect, replace(dialect, **changed)))
-        blamed = {t for f in result.culprits for t in f.region}
-        if not blamed & run.differing(before, config):
+        regions = {t for f in result.culprits for t in f.region}
+        if not regions & run.differing(before, config):
             continue
         other = _settled(run, config, iter)
-        if _explains(other, result) and len(other.culprits) < len(result.culprits):
+        if fewer(other, result) and len(other.culprits) < len(result.culprits):
             other.gates[:0] = result.gates[: len(result.gates) - len(other.gates)]
             other.contested = result.contested | {name: str(value)}
             result, dialect = other, config.dialect
@@ -179,14 +176,9 @@ def _settled(run: Run, config: Config, track: Track) -> Judgement:
     result = _in_gauges(run, config, track, frozenset({SUPPOSED}))
     if result.culprits and result.supposable:
         other = _in_gauges(run, config, iter, frozenset())
-        if other.culprits and len(other.culprits) <= len(result.culprits) and _explains(other, result):
+        if other.culprits and len(other.culprits) <= len(result.culprits) and fewer(other, result):
             return other
     return result
-
-
-def _explains(other: Judgement, result: Judgement) -> bool:
-    """Whether another judgement blames only what this one blames, or knows in a gauge alone, and not all of it."""
-    return _blamed(other) < _blamed(result).union(*result.gauges.values())
 
 
 def _in_gauges(run: Run, config: Config, track: Track, without: frozenset[str]) -> Judgement:
@@ -195,7 +187,7 @@ def _in_gauges(run: Run, config: Config, track: Track, without: frozenset[str]) 
     if result.culprits:
         for gauge in list(result.gauges):
             other = _under(run, config, iter, without | {gauge})
-            if not _blamed(result) < other.blamed:
+            if not explains(gauge, result, other):
                 result, without = other, without | {gauge}
     return result
 
