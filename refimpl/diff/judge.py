@@ -175,30 +175,34 @@ def _settled(run: Run, config: Config, track: Track) -> Judgement:
     """
     result = _in_gauges(run, config, track, frozenset({SUPPOSED}))
     if result.culprits and result.supposable:
-        other = _in_gauges(run, config, iter, frozenset())
+        other = _in_gauges(run, config, iter, frozenset(), frozenset(result.gauges))
         if other.culprits and len(other.culprits) <= len(result.culprits) and fewer(other, result):
             return other
     return result
 
 
-def _in_gauges(run: Run, config: Config, track: Track, without: frozenset[str]) -> Judgement:
+def _in_gauges(
+    run: Run, config: Config, track: Track, without: frozenset[str], told: frozenset[str] = frozenset()
+) -> Judgement:
     """The judgement with the gauges that explain something: one takes taps out of blame and puts none in."""
-    result = _under(run, config, track, without)
+    result = _under(run, config, track, without, told)
     if result.culprits:
         for gauge in list(result.gauges):
-            other = _under(run, config, iter, without | {gauge})
+            other = _under(run, config, iter, without | {gauge}, told)
             if not explains(gauge, result, other):
                 result, without = other, without | {gauge}
     return result
 
 
-def _under(run: Run, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
-    """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
-    comparison, program = run.comparison(config, without)
+def _under(
+    run: Run, config: Config, track: Track, without: frozenset[str] = frozenset(), told: frozenset[str] = frozenset()
+) -> Judgement:
+    """Replay everything under a config (its dialect) and compare, some gauges not being allowed, some being known of other taps."""
+    comparison, program = run.comparison(config, without, told)
     recorded, admitted, header = comparison.recorded, comparison.admitted, run.trace.header
     parts = None
     if run.pool:
-        work = partial(_part, run.pool.opener, tuple(sorted(run.rounded.items())), run.pictures, config, without)
+        work = partial(_part, run.pool.opener, tuple(sorted(run.rounded.items())), run.pictures, config, without, told)
         parts = spread(program, recorded, track, run.pool, work)
     if parts is None:
         comparison.run(program, track)
@@ -227,11 +231,17 @@ def _opened(opener: Opener, rounded: Rounded, pictures: bool) -> Run:
 
 
 def _part(
-    opener: Opener, rounded: Rounded, pictures: bool, config: Config, without: frozenset[str], span: Span
+    opener: Opener,
+    rounded: Rounded,
+    pictures: bool,
+    config: Config,
+    without: frozenset[str],
+    told: frozenset[str],
+    span: Span,
 ) -> SpanFound:
     """A worker's part of a judgement."""
     with np.errstate(all="ignore"):
-        comparison, program = _opened(opener, rounded, pictures).comparison(config, without)
+        comparison, program = _opened(opener, rounded, pictures).comparison(config, without, told)
         return compared(comparison, program, span)
 
 
