@@ -184,13 +184,17 @@ def _settled(run: Run, config: Config, track: Track) -> Judgement:
 def _in_gauges(
     run: Run, config: Config, track: Track, without: frozenset[str], told: frozenset[str] = frozenset()
 ) -> Judgement:
-    """The judgement with the gauges that explain something: one takes taps out of blame and puts none in."""
+    """The judgement with the gauges that explain something: one takes taps out of blame and puts none in. Of those that do not, the
+    one goes first without which least is blamed: it may be what makes others look so.
+    """
     result = _under(run, config, track, without, told)
-    if result.culprits:
-        for gauge in list(result.gauges):
-            other = _under(run, config, iter, without | {gauge}, told)
-            if not explains(gauge, result, other):
-                result, without = other, without | {gauge}
+    while result.culprits:
+        others = [(g, _under(run, config, iter, without | {g}, told)) for g in result.gauges]
+        idle = [(g, other) for g, other in others if not explains(g, result, other)]
+        if not idle:
+            break
+        gauge, result = min(idle, key=lambda one: len(one[1].culprits))
+        without |= {gauge}
     return result
 
 
