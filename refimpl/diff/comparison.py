@@ -49,10 +49,10 @@ class Comparison:
     """What the candidate gave, and what is found while the replay walks along.
 
     findings, in model order; `accepted`, tap -> the gauges in which it fits, and `plain`, its finding without; `without`, gauges
-    that are not to be tried, and `told`, those in which other taps are known to be; `supposable`, whether a tap that fits in none may be in one all the same; `unknown`, arrays under
-    names that are no taps, and `alike`, how near which tap of our own run is; `either`, rotated taps that fit in either order;
-    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`, whether findings show where a
-    tap is off; `pages`, those of the trace.
+    that are not to be tried, and `told`, those in which other taps are known to be; `supposable`, whether a tap that fits in none
+    may be in one all the same; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
+    `either`, rotated taps that fit in either order; `show`, a tap whose tolerance is to be explained, and `shown`, how it came
+    about; `pictures`, whether findings show where a tap is off; `pages`, those of the trace.
     """
 
     config: Config
@@ -181,8 +181,8 @@ class Comparison:
                 yield what, other, False
 
     def _as_partner(self, tap: str, partner: str) -> None:
-        """Read one of a layer's rotated q and k, which is wrong in any gauge, in those in which the other was found, or, if that was
-        not recorded, in those of other layers.
+        """Read one of a layer's rotated q and k, which is wrong in any gauge, in those in which the other was found; if that
+        was not recorded, in those of other layers.
         """
         taps = self.recorded.taps
         if not partner or tap not in taps:

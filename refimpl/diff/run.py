@@ -117,7 +117,7 @@ class Run:
     def comparison(
         self, config: Config, without: frozenset[str], told: frozenset[str] = frozenset()
     ) -> tuple[Comparison, list[Call]]:
-        """What was recorded, ready to be compared under a config, and the program along which; gauges not to be tried, and known."""
+        """What was recorded, ready to be compared under a config, and along which program; gauges not to be tried, and known."""
         check_layouts(self.trace.header.layouts)
         program, inputs = self.calls(config), self.program(config)[1]
         admitted = self._admitted(program, config, inputs)
