@@ -28,7 +28,7 @@ TURNED = "rotated channels in the other order"
 LATER = "the routed scaling factor is applied after the experts"
 MEANS = "group scores are the mean of the two best, whose sum orders groups alike"
 UNMASKED = "scores are those before the mask"
-WHOLE = "what is chosen by is masked: groups that were not kept hold {}"
+FILLED = "what is chosen by is masked: groups that were not kept hold {}"
 SCORES = ("mla.scores", "mla.scores_absorbed")
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
 
@@ -94,8 +94,8 @@ def in_kept_groups(x: Array, exact: Array, c: Config) -> Iterator[tuple[str, Arr
     for hole in (-np.inf, 0.0):
         left = (groups == hole).all(axis=-1)
         if (left.sum(axis=-1) == c.n_group - c.topk_group).all() and left.any():
-            hidden = np.repeat(left, groups.shape[-1], axis=-1)
-            yield WHOLE.format(hole), np.where(hidden, exact, x).astype(x.dtype)
+            filled: Array = np.where(np.repeat(left, groups.shape[-1], axis=-1), exact, x)
+            yield FILLED.format(hole), filled.astype(x.dtype)
 
 
 def swap_pairs(x: Array, *, to_interleaved: bool) -> Array:
