@@ -189,12 +189,17 @@ def _in_gauges(
     """
     result = _under(run, config, track, without, told)
     while result.culprits:
-        others = [(g, _under(run, config, iter, without | {g}, told)) for g in result.gauges]
-        idle = [(g, other) for g, other in others if not explains(g, result, other)]
+        others, idle = {g: _under(run, config, iter, without | {g}, told) for g in result.gauges}, list[str]()
+        for g, other in others.items():
+            if (
+                other.gauges.keys() - result.gauges.keys()
+            ):  # taps that fit in another gauge now, which has to explain something too
+                other = _in_gauges(run, config, iter, without | {g}, told)
+            idle += [] if explains(g, result, other) else [g]
         if not idle:
             break
-        gauge, result = min(idle, key=lambda one: len(one[1].culprits))
-        without |= {gauge}
+        gauge = min(idle, key=lambda g: len(others[g].culprits))
+        result, without = others[gauge], without | {gauge}
     return result
 
 
