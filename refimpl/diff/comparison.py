@@ -49,10 +49,10 @@ class Comparison:
     """What the candidate gave, and what is found while the replay walks along.
 
     findings, in model order; `accepted`, tap -> the gauges in which it fits, and `plain`, its finding without; `without`, gauges
-    that are not to be tried; `supposable`, whether a tap that fits in none may be in one all the same; `unknown`, arrays under
-    names that are no taps, and `alike`, how near which tap of our own run is; `either`, rotated taps that fit in either order;
-    `show`, a tap whose tolerance is to be explained, and `shown`, how it came about; `pictures`, whether findings show where a
-    tap is off; `pages`, those of the trace.
+    that are not to be tried, and `told`, those in which other taps are known to be; `supposable`, whether a tap that fits in none
+    may be in one all the same; `unknown`, arrays under names that are no taps, and `alike`, how near which tap of our own run is;
+    `either`, rotated taps that fit in either order; `show`, a tap whose tolerance is to be explained, and `shown`, how it came
+    about; `pictures`, whether findings show where a tap is off; `pages`, those of the trace.
     """
 
     config: Config
@@ -61,6 +61,7 @@ class Comparison:
     recorded: Recorded
     findings: list[Finding] = field(default_factory=list)
     without: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
     supposable: bool = False
     show: str = ""
     shown: Shown | None = None
@@ -136,7 +137,7 @@ class Comparison:
         if better := self._in_gauge(step, x, units, program):
             self.plain[tap] = found
         if not (better and better.ok):
-            self._as_partner(tap, gauges.partner_of(tap))
+            self._as_partner(tap, gauges.beside(tap))
         if better:
             return better
         if unordered and not pick:  # of weights that are not ours the largest need not belong to our first expert
@@ -180,16 +181,27 @@ class Comparison:
                 yield what, other, False
 
     def _as_partner(self, tap: str, partner: str) -> None:
-        """Read one of a layer's rotated q and k, which is wrong in any gauge, in those in which the other was found."""
+        """Read one of a layer's rotated q and k, which is wrong in any gauge, in those in which the other was found; if that
+        was not recorded, in those of other layers.
+        """
         taps = self.recorded.taps
-        what = set(self.accepted.get(partner, ())) - set(self.accepted.get(tap, ())) if tap in taps else set[str]()
+        if not partner or tap not in taps:
+            return
+        what, alone = set(self.accepted.get(partner, ())), partner not in self.admitted.taps
+        if alone:
+            self.supposable, what = True, set(self.told - self.without)
+        what -= set(self.accepted.get(tap, ()))
         if gauges.TURNED in what:
-            x, other = self.admitted.taps[partner], taps[partner]
-            ways = (gauges.swap_pairs(x, to_interleaved=w) for w in (True, False))
-            to_interleaved = sine(next(ways), other) <= sine(next(ways), other)
+            to_interleaved = self.config.rope_interleave if alone else self._interleaves(partner)
             taps[tap] = gauges.swap_pairs(taps[tap], to_interleaved=to_interleaved)
         for share in common(what):
             taps[tap] = taps[tap].astype(np.float32) / np.float32(share.factor(self.config.softmax_scale))
+
+    def _interleaves(self, tap: str) -> bool:
+        """Whether a turned tap is read with its halves as interleaved pairs."""
+        x, other = self.admitted.taps[tap], self.recorded.taps[tap]
+        ways = (gauges.swap_pairs(x, to_interleaved=w) for w in (True, False))
+        return sine(next(ways), other) <= sine(next(ways), other)
 
     def _compare(self, step: Step, x: Array, units: Units, pick: Pick) -> Finding:
         found = compare(step, x, units, pick)

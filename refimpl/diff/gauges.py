@@ -28,6 +28,7 @@ TURNED = "rotated channels in the other order"
 LATER = "the routed scaling factor is applied after the experts"
 MEANS = "group scores are the mean of the two best, whose sum orders groups alike"
 UNMASKED = "scores are those before the mask"
+FILLED = "what is chosen by is masked: groups that were not kept hold {}"
 SCORES = ("mla.scores", "mla.scores_absorbed")
 ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
 
@@ -35,7 +36,7 @@ ROPE_TAPS = ("mla.q_rope", "mla.k_rope", "cache.k_rope")
 def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alternative]:
     """Other readings of a tap, in our arrangement: first in one way, then in two at once."""
     x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)  # what is undone must not round again
-    orders, factors = list(_orders(call, x, exact)), list(_factors(call, c))
+    orders, factors = list(_orders(call, x, exact, c)), list(_factors(call, c))
     for what, y in orders:
         yield (what,), y
     for what, factor in factors:
@@ -55,13 +56,15 @@ def alternatives(call: Call, x: Array, exact: Array, c: Config) -> Iterator[Alte
             yield (f"axes in the order {' '.join(map(str, order))}",), turned
 
 
-def _orders(call: Call, x: Array, exact: Array) -> Iterator[tuple[str, Array]]:
+def _orders(call: Call, x: Array, exact: Array, c: Config) -> Iterator[tuple[str, Array]]:
     """Orders of the last axis, and what hides some of it."""
     if call.stage == "router.weights":
         yield SLOTS, by_rank(x, exact)
     if call.tap.rpartition("/")[2] in ROPE_TAPS:
         for to_interleaved in (True, False):
             yield TURNED, swap_pairs(x, to_interleaved=to_interleaved)
+    if call.stage == "router.choice":
+        yield from in_kept_groups(x, exact, c)
     if call.stage in SCORES and (masked := unmasked(x, exact)) is not None:
         yield UNMASKED, masked
 
@@ -85,6 +88,16 @@ def unmasked(x: Array, exact: Array) -> Array | None:
     return np.where(hidden, -np.inf, x).astype(x.dtype) if hidden.any() and (x[hidden] > MASKED).all() else None
 
 
+def in_kept_groups(x: Array, exact: Array, c: Config) -> Iterator[tuple[str, Array]]:
+    """What is chosen by (B, S, E) where every token's groups but `topk_group` hold one number, with ours in its place."""
+    groups = x.reshape(*x.shape[:-1], c.n_group, -1)
+    for hole in (-np.inf, 0.0):
+        left = (groups == hole).all(axis=-1)
+        if (left.sum(axis=-1) == c.n_group - c.topk_group).all() and left.any():
+            filled: Array = np.where(np.repeat(left, groups.shape[-1], axis=-1), exact, x)
+            yield FILLED.format(hole), filled.astype(x.dtype)
+
+
 def swap_pairs(x: Array, *, to_interleaved: bool) -> Array:
     """The two halves of the last axis as interleaved pairs, or the other way."""
     half = x.shape[-1] // 2
@@ -105,6 +118,11 @@ def by_rank(x: Array, like: Array) -> Array:
 def partner_of(tap: str) -> str:
     """The rotated keys' tap of a layer's rotated queries, "" for other taps."""
     return tap.removesuffix("mla.q_rope") + "mla.k_rope" if tap.endswith("/mla.q_rope") else ""
+
+
+def beside(tap: str) -> str:
+    """Of a layer's rotated queries and keys the other one's tap, "" for other taps."""
+    return partner_of(tap) or (tap.removesuffix("mla.k_rope") + "mla.q_rope" if tap.endswith("/mla.k_rope") else "")
 
 
 def broken(accepted: Mapping[str, tuple[str, ...]], taps: Collection[str]) -> set[str]:

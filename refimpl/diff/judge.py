@@ -20,7 +20,7 @@ from .agreement import ranks_gate
 from .case import Case
 from .compare import Finding
 from .comparison import Track
-from .counting import LEFT, from_zero, other_counts
+from .counting import from_zero, other_counts
 from .declared import Declared
 from .diagnose import diagnose
 from .explained import explained
@@ -40,6 +40,7 @@ from .run import Run
 from .spread import Opener, Pool, Span, SpanFound, compared, join, spread
 from .supposed import SUPPOSED
 from .trace import Trace
+from .weighing import blamed, explains, far_less_off, fewer
 
 Rounded = tuple[tuple[str, str], ...]
 """Weights that agree only when rounded, each with the dtype."""
@@ -96,7 +97,7 @@ def _read_otherwise(run: Run, result: Judgement, trace: Trace, config: Config) -
         if not result.off:
             break
         better = _settled(other, config, iter)
-        if better.off <= LEFT * result.off:
+        if far_less_off(better, result):
             run, result = other, better
     return run, result
 
@@ -109,20 +110,16 @@ def _rearranged(run: Run, result: Judgement, config: Config) -> tuple[Run, Judge
     for trace, done in rows_by_expert(run.trace, run.done, odd):
         other = replace(run, pool=None, trace=trace, done=done)
         better = _settled(other, config, iter)
-        if of_rows(_blamed(better)) < of_rows(_blamed(result)):
+        if of_rows(blamed(better)) < of_rows(blamed(result)):
             run, result = other, better
             break
-    if several := reordered(result.grounds, run.trace, _blamed(result), run.sizes):
+    if several := reordered(result.grounds, run.trace, blamed(result), run.sizes):
         other = replace(run, pool=None)
         other.take_apart(several)
         better = _settled(other, config, iter)
-        if _blamed(better) < _blamed(result):
+        if blamed(better) < blamed(result):
             run, result = other, better
     return run, result
-
-
-def _blamed(result: Judgement) -> set[str]:
-    return {f.tap for f in result.culprits}
 
 
 def _readings(run: Run, trace: Trace, config: Config) -> Iterator[Run]:
@@ -154,11 +151,11 @@ def _contested(run: Run, result: Judgement) -> Judgement:
     for name, value in _others(dialect):
         changed: dict[str, Any] = {name: value}
         before, config = (run.case.config.replace(dialect=d) for d in (dialect, replace(dialect, **changed)))
-        blamed = {t for f in result.culprits for t in f.region}
-        if not blamed & run.differing(before, config):
+        regions = {t for f in result.culprits for t in f.region}
+        if not regions & run.differing(before, config):
             continue
         other = _settled(run, config, iter)
-        if _explains(other, result) and len(other.culprits) < len(result.culprits):
+        if fewer(other, result) and len(other.culprits) < len(result.culprits):
             other.gates[:0] = result.gates[: len(result.gates) - len(other.gates)]
             other.contested = result.contested | {name: str(value)}
             result, dialect = other, config.dialect
@@ -178,35 +175,43 @@ def _settled(run: Run, config: Config, track: Track) -> Judgement:
     """
     result = _in_gauges(run, config, track, frozenset({SUPPOSED}))
     if result.culprits and result.supposable:
-        other = _in_gauges(run, config, iter, frozenset())
-        if other.culprits and len(other.culprits) <= len(result.culprits) and _explains(other, result):
+        other = _in_gauges(run, config, iter, frozenset(), frozenset(result.gauges))
+        if other.culprits and len(other.culprits) <= len(result.culprits) and fewer(other, result):
             return other
     return result
 
 
-def _explains(other: Judgement, result: Judgement) -> bool:
-    """Whether another judgement blames only what this one blames, or knows in a gauge alone, and not all of it."""
-    return _blamed(other) < _blamed(result).union(*result.gauges.values())
-
-
-def _in_gauges(run: Run, config: Config, track: Track, without: frozenset[str]) -> Judgement:
-    """The judgement with the gauges that explain something: one takes taps out of blame and puts none in."""
-    result = _under(run, config, track, without)
-    if result.culprits:
-        for gauge in list(result.gauges):
-            other = _under(run, config, iter, without | {gauge})
-            if not _blamed(result) < other.blamed:
-                result, without = other, without | {gauge}
+def _in_gauges(
+    run: Run, config: Config, track: Track, without: frozenset[str], told: frozenset[str] = frozenset()
+) -> Judgement:
+    """The judgement with the gauges that explain something: one takes taps out of blame and puts none in. Of those that do not, the
+    one goes first without which least is blamed: it may be what makes others look so.
+    """
+    result = _under(run, config, track, without, told)
+    while result.culprits:
+        others, idle = {g: _under(run, config, iter, without | {g}, told) for g in result.gauges}, list[str]()
+        for g, other in others.items():
+            if (
+                other.gauges.keys() - result.gauges.keys()
+            ):  # taps that fit in another gauge now, which has to explain something too
+                other = _in_gauges(run, config, iter, without | {g}, told)
+            idle += [] if explains(g, result, other) else [g]
+        if not idle:
+            break
+        gauge = min(idle, key=lambda g: len(others[g].culprits))
+        result, without = others[gauge], without | {gauge}
     return result
 
 
-def _under(run: Run, config: Config, track: Track, without: frozenset[str] = frozenset()) -> Judgement:
-    """Replay everything under a config (its dialect) and compare, some gauges not being allowed."""
-    comparison, program = run.comparison(config, without)
+def _under(
+    run: Run, config: Config, track: Track, without: frozenset[str] = frozenset(), told: frozenset[str] = frozenset()
+) -> Judgement:
+    """Replay everything under a config (its dialect) and compare, some gauges not being allowed, some being known of other taps."""
+    comparison, program = run.comparison(config, without, told)
     recorded, admitted, header = comparison.recorded, comparison.admitted, run.trace.header
     parts = None
     if run.pool:
-        work = partial(_part, run.pool.opener, tuple(sorted(run.rounded.items())), run.pictures, config, without)
+        work = partial(_part, run.pool.opener, tuple(sorted(run.rounded.items())), run.pictures, config, without, told)
         parts = spread(program, recorded, track, run.pool, work)
     if parts is None:
         comparison.run(program, track)
@@ -235,11 +240,17 @@ def _opened(opener: Opener, rounded: Rounded, pictures: bool) -> Run:
 
 
 def _part(
-    opener: Opener, rounded: Rounded, pictures: bool, config: Config, without: frozenset[str], span: Span
+    opener: Opener,
+    rounded: Rounded,
+    pictures: bool,
+    config: Config,
+    without: frozenset[str],
+    told: frozenset[str],
+    span: Span,
 ) -> SpanFound:
     """A worker's part of a judgement."""
     with np.errstate(all="ignore"):
-        comparison, program = _opened(opener, rounded, pictures).comparison(config, without)
+        comparison, program = _opened(opener, rounded, pictures).comparison(config, without, told)
         return compared(comparison, program, span)
 
 

@@ -123,8 +123,10 @@ class Run:
         first, second = ({c.tap: (c.stage, c.args, c.static) for c in self.program(config)[0]} for config in (a, b))
         return {tap for tap, call in first.items() if second.get(tap) != call}
 
-    def comparison(self, config: Config, without: frozenset[str]) -> tuple[Comparison, list[Call]]:
-        """What was recorded, ready to be compared under a config, and the program along which."""
+    def comparison(
+        self, config: Config, without: frozenset[str], told: frozenset[str] = frozenset()
+    ) -> tuple[Comparison, list[Call]]:
+        """What was recorded, ready to be compared under a config, and along which program; gauges not to be tried, and known."""
         check_layouts(self.trace.header.layouts)
         program, inputs = self.calls(config), self.program(config)[1]
         admitted = self._admitted(program, config, inputs)
@@ -135,6 +137,7 @@ class Run:
             admitted,
             self._recorded(admitted, inputs, config.num_hidden_layers),
             without=without,
+            told=told,
             show=self.show,
             pictures=self.pictures,
             unknown={n: np.asarray(self.trace.taps[n]) for n in self.trace.taps if n not in ours},

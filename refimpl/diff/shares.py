@@ -46,6 +46,7 @@ SHARES = (
     Share(_BASE2.format("", "k"), ("k",), 1, 1),
     Share(_BASE2.format(" (its root)", "q and k"), ("q", "k"), 0.5, 0.5),
     SCORES_2 := Share("scores are multiplied by log2 e, softmax is to base 2", ("scores",), 0, 1),
+    Share("scores are those before the softmax scale, by which softmax multiplies them", ("scores",), -1),
 )
 
 
