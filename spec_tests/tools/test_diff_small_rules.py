@@ -181,9 +181,12 @@ def test_arrangements_of_weights_scores_and_scales():
     assert "applied after the experts" in factor and np.array_equal(b, w * TINY.routed_scaling_factor)
     scores, seen = np.arange(6.0).reshape(1, 1, 2, 3), np.array([[[[True, False, False], [True, True, False]]]])
     exact = np.where(seen, scores, -np.inf)
-    found, before, two = by_value("mla.scores", scores, exact), "scores are those before the mask", "to base 2"
-    assert [(before in t, two in t) for t, _ in found] == [(True, False), (False, True), (True, True)]
-    for (_, a), ours in zip(found, (exact, scores * math.log(2), exact * math.log(2)), strict=True):
+    found, before = by_value("mla.scores", scores, exact), "scores are those before the mask"
+    base2, unscaled = "to base 2", "scores are those before the softmax scale"
+    kinds = [tuple(what in t for what in (before, base2, unscaled)) for t, _ in found]
+    assert kinds == [(True, False, False), *[(mask, two, not two) for mask in (False, True) for two in (True, False)]]
+    two, one = math.log(2), TINY.softmax_scale
+    for (_, a), ours in zip(found, (exact, scores * two, scores * one, exact * two, exact * one), strict=True):
         np.testing.assert_allclose(a, ours, rtol=1e-12)
     some = np.where(np.arange(3) == 2, -np.inf, scores)  # of some keys: a wrong mask
     for x, e in ((exact, exact), (scores, scores), (some, exact)):
