@@ -115,6 +115,8 @@ class Comparison:
             x = gauges.by_rank(x, cut(step.exact, pick))  # without the ids nobody can know the order of the slots
             if not pick:
                 self.recorded.taps[tap] = x
+            elif tap in self.recorded.partial:
+                self.recorded.partial = {**self.recorded.partial, tap: (pick, x)}
         found = self._compare(step, x, units, pick)
         if tap == self.show:
             twins = [distance(call.stage, cut(np.asarray(t), pick), cut(step.exact, pick)) for t in step.twins()]

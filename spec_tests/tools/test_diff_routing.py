@@ -201,3 +201,12 @@ def test_a_map_of_fewer_and_a_list_of_two_groups():
     two = dataclasses.replace(trace.header, config=trace.header.config | {"n_group": 2, "topk_group": 1})
     groups = Trace(two, {"fwd/L1/router.groups": np.array([[[0, 1], [1, 0]]])})  # one too many, each another
     assert as_lists(groups) == (groups, {})
+
+
+def test_weights_of_some_tokens_in_another_order_are_read_so_behind_them():
+    """Catches weights of one sequence, without ids, that are told from their order and then read in it by what follows."""
+    kept = ("fwd/L1/ffn_norm", "fwd/L1/router.weights", "fwd/L1/ffn_out")
+    trace = recorded("float32")
+    first = {t: np.asarray(trace.taps[t])[:1] for t in kept}
+    judgement = judged(trace, first | {kept[1]: first[kept[1]][..., ::-1]})
+    assert not judgement.culprits, render(judgement)
