@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ _TEXT = """Write a case: a folder with config.json, weights.safetensors and toke
 
 Weights are random, and large enough for mistakes to show. Tokens are drawn so that every routing decision is won clearly:
 implementations that round differently make the same ones. Many real bugs show only in a regime: experts of dropped groups that
-count as 0 instead of never are seen only where biased scores are negative. A case that is there already is kept, unless --force.
+count as 0 instead of never are seen only where biased scores are negative. Another case that is there is kept, unless --force.
 
   refimpl case small                                                   preset tiny, every mechanism of V3
   refimpl case real --config config.json --shrink                      a real model, its sizes made small
@@ -27,6 +30,7 @@ count as 0 instead of never are seen only where biased scores are negative. A ca
 
 _FILES = ("config.json", "tokens.json", "weights.safetensors", "model.safetensors", "model.gguf")
 """What a case, or a folder for servers, consists of."""
+_KEPT = "is there already; another folder, or --force to put a new case in its place"
 
 
 class _Regimes(argparse.Action):
@@ -89,7 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if config.hidden_size * config.n_routed_experts > 1 << 18:
         raise SpecError("this model is too large to draw at random; --shrink makes it small")
     if not args.servable:
-        new_case(args.out, config, seed=args.seed, mtp=args.mtp, regimes=args.regime or "", quantised=stored)
+        write = partial(
+            new_case, config=config, seed=args.seed, mtp=args.mtp, regimes=args.regime or "", quantised=stored
+        )
+        _put(args.out, write, over=args.force)
         print(args.out)
         return 0
     from refimpl.record.servable import readable
@@ -106,10 +113,24 @@ def _check(args: argparse.Namespace) -> None:
     require(args.regime is None or named(args.regime), f"--regime {args.regime!r} names none; --regimes lists them")
     require(args.servable or not (args.gguf or args.of), "--gguf and --from belong to --servable")
     require(args.seed >= 0, f"--seed is {args.seed}; it must not be negative")
-    there = next((args.out / name for name in _FILES if (args.out / name).exists()), None)
-    require(
-        not there or args.force, f"{there} is there already; another folder, or --force to put a new case in its place"
-    )
+    there = _there(args.out)
+    require(not there or args.force or not args.servable, f"{there} {_KEPT}")
+
+
+def _there(out: Path) -> Path | None:
+    return next((out / name for name in _FILES if (out / name).exists()), None)
+
+
+def _put(out: Path, write: Callable[[Path], object], *, over: bool) -> None:
+    """A case in a folder; SpecError if another one is there, which the same command has not written."""
+    if over or not (there := _there(out)):
+        write(out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        names = [path.name for path in Path(folder).iterdir()]
+        same, _, _ = filecmp.cmpfiles(folder, out, names, shallow=False)
+    require(len(same) == len(names), f"{there} {_KEPT}")
 
 
 def _served(args: argparse.Namespace, case: Path) -> int:

@@ -154,12 +154,15 @@ def test_a_place_that_can_hold_no_folder_is_refused(tmp_path):
 
 
 def test_a_case_that_is_there_is_kept(tmp_path, capsys):
-    """Catches a case written over in silence, with which recordings made of it are worth nothing any more."""
+    """Catches a case written over in silence, with which recordings made of it are worth nothing any more, and the command that
+    wrote it refused when it comes again.
+    """
     out = str(tmp_path / "a")
     assert main(["case", out, "--seed", "1"]) == 0
     before = contents(tmp_path / "a")
     assert main(["case", out, "--seed", "2"]) == 3
     assert "config.json is there already" in capsys.readouterr().err and contents(tmp_path / "a") == before
+    assert main(["case", out, "--seed", "1"]) == 0 and contents(tmp_path / "a") == before
     assert main(["case", out, "--seed", "2", "--force"]) == 0 and contents(tmp_path / "a") != before
 
 
