@@ -14,22 +14,13 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Stage
 
+from .dims import TOKEN_AXES
 from .subsets import Named, in_words
 from .tolerance import element_errors, row_errors
 from .wide import BLOCK, Wide, filled, places
 
-WORDS = {
-    "B": "sequence",
-    "S": "token",
-    "S-k": "token",
-    "T": "token",
-    "H": "head",
-    "E": "expert",
-    "G": "group",
-    "K": "slot",
-}
+WORDS = {"B": "sequence", "H": "head", "E": "expert", "G": "group", "K": "slot"} | dict.fromkeys(TOKEN_AXES, "token")
 """What an axis runs over, if not channels."""
-TOKENS = ("S", "S-k", "T")
 PARTS = {
     "Dn+Dr": ("the part without position", "the rotated part"),
     "Dn+Dv": ("the keys' part", "the values"),
@@ -116,7 +107,7 @@ def _over_rows(s: Scene, off: Array, counted: Array) -> str:
 
 def _axes(s: Scene, off: Array, counted: Array) -> Iterator[tuple[str, Array, float]]:
     """Of every axis of rows, tokens last, whose entries that are off can be told in words: these, a mask of them, their share."""
-    order = sorted(enumerate(s.axes[:-1]), key=lambda pair: pair[1] in TOKENS)
+    order = sorted(enumerate(s.axes[:-1]), key=lambda pair: pair[1] in TOKEN_AXES)
     for axis, letter in order:
         others = tuple([i for i in range(off.ndim) if i != axis])
         here, there = off.any(axis=others), np.flatnonzero(counted.any(axis=others))
@@ -238,7 +229,7 @@ def _over_distances(s: Scene, off: Array) -> str:
 
 def _growing(s: Scene, errors: Array, off: Array) -> str:
     """Whether tokens are the further off the later they stand."""
-    axis = next((i for i, a in enumerate(s.axes[:-1]) if a in TOKENS), None)
+    axis = next((i for i, a in enumerate(s.axes[:-1]) if a in TOKEN_AXES), None)
     if axis is None or s.exactly:
         return ""
     others = tuple([i for i in range(off.ndim) if i != axis])
