@@ -112,6 +112,8 @@ def _check(args: argparse.Namespace) -> None:
 
     require(args.regime is None or named(args.regime), f"--regime {args.regime!r} names none; --regimes lists them")
     require(args.servable or not (args.gguf or args.of), "--gguf and --from belong to --servable")
+    drawn = [name for name in ("preset", "config", "shrink", "regime", "seed", "mtp") if getattr(args, name)]
+    require(not (args.of and drawn), f"--{drawn[0] if drawn else ''} is for a new case; --from takes one as it is")
     require(args.seed >= 0, f"--seed is {args.seed}; it must not be negative")
     there = _there(args.out)
     require(not there or args.force or not args.servable, f"{there} {_KEPT}")

@@ -173,6 +173,9 @@ def test_options_that_make_no_sense_together_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--config", config, "--preset", "tiny"])
         assert stop.value.code == 3 and "not allowed with" in capsys.readouterr().err
+    served = ["case", str(tmp_path / "a"), "--servable", "--from", str(TINY)]
+    for option in (["--shrink"], ["--regime", "mscale"], ["--seed", "3"]):
+        assert main([*served, *option]) == 3 and f"{option[0]} is for a new case" in capsys.readouterr().err
     for regimes in ("", " , "):
         assert main(["case", str(tmp_path / "a"), "--regime", regimes]) == 3
         assert "names none" in capsys.readouterr().err
