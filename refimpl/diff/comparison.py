@@ -25,7 +25,7 @@ from .pattern import Scene, pattern
 from .picture import picture
 from .precision import Precision
 from .program import owner, regions
-from .reading import Pick, cut
+from .reading import Pick, cut, entries
 from .replay import Step, replay
 from .shares import common
 from .supposed import SUPPOSED, by_use, supposed
@@ -224,7 +224,7 @@ class Comparison:
             stage,
             x,
             cut(step.exact, pick) if pick else step.e,
-            entries=[np.arange(n)[pick.get(i, slice(None))] for i, n in enumerate(shape)],
+            entries=entries(shape, pick),
             settled=settled_rows(step, pick),
             limit=found.allowed,
             widths=letters(self.config, stage, tap, Sizes.whole(1, 1))

@@ -16,7 +16,7 @@ from .compare import Finding, settled_rows
 from .grounds import Grounds
 from .judge import Judgement, judge
 from .part import Index, Part, part_of
-from .reading import Pick
+from .reading import Pick, entries
 from .replay import Step, replay
 from .tolerance import floor_of, row_errors
 from .trace import Trace
@@ -41,7 +41,7 @@ class Examined:
 
     def entries(self) -> list[Array]:
         """For every axis, which entries of the tap were recorded."""
-        return [np.arange(n)[self.pick.get(i, slice(None))] for i, n in enumerate(self.step.exact.shape)]
+        return entries(self.step.exact.shape, self.pick)
 
     def candidate(self) -> Array:
         """The candidate's array in the tap's full shape; float64's numbers where nothing was recorded."""

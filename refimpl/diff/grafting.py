@@ -22,6 +22,7 @@ from .grounds import Grounds
 from .hypothesis import bound
 from .lanes import Lane, Recorded
 from .program import last_use
+from .reading import entries
 
 Graft = Callable[[Call, Lane, Recorded], Array]
 """What a call of our run gives instead: the call, our lane with what it has computed, what was recorded."""
@@ -68,7 +69,7 @@ def _against(g: Grounds, tap: str, e: Array) -> tuple[Array, Array]:
     if not pick:
         return x, e
     whole = e.copy()
-    whole[np.ix_(*[np.arange(n)[pick.get(i, slice(None))] for i, n in enumerate(e.shape)])] = x
+    whole[np.ix_(*entries(e.shape, pick))] = x
     return whole, e
 
 

@@ -16,7 +16,7 @@ from refimpl.layers.stage import Call
 from .holes import mended, torn
 from .orders import ORDERS
 from .padding import Padding
-from .reading import Pick
+from .reading import Pick, entries
 from .tolerance import TWINS, Noise
 from .wide import Place, Wide
 
@@ -104,8 +104,7 @@ class Lane:
         """Put the candidate's entries of a tap of which it recorded some in the place of those computed."""
         pick, x = r.partial[call.tap]
         whole = np.array(self.values[call.tap])
-        rows = [np.arange(n)[pick.get(axis, slice(None))] for axis, n in enumerate(whole.shape)]
-        whole[np.ix_(*rows)] = r.noise.given(call, x.astype(whole.dtype), self.twin)
+        whole[np.ix_(*entries(whole.shape, pick))] = r.noise.given(call, x.astype(whole.dtype), self.twin)
         self.values[call.tap] = whole
 
     def value(self, arg: Any, call: Call, r: Recorded) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.autograd.tensor import Array
 from refimpl.layers.stage import Stage
 
-from .reading import Pick, cut
+from .reading import Pick, cut, entries
 from .tolerance import element_errors, row_errors
 
 ROWS, COLUMNS = 64, 96
@@ -62,7 +62,7 @@ def picture(stage: Stage, x: Array, exact: Array, settled: Array | None, pick: P
     left out.
     """
     axes, kind = stage.shape.split(), stage.compare
-    places = [np.arange(n)[pick.get(a, slice(None))] for a, n in enumerate(exact.shape)]
+    places = entries(exact.shape, pick)
     e = cut(exact, pick)
     if kind == "set":
         x, e = _chosen(x, e)

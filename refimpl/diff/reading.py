@@ -7,7 +7,7 @@ settled by value: all taps together (`nearest`), or tap by tap (`gauges`: heads 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -27,6 +27,11 @@ def cut(a: Array, pick: Pick) -> Array:
     for axis, entries in pick.items():
         a = a[(slice(None),) * axis + (entries,)]
     return a
+
+
+def entries(shape: Sequence[int], pick: Pick) -> list[Array]:
+    """Which entries of every axis of a tap of this shape were picked."""
+    return [np.arange(n)[pick.get(axis, slice(None))] for axis, n in enumerate(shape)]
 
 
 LOOK, _FEW = 1 << 14, 1 << 9
