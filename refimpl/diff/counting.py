@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .numbering import LAYERS, as_ours, renamed
+from .numbering import LAYERS, as_ours, layer_of, renamed
 from .trace import Trace
 
 LEFT = 0.5
@@ -44,9 +44,7 @@ def _tells(trace: Trace, told: str) -> bool:
     moved = [t for t in trace.taps if renamed(t, told)]
     last = max([int(t.split("/")[1][1:]) for t in moved])
     units = [t.split("/")[1] for t in trace.taps if t not in moved]
-    behind = any(
-        u in ("final_norm", "logits") or (u[:1] == "L" and u[1:7].isdigit() and int(u[1:7]) > last) for u in units
-    )
+    behind = any(u in ("final_norm", "logits") or (layer_of(u) or 0) > last for u in units)
     return behind or not all(t.endswith("/resid") for t in moved)
 
 

@@ -21,7 +21,7 @@ from refimpl.model.phases import is_part
 from .admission import check_layouts, parts, within
 from .declared_axes import as_read, check_letters, check_number, check_sizes, terms_of
 from .dims import Sizes, letters, shape_of, size_of
-from .numbering import LAYERS
+from .numbering import LAYERS, layer_of
 from .precision import GENERAL, declared_storage, meant_by
 from .ranks import alone
 from .reading import Reading, coarser
@@ -189,9 +189,8 @@ def _check_count(trace: Trace, c: Config) -> None:
     told, last = trace.header.layouts.get("layers", LAYERS[0]), c.num_hidden_layers - 1
     for tap in trace.taps if told not in LAYERS else ():
         unit = tap.split("/")[1]
-        beyond = unit[:1] == "L" and unit[1:7].isdigit() and int(unit[1:7]) > last
         require(
-            not beyond,
+            (layer_of(unit) or 0) <= last,
             f"layouts say that layers are counted {told!r}, and then there is {unit}; the last one is L{last}",
         )
 

@@ -14,6 +14,7 @@ from .header import Header
 LAYERS = ("from 0", "from 1", "residuals from 1")
 """What a header's `layouts` may say of layers, beside `L0 is L3`: theirs, and what it is of ours."""
 _TAP = re.compile(r"(\w+/L)(\d{1,6})(/.*)")
+_UNIT = re.compile(r"L(\d{1,6})\d*")
 _LOCAL = re.compile(r"L(\d{1,6}) is L(\d{1,6})")
 
 
@@ -39,6 +40,12 @@ def as_ours(header: Header, taps: Mapping[str, Array]) -> tuple[Header, Mapping[
 def is_count(told: str) -> bool:
     """Whether a text says how layers are counted."""
     return told in LAYERS or bool(_LOCAL.fullmatch(told))
+
+
+def layer_of(unit: str) -> int | None:
+    """The number of a layer of the main model, `L3`; None for other units."""
+    found = _UNIT.fullmatch(unit)
+    return int(found[1]) if found else None
 
 
 def _moved_by(told: str) -> int:

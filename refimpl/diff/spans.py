@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .compare import Finding
+from .numbering import layer_of
 from .subsets import periodic
 
 
@@ -58,5 +59,5 @@ def _name(tap: str) -> str:
 
 def _layers(taps: Iterable[str]) -> Iterable[int]:
     """The numbers of the main model's layers among those of the taps."""
-    units = [tap.split("/")[1] for tap in taps if tap.count("/") > 1]
-    return [int(u[1:]) for u in units if u[0] == "L" and u[1:].isdigit()]
+    numbers = [layer_of(tap.split("/")[1]) for tap in taps if tap.count("/") > 1]
+    return [n for n in numbers if n is not None]
