@@ -42,9 +42,9 @@ def _tells(trace: Trace, told: str) -> bool:
     and nothing more may also be what the layer before gives, where one was left out.
     """
     moved = [t for t in trace.taps if renamed(t, told)]
-    last = max([int(t.split("/")[1][1:]) for t in moved])
-    units = [t.split("/")[1] for t in trace.taps if t not in moved]
-    behind = any(u in ("final_norm", "logits") or (layer_of(u) or 0) > last for u in units)
+    last = max([layer_of(t) or 0 for t in moved])
+    others = [t for t in trace.taps if t not in moved]
+    behind = any(t.partition("/")[2] in ("final_norm", "logits") or (layer_of(t) or 0) > last for t in others)
     return behind or not all(t.endswith("/resid") for t in moved)
 
 

@@ -188,10 +188,9 @@ def _check_count(trace: Trace, c: Config) -> None:
     """Layers that are counted otherwise are layers of the model."""
     told, last = trace.header.layouts.get("layers", LAYERS[0]), c.num_hidden_layers - 1
     for tap in trace.taps if told not in LAYERS else ():
-        unit = tap.split("/")[1]
+        n = layer_of(tap) or 0
         require(
-            (layer_of(unit) or 0) <= last,
-            f"layouts say that layers are counted {told!r}, and then there is {unit}; the last one is L{last}",
+            n <= last, f"layouts say that layers are counted {told!r}, and then there is L{n}; the last one is L{last}"
         )
 
 

@@ -14,7 +14,7 @@ from .header import Header
 LAYERS = ("from 0", "from 1", "residuals from 1")
 """What a header's `layouts` may say of layers, beside `L0 is L3`: theirs, and what it is of ours."""
 _TAP = re.compile(r"(\w+/L)(\d{1,6})(/.*)")
-_UNIT = re.compile(r"L(\d{1,6})\d*")
+_LAYER = re.compile(r"[^/]*/L(\d{1,6})\d*(/.*)?")
 _LOCAL = re.compile(r"L(\d{1,6}) is L(\d{1,6})")
 
 
@@ -42,9 +42,9 @@ def is_count(told: str) -> bool:
     return told in LAYERS or bool(_LOCAL.fullmatch(told))
 
 
-def layer_of(unit: str) -> int | None:
-    """The number of a layer of the main model, `L3`; None for other units."""
-    found = _UNIT.fullmatch(unit)
+def layer_of(tap: str) -> int | None:
+    """The number of the main model's layer that a tap is of, 3 of `fwd/L3/resid`; None for other names, whatever they are."""
+    found = _LAYER.fullmatch(tap)
     return int(found[1]) if found else None
 
 

@@ -59,5 +59,5 @@ def _name(tap: str) -> str:
 
 def _layers(taps: Iterable[str]) -> Iterable[int]:
     """The numbers of the main model's layers among those of the taps."""
-    numbers = [layer_of(tap.split("/")[1]) for tap in taps if tap.count("/") > 1]
+    numbers = map(layer_of, taps)
     return [n for n in numbers if n is not None]

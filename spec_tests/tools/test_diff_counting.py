@@ -293,3 +293,12 @@ def test_slices_beside_residuals_that_are_counted_otherwise():
     plain = only(recording("hf-float32"), lambda t: t.startswith(("fwd/L1/", "fwd/L2/")))
     judgement = judge(case(), declared(later(plain, "/resid"), "residuals from 1", slices={"layers": [1, 2]}))
     assert judgement.verdict == "CONFORMS", render(judgement)
+
+
+@pytest.mark.parametrize("layouts", [{}, {"layers": "L0 is L1"}])
+def test_a_name_without_a_phase_tells_of_no_layer(layouts):
+    """Catches a traceback for an array that is named like no tap, where one layer alone may be counted otherwise."""
+    trace = recording("hf-float32")
+    taps = {"fwd/L1/resid": 1.5 * np.asarray(trace.taps["fwd/L1/resid"]), "foo": np.ones(3), "a/L1": np.ones(3)}
+    header = dataclasses.replace(trace.header, expected=[], dims={}, layouts=trace.header.layouts | layouts)
+    assert "foo" in judge(case(), Trace(header, taps)).unknown
